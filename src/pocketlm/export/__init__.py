@@ -1,0 +1,1 @@
+"""Files that engines run, and the proof that they run them."""

@@ -1,0 +1,103 @@
+"""What a compressed model still knows of the original: perplexity, KL divergence, agreement, with intervals."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pocketlm.tensors.divergence import kl_divergence, negative_log_likelihood
+
+Logits = Callable[[list[int]], Tensor]
+"""From one window of token ids to logits, (tokens, vocabulary)."""
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % interval from a bootstrap over windows."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How one model does on a text, and how it compares with the reference on the very same windows.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per token.
+        ratio: Perplexity over the reference's, paired window by window.
+        kl: Mean KL(reference ‖ model) in nats per token; None for the reference itself.
+        agreement: Share of positions with the reference's most likely token; None for the reference itself.
+    """
+
+    perplexity: Interval
+    ratio: Interval
+    kl: Interval | None
+    agreement: Interval | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Qualities by name, the reference first, and any pair's perplexity ratio."""
+
+    qualities: dict[str, Quality]
+    losses: dict[str, Tensor]  # per name, (windows,) mean negative log-likelihood in nats
+
+    def ratio(self, name: str, to: str) -> Interval:
+        """Return the perplexity of `name` over that of `to`, paired window by window."""
+        return _interval((self.losses[name] - self.losses[to]), torch.exp)
+
+
+@torch.no_grad()
+def compare(
+    models: Mapping[str, Logits], windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Comparison:
+    """Measure several models on the same windows; the first one is the reference.
+
+    Args:
+        models: By name, each a function from token ids to logits.
+        windows: (windows, length) token ids; each window starts from an empty context.
+        progress: Called after each window with how many are done and how many there are.
+    """
+    reference = next(iter(models))
+    sums: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
+    for done, window in enumerate(windows, 1):
+        ids = window.tolist()
+        truth = models[reference](ids)[:-1]
+        for name, model in models.items():
+            logits = truth if name == reference else model(ids)[:-1]
+            loss = negative_log_likelihood(logits, window[1:]).mean().item()
+            kl = 0.0 if name == reference else kl_divergence(truth, logits).mean().item()
+            agree = (logits.argmax(-1) == truth.argmax(-1)).double().mean().item()
+            sums[name].append((loss, kl, agree))
+        progress(done, len(windows))
+    columns = {name: torch.tensor(rows, dtype=torch.float64).T for name, rows in sums.items()}
+    base = columns[reference][0]
+    qualities = {
+        name: Quality(
+            perplexity=_interval(loss, torch.exp),
+            ratio=_interval(loss - base, torch.exp),
+            kl=None if name == reference else _interval(kl),
+            agreement=None if name == reference else _interval(agree),
+        )
+        for name, (loss, kl, agree) in columns.items()
+    }
+    return Comparison(qualities, {name: column[0] for name, column in columns.items()})
+
+
+def _interval(values: Tensor, then: Callable[[Tensor], Tensor] = lambda mean: mean) -> Interval:
+    """Return `then` of the mean of per-window values, with its percentile bootstrap interval over windows.
+
+    Every figure resamples the windows in the same way (a fixed seed), so figures of two models stay paired.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    means = then(values[draws].mean(1))
+    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    low, high = means.quantile(tails).tolist()
+    return Interval(then(values.mean()).item(), low, high)

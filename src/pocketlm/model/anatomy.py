@@ -1,0 +1,149 @@
+"""Where each model family keeps its parts, as data.
+
+A block is a handful of linear maps between named spaces of activations. Everything the toolkit needs to know
+about a family follows from that list: which linears share their input statistics (they read the same space),
+and what must shrink together (the rows of a space's writers, the columns of its readers).
+
+    residual --norm--> attention_in --q,k,v--> query, key, value ~attention~> attention_out --o--> residual
+    residual --norm--> mlp_in --gate,up--> mlp_hidden --down--> residual
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.errors import BadInputError
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A linear map of a block and the two spaces it joins."""
+
+    path: str
+    reads: str
+    writes: str
+
+    @property
+    def group(self) -> str:
+        """The tensors that share one number format: all edges of this kind in all blocks."""
+        return GROUPS[self.reads if self.writes == "residual" else self.writes, self.writes == "residual"]
+
+
+# What people see in plans and recipes, by the inner space of an edge and whether the edge leaves or enters it.
+GROUPS = {
+    ("query", False): "query_key",
+    ("key", False): "query_key",
+    ("value", False): "value",
+    ("query_key_value", False): "query_key_value",
+    ("attention_out", True): "attention_out",
+    ("mlp_hidden", False): "ffn_in",
+    ("mlp_hidden", True): "ffn_out",
+    ("vocabulary", False): "head",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """The layout of a model family."""
+
+    edges: tuple[Edge, ...]
+    blocks: str = "model.layers"
+    final_norm: str = "model.norm"
+    ffn_width: str = "intermediate_size"  # the config's name for the width of `mlp_hidden`
+    uniform_blocks: bool = True  # False: blocks alternate in kind and none can be dropped
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The spaces that some linear reads, in order."""
+        return tuple(dict.fromkeys(edge.reads for edge in self.edges))
+
+    def readers(self, space: str) -> list[str]:
+        """Return the paths of the linears that read `space`."""
+        return [edge.path for edge in self.edges if edge.reads == space]
+
+    def writers(self, space: str) -> list[str]:
+        """Return the paths of the linears that write `space`."""
+        return [edge.path for edge in self.edges if edge.writes == space]
+
+
+LLAMA = Anatomy(
+    edges=(
+        Edge("self_attn.q_proj", "attention_in", "query"),
+        Edge("self_attn.k_proj", "attention_in", "key"),
+        Edge("self_attn.v_proj", "attention_in", "value"),
+        Edge("self_attn.o_proj", "attention_out", "residual"),
+        Edge("mlp.gate_proj", "mlp_in", "mlp_hidden"),
+        Edge("mlp.up_proj", "mlp_in", "mlp_hidden"),
+        Edge("mlp.down_proj", "mlp_hidden", "residual"),
+    ),
+)
+# Gemma 3 alternates five sliding-window blocks and a global one; engines derive the kind from the index,
+# so dropping a block would change the kind of all later ones.
+GEMMA3 = Anatomy(edges=LLAMA.edges, uniform_blocks=False)
+GPT2 = Anatomy(
+    edges=(
+        Edge("attn.c_attn", "attention_in", "query_key_value"),
+        Edge("attn.c_proj", "attention_out", "residual"),
+        Edge("mlp.c_fc", "mlp_in", "mlp_hidden"),
+        Edge("mlp.c_proj", "mlp_hidden", "residual"),
+    ),
+    blocks="transformer.h",
+    final_norm="transformer.ln_f",
+    ffn_width="n_inner",
+)
+
+FAMILIES: dict[str, Anatomy] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma3_text": GEMMA3,
+    "gpt2": GPT2,
+}
+
+
+def anatomy_for(family: str) -> Anatomy:
+    """Return the anatomy of a transformers model type.
+
+    Raises:
+        BadInputError: The family has no anatomy here.
+    """
+    if family not in FAMILIES:
+        raise BadInputError(
+            f"The architecture `{family}` is not supported: known are {', '.join(sorted(FAMILIES))}. "
+            "A GGUF file of any architecture still works with `pocketlm bench` and `pocketlm chat`"
+        )
+    return FAMILIES[family]
+
+
+def anatomy_of(network: nn.Module) -> Anatomy:
+    """Return the anatomy of a network, found by its `config.model_type`."""
+    return anatomy_for(network.config.model_type)
+
+
+def blocks_of(network: nn.Module) -> nn.ModuleList:
+    """Return the decoder blocks of a network."""
+    return network.get_submodule(anatomy_of(network).blocks)
+
+
+def _transposed(module: nn.Module) -> bool:
+    # GPT-2's Conv1D is a linear that stores its weight as (in, out).
+    return type(module).__name__ == "Conv1D"
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear as (out, in)."""
+    return module.weight.detach().T if _transposed(module) else module.weight.detach()
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Replace the weight of a linear by `weight`, (out, in), in the dtype it has; the shape may change."""
+    weight = weight.to(module.weight.dtype)
+    module.weight = nn.Parameter((weight.T if _transposed(module) else weight).contiguous())
+    outputs, inputs = weight.shape
+    if _transposed(module):
+        module.nf, module.nx = outputs, inputs
+    else:
+        module.out_features, module.in_features = outputs, inputs

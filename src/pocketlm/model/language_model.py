@@ -1,0 +1,66 @@
+"""A language model as the toolkit carries it: network, tokenizer, and where both came from."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from, so that every output can say so."""
+
+    source: str  # what the person typed: a folder, a hub id, a GGUF file or `demo`
+    kind: str  # "folder", "hub" or "gguf" (`demo` is a GGUF file)
+    path: Path  # the folder or the file on disk
+    sha256: str  # of the weight file, or of the list of the weight files' hashes
+    license: str | None  # SPDX-like id as the source states it, None where it states nothing
+    base_model: str  # the name under which people know it
+    file_bytes: int  # bytes of the weights on disk
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model. Steps take ownership of `network`; the tokenizer never changes in place."""
+
+    network: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerFast"
+    origin: Origin
+
+    @property
+    def family(self) -> str:
+        """The transformers model type, such as `llama` or `qwen3`."""
+        return self.network.config.model_type
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer brings a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return self.network.get_input_embeddings().weight.device
+
+
+def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write `model` as a plain Hugging Face folder that `from_pretrained` loads, weights as `dtype`.
+
+    Args:
+        model: The network is cast to `dtype` in place.
+        folder: Made if missing.
+        dtype: A 16-bit type for outputs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    network = model.network.to(dtype)
+    network.config.dtype = dtype
+    network.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    if model.origin.path.is_dir():
+        for notice in sorted(model.origin.path.glob("LICENSE*")):
+            shutil.copy(notice, folder / notice.name)

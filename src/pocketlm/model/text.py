@@ -1,0 +1,169 @@
+"""Text as windows of token ids, split once into what teaches, what chooses and what judges.
+
+    documents --hash--> calibration (teaches: statistics, distillation)
+                        validation  (chooses: plans, best checkpoints)
+                        test        (judges: the figures of the report; nothing else ever sees it)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pocketlm.errors import BadInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+WINDOW = 512  # tokens per window, also the length that perplexity is measured on
+PIECE = 4000  # characters after which a long text is cut at the next paragraph
+SHARES = {"test": 0.15, "validation": 0.10}  # of the documents; calibration has the rest
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows of token ids.
+
+    Attributes:
+        name: Where the text came from.
+        windows: (windows, length) int64.
+        sha256: Of the ids.
+    """
+
+    name: str
+    windows: Tensor
+    sha256: str
+
+    def first(self, count: int) -> Tensor:
+        """Return the first `count` windows, or all there are."""
+        return self.windows[:count]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and the split that each one belongs to."""
+
+    name: str
+    documents: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all the text."""
+        return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
+
+    def split(self, wanted: str) -> list[str]:
+        """Return the documents of one split; a document's content alone decides where it belongs."""
+        return [document for document in self.documents if _split_of(document) == wanted]
+
+    def tokens(self, wanted: str, tokenizer: "PreTrainedTokenizerFast", limit: int) -> Tokens:
+        """Return up to `limit` windows of one split.
+
+        Raises:
+            BadInputError: The split is shorter than one window.
+        """
+        windows = pack_windows(self.split(wanted), tokenizer, limit)
+        if not len(windows):
+            raise BadInputError(
+                f"The text `{self.name}` is too short: its {wanted} part has less than {WINDOW} tokens. "
+                f"Give about {10 * WINDOW} words or more with --data"
+            )
+        return as_tokens(f"{self.name} ({wanted})", windows)
+
+
+def as_tokens(name: str, windows: Tensor) -> Tokens:
+    """Name windows of ids and hash them."""
+    return Tokens(name, windows, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+
+
+def _split_of(document: str) -> str:
+    place = int(hashlib.sha256(document.encode()).hexdigest()[:8], 16) / 2**32
+    if place < SHARES["test"]:
+        return "test"
+    return "validation" if place < SHARES["test"] + SHARES["validation"] else "calibration"
+
+
+def pack_windows(
+    documents: Iterable[str], tokenizer: "PreTrainedTokenizerFast", limit: int, length: int = WINDOW
+) -> Tensor:
+    """Return (windows, length) ids: documents end to end, each closed by end-of-text, none padded.
+
+    Windows start with the beginning-of-text token where the tokenizer adds one by itself (Gemma needs it).
+    """
+    start = [tokenizer.bos_token_id] if adds_beginning(tokenizer) else []
+    closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    body = length - len(start)
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document, add_special_tokens=False, verbose=False).input_ids + closing
+        if len(stream) >= limit * body:
+            break
+    count = min(limit, len(stream) // body)
+    windows = [start + stream[i * body : (i + 1) * body] for i in range(count)]
+    return torch.tensor(windows, dtype=torch.int64).reshape(count, length)
+
+
+def adds_beginning(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether the tokenizer puts a beginning-of-text token before a text by itself."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def python_topics() -> Corpus:
+    """Return the text that every machine has: the topics of Python's own help system."""
+    from pydoc_data.topics import topics
+
+    return Corpus("pydoc_data.topics", tuple(piece for text in topics.values() for piece in _pieces(text)))
+
+
+def read_corpus(paths: list[Path]) -> Corpus:
+    """Read text files (.txt, .md and the like) and .jsonl files (a `text`, or chat `messages`, per line).
+
+    Raises:
+        BadInputError: A file is missing, empty, not UTF-8, or a line of a .jsonl file has neither field.
+    """
+    documents = [piece for path in paths for text in _texts(path) for piece in _pieces(text)]
+    return Corpus(", ".join(path.name for path in paths), tuple(documents))
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text: byte {error.start} cannot be read. Convert the file to UTF-8"
+        ) from error
+    except OSError as error:
+        raise BadInputError(f"Cannot read {path}: {error.strerror}. Check the path given with --data") from error
+    if not content.strip():
+        raise BadInputError(f"{path} is empty. Give a file with text")
+    if path.suffix != ".jsonl":
+        return [content]
+    return [_text_of_line(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _text_of_line(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInputError(f"{path}, line {number}: not JSON ({error.msg}). One JSON object per line") from error
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return entry["text"]
+    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+        return "\n\n".join(str(message.get("content", "")) for message in entry["messages"])
+    raise BadInputError(f"{path}, line {number}: neither a `text` nor `messages`. Name the text field `text`")
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut a text into pieces of about PIECE characters at paragraph ends, so that it can be split."""
+    pieces, current = [], ""
+    for paragraph in text.split("\n\n"):
+        current += paragraph + "\n\n"
+        if len(current) >= PIECE:
+            pieces.append(current)
+            current = ""
+    return [*pieces, current] if current.strip() else pieces

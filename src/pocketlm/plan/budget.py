@@ -1,0 +1,61 @@
+"""Budgets as people write them: `70MB`, `0.5GiB`, `40%`, `5m`."""
+
+import re
+from dataclasses import dataclass
+
+from pocketlm.errors import BadInputError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the device allows.
+
+    Attributes:
+        text: As the person wrote it.
+        bytes: The file may have at most so many.
+    """
+
+    text: str
+    bytes: int
+
+
+def parse_size(text: str, whole: int) -> Budget:
+    """Read a size.
+
+    Args:
+        text: A number with B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024), or %.
+        whole: Bytes that 100 % stands for.
+
+    Raises:
+        BadInputError: The text is not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[kmg]?i?b?)\s*", text, re.IGNORECASE)
+    unit = match[2].upper() if match else ""
+    if not match or (unit != "%" and unit not in UNITS):
+        raise BadInputError(f"Cannot read the size `{text}`. Write it like 70MB, 0.5GiB or 40%")
+    size = int(float(match[1]) * (whole / 100 if unit == "%" else UNITS[unit]))
+    if size <= 0:
+        raise BadInputError(f"The size `{text}` is nothing. Write it like 70MB, 0.5GiB or 40%")
+    return Budget(text.strip(), size)
+
+
+def parse_time(text: str) -> float:
+    """Read a duration such as `30s`, `5m`, `1h` or `0`, in seconds.
+
+    Raises:
+        BadInputError: The text is not a duration.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", text, re.IGNORECASE)
+    if not match or (not match[2] and float(match[1]) != 0):
+        raise BadInputError(f"Cannot read the time `{text}`. Write it like 30s, 5m or 1h; 0 switches it off")
+    return float(match[1]) * SECONDS[(match[2] or "s").lower()]
+
+
+def say_bytes(count: float) -> str:
+    """Return bytes in decimal units, as file managers and shops do."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

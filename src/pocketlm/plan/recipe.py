@@ -1,0 +1,71 @@
+"""A recipe: the list of typed steps that a run follows, as YAML. The only place that knows pydantic."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Discriminator, TypeAdapter, ValidationError
+
+from pocketlm.errors import BadInputError
+from pocketlm.steps.distil import Distil
+from pocketlm.steps.prune_depth import PruneDepth
+from pocketlm.steps.prune_width import PruneWidth
+from pocketlm.steps.quantize import Quantize
+
+Step = Annotated[PruneDepth | PruneWidth | Distil | Quantize, Discriminator("step")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to do, in order. `quantize` comes last: nothing can be trained or cut after it."""
+
+    steps: tuple[Step, ...]
+    seed: int = 0
+
+
+_adapter = TypeAdapter(Recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return a recipe as the text of recipe.yaml."""
+    data = _adapter.dump_python(recipe, mode="json")
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+
+def from_dict(data: object, where: str) -> Recipe:
+    """Check plain data and return the recipe in it.
+
+    Raises:
+        BadInputError: A key is unknown or missing, a value has the wrong type, or `quantize` is not the last step.
+    """
+    try:
+        recipe = _adapter.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise BadInputError(f"{where}: {place}: {first['msg']}. See docs/recipes.md for what a recipe holds") from error
+    names = [step.step for step in recipe.steps]
+    if names.count("quantize") != 1 or names[-1] != "quantize":
+        raise BadInputError(f"{where}: a recipe ends with one `quantize` step; this one has: {', '.join(names) or 'none'}")
+    return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read recipe.yaml.
+
+    Raises:
+        BadInputError: The file cannot be read, is not YAML, or is not a recipe.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"Cannot read {path}: {error.strerror}. Check the path given with --recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    return from_dict(data, str(path))
+
+
+def step_settings(step: Step) -> dict:
+    """Return a step's settings as plain data."""
+    return asdict(step)

@@ -1,0 +1,122 @@
+"""Bytes of files that do not exist yet, for every shape and mix of formats that a plan may choose."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from pocketlm.export.gguf import metadata_bytes, parameter_shapes, predicted_bytes
+from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.steps.prune_width import SPACE
+from pocketlm.steps.quantize import embedding_name
+from pocketlm.tensors.formats import FORMATS
+
+MULTIPLE = 32  # FFN widths are multiples of this, so that every block format fits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a model that pruning may end in."""
+
+    blocks: int
+    ffn: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `predicted_bytes` needs to know of a model, computed once."""
+
+    anatomy: Anatomy
+    family: str
+    metadata: int
+    shapes: dict[str, tuple[int, ...]]
+    original: Shape
+    embedding: str
+    tied: bool
+
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """Group of each matrix that can be quantized, by parameter name, in the order of the file."""
+        edges = {edge.path: edge.group for edge in self.anatomy.edges}
+        groups = {self.embedding: "embedding"}
+        for name in self.shapes:
+            path = name.removeprefix(f"{self.anatomy.blocks}.").partition(".")[2].removesuffix(".weight")
+            if name.startswith(f"{self.anatomy.blocks}.") and name.endswith(".weight") and path in edges:
+                groups[name] = edges[path]
+            if name == "lm_head.weight" and not self.tied:
+                groups[name] = "head"
+        return groups
+
+    @property
+    def group_names(self) -> list[str]:
+        """The groups, each once."""
+        return list(dict.fromkeys(self.groups.values()))
+
+    def allowed(self, group: str) -> list[str]:
+        """Return the formats whose blocks divide the rows of a group, largest first; F16 where none does."""
+        rows = {self.shapes[name][1] for name, other in self.groups.items() if other == group}
+        names = [form.name for form in FORMATS.values() if all(form.fits(columns) for columns in rows)]
+        return sorted(names, key=lambda name: -FORMATS[name].bits) or ["F16"]
+
+    def shapes_at(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Return every tensor's shape in a model of another shape."""
+        wide = {path for path in (*self.anatomy.writers(SPACE), *self.anatomy.readers(SPACE))}
+        result = {}
+        for name, size in self.shapes.items():
+            inner = name.removeprefix(f"{self.anatomy.blocks}.")
+            if inner != name:
+                index, _, path = inner.partition(".")
+                if int(index) >= shape.blocks:
+                    continue
+                if path.rpartition(".")[0] in wide:
+                    size = tuple(shape.ffn if n == self.original.ffn else n for n in size)  # noqa: PLW2901
+            result[name] = size
+        return result
+
+    def total(self, shape: Shape, formats: Mapping[str, str]) -> int:
+        """Return the exact bytes of the file for a shape and a format per group."""
+        by_name = {name: formats[group] for name, group in self.groups.items() if formats[group] != "F16"}
+        return predicted_bytes(self.metadata, self.family, self.shapes_at(shape), by_name)
+
+    def by_group(self, shape: Shape) -> tuple[int, dict[str, dict[str, int]]]:
+        """Return the bytes of everything but the groups, and the bytes of each group in each allowed format."""
+        smallest = {group: self.allowed(group)[-1] for group in self.group_names}
+        base = self.total(shape, smallest)
+        table = {
+            group: {
+                name: self.total(shape, smallest | {group: name}) - base for name in self.allowed(group)
+            }
+            for group in self.group_names
+        }
+        return base, table
+
+
+def sizes_of(model: LanguageModel) -> Sizes:
+    """Return the size arithmetic of a model."""
+    network = model.network
+    anatomy = anatomy_of(network)
+    first = blocks_of(network)[0]
+    ffn = read_weight(first.get_submodule(anatomy.readers(SPACE)[0])).shape[1]
+    return Sizes(
+        anatomy=anatomy,
+        family=model.family,
+        metadata=metadata_bytes(model),
+        shapes=parameter_shapes(network.config),
+        original=Shape(network.config.num_hidden_layers, ffn),
+        embedding=embedding_name(model),
+        tied=network.config.tie_word_embeddings,
+    )
+
+
+def smallest_shape(sizes: Sizes) -> Shape:
+    """Return how far pruning may go: half of the blocks, a quarter of the FFN channels."""
+    blocks = -(-sizes.original.blocks // 2) if sizes.anatomy.uniform_blocks else sizes.original.blocks
+    ffn = max(MULTIPLE, sizes.original.ffn // 4 // MULTIPLE * MULTIPLE)
+    return Shape(blocks, min(ffn, sizes.original.ffn))
+
+
+def budget_range(sizes: Sizes) -> tuple[int, int]:
+    """Return the bytes of the smallest and of the largest file that `fit` makes."""
+    least = {group: sizes.allowed(group)[-1] for group in sizes.group_names}
+    most = {group: sizes.allowed(group)[0] for group in sizes.group_names}
+    return sizes.total(smallest_shape(sizes), least), sizes.total(sizes.original, most)

@@ -1,0 +1,256 @@
+"""What a report holds, as data: every page, card and JSON file is made from one `Report`.
+
+Bytes are bytes, times are seconds unless the name says otherwise, and an `Estimate` is a value with its 95 %
+interval. What was not measured is None and is shown as such.
+"""
+
+import math
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from pocketlm.errors import BadInputError
+
+SCHEMA = 1
+
+Role = Literal["original", "plain", "compressed"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value and the 95 % interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether all three are numbers: not those of a broken model, nor what JSON made of them."""
+        return all(end is not None and math.isfinite(end) for end in (self.value, self.low, self.high))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The mean of repeated runs and their standard deviation."""
+
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A count in the original and in the compressed model."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Which model was compressed, and what became of its shape."""
+
+    name: str  # the name under which people know the original
+    source: str  # what the person typed
+    kind: str  # "folder", "hub" or "gguf"
+    license: str | None
+    family: str
+    sha256: str
+    is_chat: bool
+    parameters: Change
+    blocks: Change
+    ffn_width: Change
+
+
+@dataclass(frozen=True)
+class BudgetFacts:
+    """What was asked for, predicted and reached; `met` follows from the bytes."""
+
+    text: str  # as typed: "70MB"
+    bytes: int
+    predicted_bytes: int
+    actual_bytes: int
+    met: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "met", self.actual_bytes <= self.bytes)
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """What one kind of tensor takes: embedding, attention, ffn, norms, head or metadata."""
+
+    name: str
+    parameters: Change
+    bytes: Change
+    formats: tuple[str, ...]  # of the compressed file, such as ("IQ4_NL", "Q5_K")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of the work.
+
+    In `details` a list of floats, or of (x, y) pairs, is drawn as a curve, a mapping of names to numbers as
+    bars, and anything else (a list of integers is one of indices) is printed. Keys are strings in words, such
+    as "loss" or "damage by block".
+    """
+
+    name: str
+    seconds: float
+    reused: bool  # True: taken from the cache of an earlier run, which took `seconds`
+    summary: str  # one sentence
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a file does in the engine, on the machine of the report."""
+
+    prefill_tokens_per_second: Rate
+    decode_tokens_per_second: Rate
+    time_to_first_token_milliseconds: float | None
+    load_seconds: float | None
+    peak_memory_bytes: int | None
+    joules_per_token: float | None  # None where the machine has no meter
+
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """One file, measured as it ships; `plain` is plain round-to-nearest of the same or nearest bytes."""
+
+    role: Role
+    label: str  # what it is, in words: "plain Q3_K"
+    file_name: str
+    bytes: int
+    perplexity: Estimate | None
+    perplexity_ratio: Estimate | None  # to the original, paired window by window; None for the original
+    divergence: Estimate | None  # KL(original || this), nats per token; None for the original
+    agreement: Estimate | None  # fraction of tokens with the original's first choice; None for the original
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class TextUsed:
+    """A text that was measured on or calibrated with."""
+
+    name: str
+    sha256: str
+    tokens: int
+    windows: int
+    window_length: int
+    held_out: bool  # True: no stage of the work has seen it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the original and the compressed model say to the same prompt."""
+
+    prompt: str
+    original: str
+    compressed: str
+    notes: tuple[str, ...]  # what is wrong with them; `answers.compare` finds it
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified about the exported file."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run has to say about itself."""
+
+    command: str  # that makes the same file again
+    created: str  # ISO date
+    pocketlm: str  # version
+    versions: dict[str, str]  # python, torch, transformers, gguf, xllamacpp, llama.cpp
+    machine: dict[str, str | int | float]
+    seed: int
+    settings: dict[str, Any]
+    model: ModelFacts
+    budget: BudgetFacts
+    parts: tuple[PartSize, ...]
+    stages: tuple[StageRun, ...]
+    files: tuple[MeasuredFile, ...]
+    measured_text: TextUsed | None
+    calibration_text: TextUsed | None
+    answers: tuple[Answer, ...]
+    verification: tuple[Check, ...]
+    recipe: str  # YAML
+    notes: tuple[str, ...]  # what was not done, fallbacks, warnings
+    hashes: dict[str, str]  # what is hashed, and its SHA-256
+    perplexity_ratio_to_plain: Estimate | None = None  # compressed over plain, paired window by window
+
+    def file(self, role: Role) -> MeasuredFile | None:
+        """Return the measured file that plays `role`, None where there is none."""
+        return next((file for file in self.files if file.role == role), None)
+
+    @property
+    def product(self) -> MeasuredFile:
+        """The compressed file.
+
+        Raises:
+            BadInputError: The report has none.
+        """
+        product = self.file("compressed")
+        if product is None:
+            raise BadInputError(
+                "The report has no measured file with the role `compressed`. Measure the exported file first"
+            )
+        return product
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """Return `report` as plain data for JSON; numbers that are not finite become None.
+
+    What JSON does not know, such as a path among the settings, becomes its text.
+    """
+    return {"schema": SCHEMA, **_plain(asdict(report))}
+
+
+def from_dict(data: dict[str, Any]) -> Report:
+    """Return the report that `to_dict` wrote, also after a trip through JSON.
+
+    Raises:
+        BadInputError: The data are of another schema or lack a field.
+    """
+    if data.get("schema") != SCHEMA:
+        raise BadInputError(
+            f"The report has schema {data.get('schema')!r}, this pocketlm reads {SCHEMA}. "
+            "Read it with the version that wrote it"
+        )
+    try:
+        return _build(Report, data)
+    except KeyError as error:
+        raise BadInputError(
+            f"The report lacks the field {error}. Make it again with `pocketlm fit`"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """Return `value`, plain data, as the annotated type `kind`."""
+    if isinstance(kind, types.UnionType):
+        members = [member for member in typing.get_args(kind) if is_dataclass(member)]
+        return _build(members[0], value) if members and value is not None else value
+    if typing.get_origin(kind) is tuple:
+        return tuple(_build(typing.get_args(kind)[0], item) for item in value)
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        wanted = [item.name for item in fields(kind) if item.init]
+        return kind(**{name: _build(hints[name], value[name]) for name in wanted})
+    return value

@@ -1,0 +1,161 @@
+"""The report as a page for people (HTML) and as text (Markdown).
+
+The page is one file: no script, no font, no image from elsewhere, and a content policy that forbids them,
+because the answers in it were written by a language model and may be anything.
+"""
+
+import json
+import re
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pocketlm.report import charts, tables, wording
+from pocketlm.report.answers import is_fault
+from pocketlm.report.content import Report
+from pocketlm.report.verdict import judge
+
+_DRAWN_ROWS = 40  # a mapping with more entries is printed instead
+
+
+def html_page(report: Report) -> str:
+    """Return the report as one HTML page that needs nothing else."""
+    return render(
+        "report.html.j2",
+        report=report,
+        drawings=_drawings(report),
+        stages=[
+            (stage, [_detail(name, value) for name, value in stage.details.items()])
+            for stage in report.stages
+        ],
+    )
+
+
+def markdown_page(report: Report) -> str:
+    """Return the short report in GitHub's Markdown."""
+    return render("report.md.j2", report=report)
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a template of this room, filled; only HTML is escaped by itself."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pocketlm.report"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": cell, "fence": fence, "size": wording.size, "duration": wording.duration}
+    environment.filters |= {"count": wording.count, "percent": wording.percent}
+    environment.tests["fault"] = is_fault
+    report = values["report"]
+    return environment.get_template(template).render(
+        findings=judge(report),
+        measures=tables.measures(report),
+        files=tables.files_in_order(report),
+        parts=tables.parts(report),
+        failed=[check for check in report.verification if not check.passed],
+        **values,
+    )
+
+
+def cell(text: object) -> str:
+    """Return `text` on one line of Markdown, with nothing in it that would be read as markup."""
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", line)
+
+
+def fence(text: str, language: str = "text") -> str:
+    """Return `text` as a Markdown code block that the text itself cannot close."""
+    marks = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    marks = max(marks, "```", key=len)
+    return f"{marks}{language}\n{text.rstrip()}\n{marks}"
+
+
+def _drawings(report: Report) -> dict[str, list[tuple[str, Markup]]]:
+    """Return the charts of each section with their titles."""
+    return {
+        "bytes": [("", _bytes(report))] if report.parts else [],
+        "quality": _quality(report),
+        "speed": _speed(report),
+    }
+
+
+def _bytes(report: Report) -> Markup:
+    rows = []
+    for label, when in (("original", "before"), ("compressed", "after")):
+        values = [getattr(part.bytes, when) for part in report.parts]
+        rows.append((label, wording.size(sum(values)), values))
+    return charts.stacked(rows, report.budget.bytes, f"budget {report.budget.text}")
+
+
+def _quality(report: Report) -> list[tuple[str, Markup]]:
+    drawings = []
+    for title, name, reference, scale in (  # the reference is what the original has by definition
+        ("Perplexity ratio, lower is better", "perplexity_ratio", 1, 1),
+        ("KL in nats, lower is better", "divergence", 0, 1),
+        ("Agreement in %, higher is better", "agreement", 1, 100),
+    ):
+        measured = [(file.role, getattr(file, name)) for file in tables.files_in_order(report)]
+        rows = [
+            (role, role, item, f"{wording.middle(item, scale)} ({wording.interval(item, scale)})")
+            for role, item in measured
+            if item is not None
+        ]
+        if rows:
+            drawings.append((title, charts.whiskers(rows, title, reference, scale)))
+    return drawings
+
+
+def _speed(report: Report) -> list[tuple[str, Markup]]:
+    files = [file for file in tables.files_in_order(report) if file.speed is not None]
+    if not files:
+        return []
+    drawings = []
+    for title, name in (
+        ("Decode, tokens/s, higher is better", "decode_tokens_per_second"),
+        ("Prefill, tokens/s, higher is better", "prefill_tokens_per_second"),
+    ):
+        rates = [(file.role, getattr(file.speed, name)) for file in files]
+        rows = [(role, role, rate.mean, rate.deviation, wording.rate(rate)) for role, rate in rates]
+        drawings.append((title, charts.bars(rows, title)))
+    peaks = [(file.role, file.speed.peak_memory_bytes) for file in files if file.speed.peak_memory_bytes]
+    if peaks:
+        title = "Peak memory, lower is better"
+        rows = [(role, role, peak, 0.0, wording.size(peak)) for role, peak in peaks]
+        drawings.append((title, charts.bars(rows, title)))
+    return drawings
+
+
+def _detail(name: str, value: Any) -> tuple[str, Markup | str]:
+    """Return a detail of a stage as a chart where its shape allows one, as text otherwise."""
+    if (
+        isinstance(value, dict)
+        and value
+        and len(value) <= _DRAWN_ROWS
+        and all(map(_is_amount, value.values()))
+    ):
+        if all(str(key).isdigit() for key in value):
+            return name, charts.columns({str(key): item for key, item in value.items()}, name)
+        rows = [("compressed", str(key), item, 0.0, f"{item:,.4g}") for key, item in value.items()]
+        return name, charts.bars(rows, name)
+    if isinstance(value, list | tuple) and len(value) > 1:
+        if all(map(_is_number, value)) and any(isinstance(item, float) for item in value):
+            return name, charts.curve(list(enumerate(value, start=1)), name)
+        if all(
+            isinstance(item, list | tuple) and len(item) == 2 and all(map(_is_number, item)) for item in value
+        ):
+            return name, charts.curve([(x, y) for x, y in value], name)
+    if _is_number(value):
+        return name, f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    return name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < float("inf")

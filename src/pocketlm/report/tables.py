@@ -1,0 +1,132 @@
+"""The tables of a report, shared by the page, its Markdown and the model card."""
+
+from dataclasses import dataclass
+
+from pocketlm.report.content import Estimate, MeasuredFile, Report
+from pocketlm.report.wording import MISSING, count, duration, interval, middle, number, percent, rate, size
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and what stands small beneath it: its interval, mostly."""
+
+    main: str
+    aside: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.main} ({self.aside})" if self.aside else self.main
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure: its name, its unit, and one cell for each file."""
+
+    name: str
+    unit: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """A part of the model in words; `color` is its number in the chart, None for the total."""
+
+    color: int | None
+    name: str
+    parameters: tuple[str, str]
+    bytes: tuple[str, str]
+    share: str
+    formats: str
+
+
+def files_in_order(report: Report) -> list[MeasuredFile]:
+    """Return the measured files: original, plain, compressed."""
+    order = ("original", "plain", "compressed")
+    return sorted(report.files, key=lambda file: order.index(file.role))
+
+
+def measures(report: Report) -> list[Row]:
+    """Return what was measured, one row a measure and one column a file, in the order of `files_in_order`."""
+    files = files_in_order(report)
+
+    def row(name: str, unit: str, cells: list[Cell]) -> Row:
+        return Row(name, unit, tuple(cells))
+
+    return [
+        row("Size", "", [Cell(size(file.bytes), f"{file.bytes:,} bytes") for file in files]),
+        row("Perplexity", "lower is better", [_estimate(file.perplexity) for file in files]),
+        row("Perplexity ratio", "to the original", [_against(file, file.perplexity_ratio) for file in files]),
+        row("KL divergence", "nats per token", [_against(file, file.divergence) for file in files]),
+        row("Agreement", "same first choice", [_against(file, file.agreement, 100, "%") for file in files]),
+        *(row(name, unit, [_speed(file, name) for file in files]) for name, unit in _SPEEDS),
+    ]
+
+
+_SPEEDS = (
+    ("Prefill", "tokens/s"),
+    ("Decode", "tokens/s"),
+    ("Time to first token", ""),
+    ("Load time", ""),
+    ("Peak memory", ""),
+    ("Energy", "joules per token"),
+)
+
+
+def _speed(file: MeasuredFile, name: str) -> Cell:
+    speed = file.speed
+    if speed is None:
+        return Cell(MISSING)
+    first, joules = speed.time_to_first_token_milliseconds, speed.joules_per_token
+    return Cell(
+        {
+            "Prefill": rate(speed.prefill_tokens_per_second),
+            "Decode": rate(speed.decode_tokens_per_second),
+            "Time to first token": MISSING
+            if first is None
+            else f"{number(first, 1 if first < 100 else 0)} ms",
+            "Load time": duration(speed.load_seconds),
+            "Peak memory": size(speed.peak_memory_bytes),
+            "Energy": "not available" if joules is None else number(joules, 3),
+        }[name]
+    )
+
+
+def _estimate(value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+    text = middle(value, scale, unit)
+    return Cell(text) if value is None or text == MISSING else Cell(text, interval(value, scale, unit))
+
+
+def _against(file: MeasuredFile, value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+    return Cell("reference") if file.role == "original" else _estimate(value, scale, unit)
+
+
+def parts(report: Report) -> list[PartRow]:
+    """Return what each part takes before and after, with the total last."""
+    total = sum(part.bytes.after for part in report.parts)
+    rows = [
+        PartRow(
+            color=index,
+            name=part.name,
+            parameters=(count(part.parameters.before), count(part.parameters.after)),
+            bytes=(size(part.bytes.before), size(part.bytes.after)),
+            share=percent(part.bytes.after / total, 1) if total else "",
+            formats=", ".join(part.formats),
+        )
+        for index, part in enumerate(report.parts)
+        if part.bytes.before or part.bytes.after  # a tied head takes nothing
+    ]
+    sums = {
+        (what, when): sum(getattr(getattr(part, what), when) for part in report.parts)
+        for what in ("parameters", "bytes")
+        for when in ("before", "after")
+    }
+    rows.append(
+        PartRow(
+            None,
+            "total",
+            (count(sums["parameters", "before"]), count(sums["parameters", "after"])),
+            (size(sums["bytes", "before"]), size(sums["bytes", "after"])),
+            "",
+            "",
+        )
+    )
+    return rows

@@ -1,0 +1,52 @@
+"""Write the reports into an artefact folder, and the manifest that seals it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pocketlm.report.card import model_card
+from pocketlm.report.content import Report, to_dict
+from pocketlm.report.pages import html_page, markdown_page
+
+MANIFEST = "manifest.json"
+
+
+def write_reports(report: Report, folder: Path) -> None:
+    """Write report.html, report.md, report.json and README.md (the model card) into `folder`.
+
+    Args:
+        report: Everything the run has to say.
+        folder: Made if missing; files of these names are replaced.
+
+    Raises:
+        BadInputError: The report has no measured compressed file.
+    """
+    texts = {
+        "report.html": html_page(report),
+        "report.md": markdown_page(report),
+        "report.json": json.dumps(to_dict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "README.md": model_card(report),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        _replace(folder / name, text)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write manifest.json: path, bytes and SHA-256 of every other file under `folder`, sorted by path."""
+    entries = []
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            entries.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
+    _replace(folder / MANIFEST, json.dumps({"schema": 1, "files": entries}, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    # Written beside and renamed, so that a cut run never leaves half a file under the final name.
+    # A lone surrogate, which a broken model's tokenizer may yield, must not stop the report.
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(text.encode("utf-8", errors="replace"))
+    beside.replace(path)

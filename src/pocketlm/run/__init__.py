@@ -1,0 +1,1 @@
+"""The engine: llama.cpp, from the prebuilt wheel `xllamacpp`."""

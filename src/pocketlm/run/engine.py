@@ -1,0 +1,192 @@
+"""The real engine as a function from tokens to logits, so that quality is measured on the file that ships."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
+from pocketlm.run import llamacpp
+
+# The engine keeps the logits of one batch: 512 of them take 100 MB at 49,152 words, 540 MB at 262,144.
+_BATCH = 512
+
+
+def check_is_gguf(path: Path) -> None:
+    """Look at the first bytes before the engine does, whose messages are about its own code.
+
+    Raises:
+        BadInputError: `path` cannot be read or is no GGUF file.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise BadInputError(f"Cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise BadInputError(f"{path} is not a GGUF file: it does not begin with `GGUF`")
+
+
+class Engine:
+    """A GGUF file loaded by llama.cpp on the CPU, as a context manager; for one thread at a time.
+
+    Attributes:
+        vocabulary_size: The width of the logits.
+        trained_context: The context length that the file states, in tokens.
+        version: The engine's version, for reports.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None, context: int = 2048) -> None:
+        """Load `path`.
+
+        Args:
+            path: A GGUF file (the first part of a split one).
+            threads: CPU threads; those of torch if None.
+            context: Longest window in tokens.
+
+        Raises:
+            BadInputError: The file is missing, damaged, or of an architecture that the engine does not know.
+            OutOfResourcesError: The context does not fit into memory.
+        """
+        self._llama = llamacpp.library()
+        llamacpp.silence(self._llama)
+        llamacpp.take_errors()
+        self.path = Path(path)
+        self.version = llamacpp.version()
+        check_is_gguf(self.path)
+        # An empty list of devices keeps every layer on the CPU in builds that know a GPU too.
+        no_devices = (ctypes.c_void_p * 1)(None)
+        model_parameters = self._llama.llama_model_default_params()
+        model_parameters.devices = ctypes.addressof(no_devices)
+        self._context = None
+        self._model = self._llama.llama_model_load_from_file(str(self.path).encode(), model_parameters)
+        if not self._model:
+            raise BadInputError(
+                f"The engine cannot load {self.path}: {llamacpp.take_errors() or 'it does not say why'}. "
+                "The file is damaged, or newer than the engine"
+            )
+        self._vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self.vocabulary_size: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
+        self.trained_context: int = self._llama.llama_model_n_ctx_train(self._model)
+        context_parameters = self._llama.llama_context_default_params()
+        context_parameters.n_ctx = context
+        context_parameters.n_batch = context_parameters.n_ubatch = min(context, _BATCH)
+        self._context = self._llama.llama_init_from_model(self._model, context_parameters)
+        if not self._context:
+            self.close()
+            raise OutOfResourcesError(
+                f"The engine cannot make a context of {context} tokens for {self.path}: "
+                f"{llamacpp.take_errors() or 'probably too little memory'}. Try a shorter context"
+            )
+        threads = threads or torch.get_num_threads()
+        self._llama.llama_set_n_threads(self._context, threads, threads)
+        self.context: int = context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's memory; the engine cannot be used after."""
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits at every position of one window that starts from an empty context.
+
+        Args:
+            tokens: Token ids, at most `context` of them. Nothing is put in front.
+
+        Returns:
+            float32, (tokens, vocabulary).
+
+        Raises:
+            BadInputError: Too many tokens, none, or one outside the vocabulary.
+            PocketlmError: The engine fails on them.
+        """
+        count = len(tokens)
+        if not 0 < count <= self.context:
+            raise BadInputError(f"A window of {count} tokens does not fit the context of {self.context}")
+        self.forget()
+        logits = torch.empty(count, self.vocabulary_size, dtype=torch.float32)
+        for start in range(0, count, _BATCH):
+            self._decode(tokens[start : start + _BATCH], logits[start : start + _BATCH])
+        return logits
+
+    def forget(self) -> None:
+        """Empty the context."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def append(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to the context and return the logits after the last of them, as generating does.
+
+        Args:
+            tokens: Token ids, at least one.
+
+        Returns:
+            float32, (vocabulary,).
+
+        Raises:
+            BadInputError: A token is outside the vocabulary.
+            PocketlmError: The engine fails on them, or the context is full.
+        """
+        logits = torch.empty(1, self.vocabulary_size, dtype=torch.float32)
+        for start in range(0, len(tokens), _BATCH):
+            self._decode(tokens[start : start + _BATCH], logits)
+        return logits[0]
+
+    def _decode(self, tokens: Sequence[int], logits: Tensor) -> None:
+        """Append at most `_BATCH` tokens and fill `logits`, (wanted, vocabulary), with those of the last."""
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < self.vocabulary_size:
+                raise BadInputError(
+                    f"Token {token} is outside the vocabulary of {self.vocabulary_size}: "
+                    "were the tokens made with this model's tokenizer?"
+                )
+        count, wanted = len(tokens), len(logits)
+        batch = llamacpp.Batch(
+            n_tokens=count,
+            token=(ctypes.c_int32 * count)(*tokens),
+            logits=(ctypes.c_int8 * count)(*[0] * (count - wanted), *[1] * wanted),
+        )
+        status = self._llama.llama_decode(self._context, batch)
+        source = self._llama.llama_get_logits(self._context) if status == 0 else None
+        if not source:
+            raise PocketlmError(
+                f"The engine failed on {self.path} with status {status}: "
+                f"{llamacpp.take_errors() or 'it does not say why'}"
+            )
+        ctypes.memmove(logits.data_ptr(), source, logits.numel() * logits.element_size())
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Split `text` into token ids with the tokenizer inside the file, adding no start or end token.
+
+        Args:
+            text: Any text.
+            special: Whether `<|im_start|>` and the like are control tokens rather than characters.
+        """
+        data = text.encode()
+        capacity = len(data) + 8
+        while True:
+            ids = (ctypes.c_int32 * capacity)()
+            found = self._llama.llama_tokenize(
+                self._vocabulary, data, len(data), ids, capacity, False, special
+            )
+            if found >= 0:
+                return ids[:found]
+            capacity = -found  # the engine says how many it needs
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether the engine stops generating at `token`."""
+        return self._llama.llama_vocab_is_eog(self._vocabulary, token)

