@@ -103,14 +103,26 @@ def test_appending_one_by_one_gives_the_logits_of_the_window(tiny_file):
     torch.testing.assert_close(one_by_one, whole, rtol=1e-2, atol=2e-2)
 
 
+def test_appending_more_than_a_batch_gives_the_last_logits_of_the_window(tiny_file):
+    tokens = random_tokens(600)
+    with Engine(tiny_file, threads=1, context=600) as engine:
+        last = engine.logits(tokens)[-1]
+        engine.forget()
+        torch.testing.assert_close(engine.append(tokens), last, rtol=1e-2, atol=2e-2)
+
+
 def test_tokens_that_do_not_fit_are_refused(tiny_file):
     with Engine(tiny_file, threads=1, context=64) as engine:
         with pytest.raises(BadInputError, match="96 is outside the vocabulary of 96"):
             engine.logits([1, 96])
-        with pytest.raises(BadInputError, match="65 tokens does not fit the context of 64"):
+        with pytest.raises(BadInputError, match="65 tokens do not fit the context: 0 of 64"):
             engine.logits([1] * 65)
-        with pytest.raises(BadInputError, match="window of 0 tokens"):
+        with pytest.raises(BadInputError, match="0 tokens do not fit"):
             engine.logits([])
+        engine.logits([1] * 60)
+        with pytest.raises(BadInputError, match="5 tokens do not fit the context: 60 of 64"):
+            engine.append([1] * 5)
+        assert engine.append([1] * 4).shape == (96,)
 
 
 def test_damaged_files_are_refused_with_a_reason(tiny_file, tmp_path):
@@ -228,9 +240,7 @@ def test_a_conversation_longer_than_the_context_is_refused(server):
 
 @needs_demo
 def test_piped_questions_give_nothing_but_answers():
-    program = (
-        "import sys; from pocketlm.run.chat import chat_loop; chat_loop(sys.argv[1], threads=2, greedy=True)"
-    )
+    program = "import sys; from pocketlm.run.chat import chat_loop; chat_loop(sys.argv[1], threads=2, greedy=True)"
     questions = "Hi\n\n/reset\n/exit\nnever asked\n"
     result = subprocess.run(
         [sys.executable, "-c", program, str(DEMO)],

@@ -137,9 +137,7 @@ def test_a_round_trip_keeps_the_function_and_the_tokenizer(variant: str, tiny: C
             back.tokenizer(text).input_ids
         )
     assert back.tokenizer.chat_template == original.tokenizer.chat_template
-    assert set(back.network.generation_config.eos_token_id) == set(
-        original.network.generation_config.eos_token_id
-    )
+    assert set(back.network.generation_config.eos_token_id) == set(original.network.generation_config.eos_token_id)
     assert back.network.config.max_position_embeddings == 256
     assert not back.network.training
 

@@ -70,8 +70,7 @@ def report_of_smollm2() -> Report:
         compare("Say nothing.", "I have nothing to say.", " \n"),
     )
     losses = [
-        (step, round(1.9 * math.exp(-step / 90) + 0.31 + 0.03 * math.sin(step), 4))
-        for step in range(10, 410, 10)
+        (step, round(1.9 * math.exp(-step / 90) + 0.31 + 0.03 * math.sin(step), 4)) for step in range(10, 410, 10)
     ]
     return Report(
         command="pocketlm fit demo --budget 70MB --out smollm2-70mb --seed 0",
@@ -128,9 +127,7 @@ def report_of_smollm2() -> Report:
                     "dropped": [21, 24, 25],
                 },
             ),
-            StageRun(
-                "prune width", 58.1, True, "Cut the FFN from 1,536 to 1,280 columns and refitted the rest."
-            ),
+            StageRun("prune width", 58.1, True, "Cut the FFN from 1,536 to 1,280 columns and refitted the rest."),
             StageRun(
                 "distil",
                 1512.6,
@@ -298,9 +295,7 @@ def test_page_needs_nothing_from_elsewhere(report):
     page = html_page(report)
     seen = _Page(page)
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(seen.tags)
-    assert not [
-        name for name, _ in seen.attributes if name in {"src", "href", "srcset"} or name.startswith("on")
-    ]
+    assert not [name for name, _ in seen.attributes if name in {"src", "href", "srcset"} or name.startswith("on")]
     style = page[page.index("<style>") : page.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
@@ -317,9 +312,7 @@ def test_curves_and_bars_are_drawn_where_a_stage_brings_them(report):
 
 
 def test_what_json_does_not_know_becomes_text(report, tmp_path):
-    odd = replace(
-        report, settings={"out": tmp_path}, stages=(StageRun("x", 1.0, False, "y", {"a": {1: tmp_path}}),)
-    )
+    odd = replace(report, settings={"out": tmp_path}, stages=(StageRun("x", 1.0, False, "y", {"a": {1: tmp_path}}),))
     write_reports(odd, tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["settings"]["out"] == str(tmp_path)
@@ -378,9 +371,7 @@ def test_page_holds_every_number(report):
 
 
 def test_page_of_a_report_with_hardly_anything_measured(report, tmp_path):
-    bare = with_product(
-        report, perplexity=None, perplexity_ratio=None, divergence=None, agreement=None, speed=None
-    )
+    bare = with_product(report, perplexity=None, perplexity_ratio=None, divergence=None, agreement=None, speed=None)
     bare = replace(
         bare,
         files=tuple(file for file in bare.files if file.role == "compressed"),
@@ -506,9 +497,7 @@ def test_comparison_with_the_plain_file(report, ratio, divergence, own_bytes, bu
 
 
 def test_loss_to_the_plain_file_is_said_on_every_page(report, tmp_path):
-    losing = with_product(
-        report, perplexity_ratio=Estimate(1.6, 1.59, 1.61), divergence=Estimate(0.6, 0.59, 0.61)
-    )
+    losing = with_product(report, perplexity_ratio=Estimate(1.6, 1.59, 1.61), divergence=Estimate(0.6, 0.59, 0.61))
     write_reports(replace(losing, budget=PLAIN_FITS), tmp_path)
     for name in ("report.html", "report.md", "README.md"):
         assert "The plain file is the better choice here" in (tmp_path / name).read_text()
@@ -617,9 +606,7 @@ def test_model_card_has_measured_front_matter(report, tmp_path):
 
 def test_model_card_of_an_unlicensed_base_model_in_a_new_format(report, tmp_path):
     parts = (replace(report.parts[0], formats=("Q2_0",)),)
-    bare = replace(
-        report, model=replace(report.model, license=None, is_chat=False), parts=parts, calibration_text=None
-    )
+    bare = replace(report, model=replace(report.model, license=None, is_chat=False), parts=parts, calibration_text=None)
     write_reports(with_product(bare, file_name="my model's.gguf"), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "unknown"
@@ -661,7 +648,5 @@ def test_charts_draw_to_scale():
     widths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)%"', drawn)]
     assert widths == [75, 25, 50, 0]
     assert 'class="limit" x1="62.500%"' in drawn
-    points = re.search(
-        r'points="([^"]*)"', str(charts.curve([(0, 2.0), (1, 1.0), (2, math.nan), (4, 0.0)], "t"))
-    )
+    points = re.search(r'points="([^"]*)"', str(charts.curve([(0, 2.0), (1, 1.0), (2, math.nan), (4, 0.0)], "t")))
     assert points[1] == "0.0,0.0 250.0,50.0 1000.0,100.0"

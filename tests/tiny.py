@@ -53,9 +53,7 @@ def tiny_folder(family: str, path: Path, seed: int = 0, **changes: Any) -> Path:
             else:
                 outer = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight"))
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if outer else 0.15))
-        if (
-            family == "gemma3_text"
-        ):  # it multiplies embeddings by 8 on the way in: the blocks must still matter
+        if family == "gemma3_text":  # it multiplies embeddings by 8 on the way in: the blocks must still matter
             network.model.embed_tokens.weight /= 8
             network.model.norm.weight += 7
     start, end, *others = SPECIALS[family]
@@ -128,9 +126,7 @@ def _byte_level(family: str) -> str:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(_text(), trainer)
-    core.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in dict.fromkeys(SPECIALS[family])]
-    )
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in dict.fromkeys(SPECIALS[family])])
     return core.to_str()
 
 

@@ -81,9 +81,7 @@ def write_gguf(model: LanguageModel, packed: Mapping[str, Packed], path: Path, p
         for entry in entries:
             size = tensor_bytes(entry.type, entry.shape)
             # Said to be int8: for uint8 the writer looks the type's block up, and lacks the youngest types.
-            writer.add_tensor_info(
-                entry.name, entry.shape, np.dtype(np.int8), size, raw_dtype=TYPES[entry.type].number
-            )
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.int8), size, raw_dtype=TYPES[entry.type].number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -146,9 +144,7 @@ def predicted_bytes(
     """
     infos = data = 0
     for name, shape in shapes.items():
-        infos += (
-            24 + len(gguf_part(family, name)[0]) + 8 * len(shape)
-        )  # two lengths, type, offset, name, shape
+        infos += 24 + len(gguf_part(family, name)[0]) + 8 * len(shape)  # two lengths, type, offset, name, shape
         data += padded(tensor_bytes(formats.get(name) or _plain_type(shape, plain), shape))
     return padded(metadata + infos) + data
 
@@ -177,9 +173,7 @@ def _entries(model: LanguageModel, packed: Mapping[str, Packed], plain: Plain) -
             entries.append(_Entry(target, packed[name].format.name, shape, read))
         else:
             kind = _plain_type(shape, plain)
-            entries.append(
-                _Entry(target, kind, shape, partial(_plain_bytes, parameter, change, config, kind))
-            )
+            entries.append(_Entry(target, kind, shape, partial(_plain_bytes, parameter, change, config, kind)))
     factors = rope_factors(config)
     if factors is not None:
         entries.append(_Entry(ROPE_FACTORS, "F32", tuple(factors.shape), factors.numpy))
@@ -215,9 +209,7 @@ def _metadata(model: LanguageModel) -> dict[str, Field]:
         general["general.license"] = field(origin.license)
     if origin.kind == "gguf":
         source = read_gguf(origin.path)
-        kept = {
-            key: value for key, value in source.fields.items() if not key.startswith((*_STALE, "tokenizer."))
-        }
+        kept = {key: value for key, value in source.fields.items() if not key.startswith((*_STALE, "tokenizer."))}
         general |= kept
         if _same_vocabulary(source, tokenizer):
             tokenizer = {key: value for key, value in source.fields.items() if key.startswith("tokenizer.")}

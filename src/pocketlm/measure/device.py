@@ -157,9 +157,7 @@ def measure_speed(
         threads=threads,
         prompt=prompt,
         generate=generate,
-        files=tuple(
-            _summarize(file, mine, timings[0], generate) for file, mine in zip(files, timings, strict=True)
-        ),
+        files=tuple(_summarize(file, mine, timings[0], generate) for file, mine in zip(files, timings, strict=True)),
     )
 
 
@@ -184,8 +182,7 @@ def _summarize(file: Path, mine: list[dict], first: list[dict], generate: int) -
 
     def ratio(name: str) -> Figure:
         return figure(
-            statistics.median(run[name]) / statistics.median(base[name])
-            for run, base in zip(mine, first, strict=True)
+            statistics.median(run[name]) / statistics.median(base[name]) for run, base in zip(mine, first, strict=True)
         )
 
     has_energy = all(run["decode_joules"] for run in mine)
@@ -273,9 +270,7 @@ def usable_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     processors = os.sched_getaffinity(0)
-    siblings = [
-        Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in processors
-    ]
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in processors]
     try:
         cores = len({path.read_text() for path in siblings})
     except OSError:
@@ -289,9 +284,7 @@ def _memory() -> tuple[int | None, int | None]:
         text = Path("/proc/meminfo").read_text()
     except OSError:
         names = getattr(os, "sysconf_names", {})
-        return (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None
-        ), None
+        return (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None), None
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in text.splitlines()}
     limit = _group_limit("memory.max")
     total, available = sizes["MemTotal"], sizes["MemAvailable"]

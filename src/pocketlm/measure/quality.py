@@ -55,7 +55,9 @@ class Comparison:
 
 @torch.no_grad()
 def compare(
-    models: Mapping[str, Logits], windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+    models: Mapping[str, Logits],
+    windows: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure several models on the same windows; the first one is the reference.
 

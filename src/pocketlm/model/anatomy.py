@@ -147,3 +147,9 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
         module.nf, module.nx = outputs, inputs
     else:
         module.out_features, module.in_features = outputs, inputs
+
+
+def ffn_width(network: nn.Module) -> int:
+    """Return how many channels the feed-forward networks have."""
+    anatomy = anatomy_of(network)
+    return read_weight(blocks_of(network)[0].get_submodule(anatomy.readers("mlp_hidden")[0])).shape[1]

@@ -51,8 +51,7 @@ def _check_fixed(layout: Layout, config: "PreTrainedConfig") -> None:
             )
     if config.model_type == "gemma3_text":
         pattern = [
-            "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
-            for i in range(len(config.layer_types))
+            "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(len(config.layer_types))
         ]
         if config.layer_types != pattern or config.query_pre_attn_scalar != config.head_dim:
             raise BadInputError(
@@ -134,9 +133,7 @@ def config_from_gguf(file: GgufFile, factors: Tensor | None) -> "PreTrainedConfi
     embedding = file.tensors.get("token_embd.weight")
     missing = [attribute for attribute in list(dict(layout.keys).values())[:5] if attribute not in values]
     if embedding is None or missing:
-        raise BadInputError(
-            f"{file.path} does not state {', '.join(missing) or 'token_embd.weight'}: it is damaged"
-        )
+        raise BadInputError(f"{file.path} does not state {', '.join(missing) or 'token_embd.weight'}: it is damaged")
     values |= {
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -160,9 +157,7 @@ def _plain(file: GgufFile, key: str) -> int | float | None:
     value = file.get(key)
     if isinstance(value, list):  # one value per block
         if len(set(value)) > 1:
-            raise BadInputError(
-                f"{file.path} has blocks of different shapes (`{key}`), which no stock config can say"
-            )
+            raise BadInputError(f"{file.path} has blocks of different shapes (`{key}`), which no stock config can say")
         value = value[0]
     # 1e-05 is stored as the nearest float32: give back the shortest number that means the same.
     return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -182,9 +177,7 @@ def _rope_parameters(file: GgufFile, layout: Layout, values: dict, factors: Tens
                 "scaling.original_context_length", values["max_position_embeddings"]
             )
     elif kind != "none":
-        raise BadInputError(
-            f"{file.path} scales rotary positions by `{kind}`: none, linear and yarn can be read"
-        )
+        raise BadInputError(f"{file.path} scales rotary positions by `{kind}`: none, linear and yarn can be read")
     if factors is not None:
         low, high, context = _LLAMA3
         factor = round(factors.max().item(), 4)

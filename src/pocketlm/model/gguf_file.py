@@ -97,9 +97,7 @@ def field(value: bool | int | float | str | list) -> Field:
     }
     if isinstance(value, list):
         item = kinds[type(value[0])]
-        return Field(
-            value, GGUFValueType.ARRAY, GGUFValueType.INT32 if item is GGUFValueType.UINT32 else item
-        )
+        return Field(value, GGUFValueType.ARRAY, GGUFValueType.INT32 if item is GGUFValueType.UINT32 else item)
     return Field(value, kinds[type(value)])
 
 
@@ -191,15 +189,11 @@ def read_gguf(path: Path) -> GgufFile:
                 f"{path} is cut off or damaged: its header cannot be read. Download or export it again"
             ) from error
     if file.get("split.count", 1) > 1:
-        raise BadInputError(
-            f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`"
-        )
+        raise BadInputError(f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`")
     size = path.stat().st_size
     for name, info in file.tensors.items():
         if info.offset + tensor_bytes(info.type, info.shape) > size:
-            raise BadInputError(
-                f"{path} is cut off: the data of `{name}` is missing. Download or export it again"
-            )
+            raise BadInputError(f"{path} is cut off: the data of `{name}` is missing. Download or export it again")
     return file
 
 
@@ -220,12 +214,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
         shape = cursor.numbers(np.dtype("<u8"), cursor.number(GGUFValueType.UINT32))
         number = cursor.number(GGUFValueType.UINT32)
         if number not in _TYPE_NAMES:
-            raise BadInputError(
-                f"{path} stores `{name}` in a tensor type that is unknown here (number {number})"
-            )
-        infos[name] = TensorInfo(
-            _TYPE_NAMES[number], tuple(reversed(shape)), cursor.number(GGUFValueType.UINT64)
-        )
+            raise BadInputError(f"{path} stores `{name}` in a tensor type that is unknown here (number {number})")
+        infos[name] = TensorInfo(_TYPE_NAMES[number], tuple(reversed(shape)), cursor.number(GGUFValueType.UINT64))
     alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
     start = -(-cursor.at // alignment) * alignment
     placed = {name: TensorInfo(info.type, info.shape, start + info.offset) for name, info in infos.items()}
@@ -250,6 +240,4 @@ def read_tensor(file: GgufFile, name: str) -> Tensor:
     try:
         return torch.from_numpy(gguf.dequantize(rows, GGMLQuantizationType[info.type]))
     except (NotImplementedError, KeyError) as error:
-        raise BadInputError(
-            f"{file.path} stores `{name}` as {info.type}, which cannot be decoded here"
-        ) from error
+        raise BadInputError(f"{file.path} stores `{name}` as {info.type}, which cannot be decoded here") from error

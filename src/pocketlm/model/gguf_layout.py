@@ -59,9 +59,7 @@ def _linear(gguf_name: str, path: str, change: Change = "same") -> tuple[Part, P
     )
 
 
-def _decoder(
-    rotary: bool = False, norm: Change = "same", norms: tuple[tuple[str, str], ...] = ()
-) -> tuple[Part, ...]:
+def _decoder(rotary: bool = False, norm: Change = "same", norms: tuple[tuple[str, str], ...] = ()) -> tuple[Part, ...]:
     block = "model.layers.{}"
     return (
         Part("token_embd.weight", "model.embed_tokens.weight"),
@@ -129,9 +127,7 @@ _LLAMA = Layout("llama", "llama", _decoder(rotary=True, norms=_NORMS), _KEYS, _S
 LAYOUTS: dict[str, Layout] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Layout(
-        "qwen2", "qwen2", _decoder(norms=_NORMS), _KEYS, (*_SILU, ("use_sliding_window", (False,)))
-    ),
+    "qwen2": Layout("qwen2", "qwen2", _decoder(norms=_NORMS), _KEYS, (*_SILU, ("use_sliding_window", (False,)))),
     "qwen3": Layout(
         "qwen3",
         "qwen3",
@@ -165,12 +161,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 ARCHITECTURES: dict[str, Layout] = {layout.architecture: layout for layout in LAYOUTS.values()}
 _TO_GGUF = {
-    name: {part.parameter: (part.gguf, part.change) for part in layout.parts}
-    for name, layout in ARCHITECTURES.items()
+    name: {part.parameter: (part.gguf, part.change) for part in layout.parts} for name, layout in ARCHITECTURES.items()
 }
 _FROM_GGUF = {
-    name: {part.gguf: (part.parameter, part.change) for part in layout.parts}
-    for name, layout in ARCHITECTURES.items()
+    name: {part.gguf: (part.parameter, part.change) for part in layout.parts} for name, layout in ARCHITECTURES.items()
 }
 
 

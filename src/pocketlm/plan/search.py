@@ -99,11 +99,11 @@ def choose(sizes: Sizes, damages: Damages, budget: Budget) -> Plan:
     mixes = list(itertools.product(*(range(len(names[group])) for group in names)))
     picks = np.array(mixes)
     quantizing = sum(
-        np.array([damages.formats[group][name] for name in names[group]])[picks[:, i]]
-        for i, group in enumerate(names)
+        np.array([damages.formats[group][name] for name in names[group]])[picks[:, i]] for i, group in enumerate(names)
     )
-    shapes = candidate_shapes(sizes, len(damages.depth)) if damages.depth or damages.width else [sizes.original]
-    for shape in shapes:
+    narrowest = min(damages.width, default=sizes.original.ffn)  # beyond what was measured nothing is known
+    shapes = candidate_shapes(sizes, len(damages.depth))
+    for shape in (shape for shape in shapes if shape.ffn >= narrowest):
         base, table = sizes.by_group(shape)
         sizes_of_mixes = base + sum(
             np.array([table[group][name] for name in names[group]])[picks[:, i]] for i, group in enumerate(names)

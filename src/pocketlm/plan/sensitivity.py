@@ -94,7 +94,12 @@ def depth_damage(
 
 @torch.no_grad()
 def width_damage(
-    network: nn.Module, calibration: Tensor, windows: Tensor, opinion: Judge, widths: list[int], progress: Progress
+    network: nn.Module,
+    calibration: Tensor,
+    windows: Tensor,
+    opinion: Judge,
+    widths: list[int],
+    progress: Progress,
 ) -> dict[int, float]:
     """Return the KL of narrowing every FFN to each of `widths`, readers re-solved.
 
@@ -147,7 +152,9 @@ def format_damage(
                 errors[name] += (round_to_nearest(sample, FORMATS[name]).decode() - sample).square().mean().item()
         with replaced(weights):
             measured = divergence_of(model.network, windows, opinion)
-        damage[group] = {name: measured * errors[name] / errors[coarse.name] for name in names}
+        # Weights that lie on the coarse grid already have no error there, and the measured damage is noise.
+        scale = measured / errors[coarse.name] if errors[coarse.name] else 0.0
+        damage[group] = {name: scale * errors[name] for name in names}
         progress("damage of number formats", done, len(sizes.group_names))
     return damage
 

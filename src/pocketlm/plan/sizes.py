@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketlm.export.gguf import metadata_bytes, parameter_shapes, predicted_bytes
-from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight
+from pocketlm.model.anatomy import Anatomy, anatomy_of, ffn_width
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.steps.prune_width import SPACE
-from pocketlm.steps.quantize import embedding_name
+from pocketlm.plan.recipe import Recipe
+from pocketlm.steps.prune_depth import PruneDepth
+from pocketlm.steps.prune_width import SPACE, PruneWidth
+from pocketlm.steps.quantize import Quantize, embedding_name, format_for
 from pocketlm.tensors.formats import FORMATS
 
 MULTIPLE = 32  # FFN widths are multiples of this, so that every block format fits
@@ -60,7 +62,8 @@ class Sizes:
 
     def shapes_at(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape in a model of another shape."""
-        wide = {path for path in (*self.anatomy.writers(SPACE), *self.anatomy.readers(SPACE))}
+        rows = {f"{path}.{kind}" for path in self.anatomy.writers(SPACE) for kind in ("weight", "bias")}
+        columns = {f"{path}.weight" for path in self.anatomy.readers(SPACE)}
         result = {}
         for name, size in self.shapes.items():
             inner = name.removeprefix(f"{self.anatomy.blocks}.")
@@ -68,8 +71,10 @@ class Sizes:
                 index, _, path = inner.partition(".")
                 if int(index) >= shape.blocks:
                     continue
-                if path.rpartition(".")[0] in wide:
-                    size = tuple(shape.ffn if n == self.original.ffn else n for n in size)  # noqa: PLW2901
+                if path in rows:
+                    size = (shape.ffn, *size[1:])
+                if path in columns:
+                    size = (size[0], shape.ffn)
             result[name] = size
         return result
 
@@ -78,14 +83,17 @@ class Sizes:
         by_name = {name: formats[group] for name, group in self.groups.items() if formats[group] != "F16"}
         return predicted_bytes(self.metadata, self.family, self.shapes_at(shape), by_name)
 
+    @property
+    def total_f16(self) -> int:
+        """The bytes of the original as an F16 file, which 100 % stands for."""
+        return self.total(self.original, dict.fromkeys(self.group_names, "F16"))
+
     def by_group(self, shape: Shape) -> tuple[int, dict[str, dict[str, int]]]:
         """Return the bytes of everything but the groups, and the bytes of each group in each allowed format."""
         smallest = {group: self.allowed(group)[-1] for group in self.group_names}
         base = self.total(shape, smallest)
         table = {
-            group: {
-                name: self.total(shape, smallest | {group: name}) - base for name in self.allowed(group)
-            }
+            group: {name: self.total(shape, smallest | {group: name}) - base for name in self.allowed(group)}
             for group in self.group_names
         }
         return base, table
@@ -95,14 +103,12 @@ def sizes_of(model: LanguageModel) -> Sizes:
     """Return the size arithmetic of a model."""
     network = model.network
     anatomy = anatomy_of(network)
-    first = blocks_of(network)[0]
-    ffn = read_weight(first.get_submodule(anatomy.readers(SPACE)[0])).shape[1]
     return Sizes(
         anatomy=anatomy,
         family=model.family,
         metadata=metadata_bytes(model),
         shapes=parameter_shapes(network.config),
-        original=Shape(network.config.num_hidden_layers, ffn),
+        original=Shape(network.config.num_hidden_layers, ffn_width(network)),
         embedding=embedding_name(model),
         tied=network.config.tie_word_embeddings,
     )
@@ -120,3 +126,24 @@ def budget_range(sizes: Sizes) -> tuple[int, int]:
     least = {group: sizes.allowed(group)[-1] for group in sizes.group_names}
     most = {group: sizes.allowed(group)[0] for group in sizes.group_names}
     return sizes.total(smallest_shape(sizes), least), sizes.total(sizes.original, most)
+
+
+def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
+    """Return the exact bytes of the file that a recipe makes.
+
+    Raises:
+        BadInputError: The recipe lacks a group's format or names one that does not fit.
+    """
+    shape, formats = sizes.original, {}
+    for step in recipe.steps:
+        match step:
+            case PruneDepth():
+                shape = Shape(shape.blocks - len(set(step.drop)), shape.ffn)
+            case PruneWidth():
+                shape = Shape(shape.blocks, step.ffn)
+            case Quantize():
+                formats = step.formats
+    for name, group in sizes.groups.items():
+        columns = sizes.shapes_at(shape)[name][1] if name in sizes.shapes_at(shape) else MULTIPLE
+        format_for(formats, group, columns)
+    return sizes.total(shape, formats)

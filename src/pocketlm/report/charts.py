@@ -38,9 +38,7 @@ def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float, limi
     return _picture(drawn, bottom + 20, "Bytes of each part, before and after")
 
 
-def whiskers(
-    rows: Sequence[tuple[str, str, Estimate, str]], title: str, reference: float, scale: float = 1
-) -> Markup:
+def whiskers(rows: Sequence[tuple[str, str, Estimate, str]], title: str, reference: float, scale: float = 1) -> Markup:
     """Draw estimates as dots with their intervals on one axis.
 
     Args:
@@ -57,9 +55,7 @@ def whiskers(
         return 1 + 98 * (value - low) / (high - low)
 
     bottom = 44 * len(rows) + 6
-    drawn = [
-        f'<line class="grid" x1="{place(t):.3f}%" x2="{place(t):.3f}%" y1="20" y2="{bottom}"/>' for t in ticks
-    ]
+    drawn = [f'<line class="grid" x1="{place(t):.3f}%" x2="{place(t):.3f}%" y1="20" y2="{bottom}"/>' for t in ticks]
     x = place(scale * reference)
     drawn.append(f'<line class="limit" x1="{x:.3f}%" x2="{x:.3f}%" y1="20" y2="{bottom}"/>')
     for index, (kind, label, item, text) in enumerate(rows):
@@ -90,9 +86,7 @@ def bars(rows: Sequence[tuple[str, str, float, float, str]], title: str) -> Mark
         drawn.append(_rectangle(0, 100 * value / longest, top + 23, 14, kind))
         if deviation:
             left, right = (100 * max(0, value + sign * deviation) / longest for sign in (-1, 1))
-            drawn.append(
-                f'<line class="error" x1="{left:.3f}%" x2="{right:.3f}%" y1="{top + 30}" y2="{top + 30}"/>'
-            )
+            drawn.append(f'<line class="error" x1="{left:.3f}%" x2="{right:.3f}%" y1="{top + 30}" y2="{top + 30}"/>')
     return _picture(drawn, 44 * len(rows), title)
 
 

@@ -227,9 +227,7 @@ def from_dict(data: dict[str, Any]) -> Report:
     try:
         return _build(Report, data)
     except KeyError as error:
-        raise BadInputError(
-            f"The report lacks the field {error}. Make it again with `pocketlm fit`"
-        ) from None
+        raise BadInputError(f"The report lacks the field {error}. Make it again with `pocketlm fit`") from None
 
 
 def _plain(value: Any) -> Any:

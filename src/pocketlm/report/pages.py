@@ -25,10 +25,7 @@ def html_page(report: Report) -> str:
         "report.html.j2",
         report=report,
         drawings=_drawings(report),
-        stages=[
-            (stage, [_detail(name, value) for name, value in stage.details.items()])
-            for stage in report.stages
-        ],
+        stages=[(stage, [_detail(name, value) for name, value in stage.details.items()]) for stage in report.stages],
     )
 
 
@@ -131,12 +128,7 @@ def _speed(report: Report) -> list[tuple[str, Markup]]:
 
 def _detail(name: str, value: Any) -> tuple[str, Markup | str]:
     """Return a detail of a stage as a chart where its shape allows one, as text otherwise."""
-    if (
-        isinstance(value, dict)
-        and value
-        and len(value) <= _DRAWN_ROWS
-        and all(map(_is_amount, value.values()))
-    ):
+    if isinstance(value, dict) and value and len(value) <= _DRAWN_ROWS and all(map(_is_amount, value.values())):
         if all(str(key).isdigit() for key in value):
             return name, charts.columns({str(key): item for key, item in value.items()}, name)
         rows = [("compressed", str(key), item, 0.0, f"{item:,.4g}") for key, item in value.items()]
@@ -144,9 +136,7 @@ def _detail(name: str, value: Any) -> tuple[str, Markup | str]:
     if isinstance(value, list | tuple) and len(value) > 1:
         if all(map(_is_number, value)) and any(isinstance(item, float) for item in value):
             return name, charts.curve(list(enumerate(value, start=1)), name)
-        if all(
-            isinstance(item, list | tuple) and len(item) == 2 and all(map(_is_number, item)) for item in value
-        ):
+        if all(isinstance(item, list | tuple) and len(item) == 2 and all(map(_is_number, item)) for item in value):
             return name, charts.curve([(x, y) for x, y in value], name)
     if _is_number(value):
         return name, f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

@@ -80,9 +80,7 @@ def _speed(file: MeasuredFile, name: str) -> Cell:
         {
             "Prefill": rate(speed.prefill_tokens_per_second),
             "Decode": rate(speed.decode_tokens_per_second),
-            "Time to first token": MISSING
-            if first is None
-            else f"{number(first, 1 if first < 100 else 0)} ms",
+            "Time to first token": MISSING if first is None else f"{number(first, 1 if first < 100 else 0)} ms",
             "Load time": duration(speed.load_seconds),
             "Peak memory": size(speed.peak_memory_bytes),
             "Energy": "not available" if joules is None else number(joules, 3),

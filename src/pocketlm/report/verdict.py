@@ -78,12 +78,8 @@ def _budget(report: Report) -> Finding:
     if budget.met:
         room = f"with {size(gap)} to spare" if gap else "to the byte"
         sentence = f"The file takes {size(budget.actual_bytes)} and fits the budget of {budget.text}, {room}."
-        return Finding(
-            "budget", "good", size(budget.actual_bytes), "budget met", f"of {budget.text}", sentence
-        )
-    sentence = (
-        f"The file takes {size(budget.actual_bytes)} and misses the budget of {budget.text} by {size(gap)}."
-    )
+        return Finding("budget", "good", size(budget.actual_bytes), "budget met", f"of {budget.text}", sentence)
+    sentence = f"The file takes {size(budget.actual_bytes)} and misses the budget of {budget.text} by {size(gap)}."
     aside = f"{size(gap)} over {budget.text}"
     return Finding("budget", "bad", size(budget.actual_bytes), "budget missed", aside, sentence)
 
@@ -116,12 +112,8 @@ def _size(original: MeasuredFile, product: MeasuredFile) -> Finding:
     word = "smaller" if change < 0 else "larger" if change > 0 else "same size"
     figure = percent(abs(change)) if abs(change) >= 0.0995 or not change else percent(abs(change), 1)
     aside = f"{size(original.bytes)} to {size(product.bytes)}"
-    sentence = (
-        f"It is {figure} {word} than the original: {aside}." if change else f"It keeps its size: {aside}."
-    )
-    return Finding(
-        "size", "good" if change < 0 else "bad" if change > 0 else "even", figure, word, aside, sentence
-    )
+    sentence = f"It is {figure} {word} than the original: {aside}." if change else f"It keeps its size: {aside}."
+    return Finding("size", "good" if change < 0 else "bad" if change > 0 else "even", figure, word, aside, sentence)
 
 
 def _speed(original: MeasuredFile, product: MeasuredFile) -> Finding | None:
@@ -131,9 +123,7 @@ def _speed(original: MeasuredFile, product: MeasuredFile) -> Finding | None:
     outcome = faster(new, old)
     aside = f"{number(old.mean, 1)} to {number(new.mean, 1)} tokens/s"
     figure = f"×{number(new.mean / old.mean)}"
-    word = {"better": "faster decoding", "worse": "slower decoding", "within noise": "speed within noise"}[
-        outcome
-    ]
+    word = {"better": "faster decoding", "worse": "slower decoding", "within noise": "speed within noise"}[outcome]
     measured = f"It writes {number(new.mean, 1)} tokens/s where the original writes {number(old.mean, 1)}"
     ending = {
         "better": f"{number(new.mean / old.mean)} times as fast",
@@ -155,12 +145,9 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
     if not compared:
         return None
     extra = product.bytes / plain.bytes - 1
-    tone, word, ending = _weigh(
-        {outcome for _, outcome, _, _ in compared}, extra, plain.bytes <= report.budget.bytes
-    )
+    tone, word, ending = _weigh({outcome for _, outcome, _, _ in compared}, extra, plain.bytes <= report.budget.bytes)
     values = ", ".join(
-        f"{what} {middle(ours)} against {middle(theirs)} ({outcome})"
-        for what, outcome, ours, theirs in compared
+        f"{what} {middle(ours)} against {middle(theirs)} ({outcome})" for what, outcome, ours, theirs in compared
     )
     heft = (
         "the same size"

@@ -38,10 +38,14 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entries.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
+            entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
     _replace(folder / MANIFEST, json.dumps({"schema": 1, "files": entries}, indent=2) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 from pocketlm.run import llamacpp
 
 # The engine keeps the logits of one batch: 512 of them take 100 MB at 49,152 words, 540 MB at 262,144.
-_BATCH = 512
+_LARGEST_BATCH = 512
 
 
 def check_is_gguf(path: Path) -> None:
@@ -74,7 +74,8 @@ class Engine:
         self.trained_context: int = self._llama.llama_model_n_ctx_train(self._model)
         context_parameters = self._llama.llama_context_default_params()
         context_parameters.n_ctx = context
-        context_parameters.n_batch = context_parameters.n_ubatch = min(context, _BATCH)
+        self._batch = min(context, _LARGEST_BATCH)
+        context_parameters.n_batch = context_parameters.n_ubatch = self._batch
         self._context = self._llama.llama_init_from_model(self._model, context_parameters)
         if not self._context:
             self.close()
@@ -85,6 +86,7 @@ class Engine:
         threads = threads or torch.get_num_threads()
         self._llama.llama_set_n_threads(self._context, threads, threads)
         self.context: int = context
+        self._used = 0
 
     def __enter__(self) -> Self:
         return self
@@ -112,20 +114,17 @@ class Engine:
             float32, (tokens, vocabulary).
 
         Raises:
-            BadInputError: Too many tokens, none, or one outside the vocabulary.
+            BadInputError: No tokens, more than fit, or one outside the vocabulary.
             PocketlmError: The engine fails on them.
         """
-        count = len(tokens)
-        if not 0 < count <= self.context:
-            raise BadInputError(f"A window of {count} tokens does not fit the context of {self.context}")
         self.forget()
-        logits = torch.empty(count, self.vocabulary_size, dtype=torch.float32)
-        for start in range(0, count, _BATCH):
-            self._decode(tokens[start : start + _BATCH], logits[start : start + _BATCH])
+        logits = torch.empty(len(tokens), self.vocabulary_size, dtype=torch.float32)
+        self._decode(tokens, logits)
         return logits
 
     def forget(self) -> None:
         """Empty the context."""
+        self._used = 0
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def append(self, tokens: Sequence[int]) -> Tensor:
@@ -138,22 +137,35 @@ class Engine:
             float32, (vocabulary,).
 
         Raises:
-            BadInputError: A token is outside the vocabulary.
-            PocketlmError: The engine fails on them, or the context is full.
+            BadInputError: No tokens, more than fit, or one outside the vocabulary.
+            PocketlmError: The engine fails on them.
         """
         logits = torch.empty(1, self.vocabulary_size, dtype=torch.float32)
-        for start in range(0, len(tokens), _BATCH):
-            self._decode(tokens[start : start + _BATCH], logits)
+        self._decode(tokens, logits)
         return logits[0]
 
     def _decode(self, tokens: Sequence[int], logits: Tensor) -> None:
-        """Append at most `_BATCH` tokens and fill `logits`, (wanted, vocabulary), with those of the last."""
+        """Append `tokens` and fill `logits`, (wanted, vocabulary), with those of the last ones."""
+        count, wanted = len(tokens), len(logits)
+        # The engine ends the process on what is refused here.
+        if not 0 < count <= self.context - self._used:
+            raise BadInputError(
+                f"{count} tokens do not fit the context: {self._used} of {self.context} positions are taken"
+            )
         for token in (min(tokens), max(tokens)):
             if not 0 <= token < self.vocabulary_size:
                 raise BadInputError(
                     f"Token {token} is outside the vocabulary of {self.vocabulary_size}: "
                     "were the tokens made with this model's tokenizer?"
                 )
+        self._used += count
+        for start in range(0, count, self._batch):
+            stop = min(start + self._batch, count)
+            # Rows of `logits` before and after this batch.
+            first, last = (max(0, wanted - count + at) for at in (start, stop))
+            self._decode_batch(tokens[start:stop], logits[first:last])
+
+    def _decode_batch(self, tokens: Sequence[int], logits: Tensor) -> None:
         count, wanted = len(tokens), len(logits)
         batch = llamacpp.Batch(
             n_tokens=count,
@@ -161,13 +173,14 @@ class Engine:
             logits=(ctypes.c_int8 * count)(*[0] * (count - wanted), *[1] * wanted),
         )
         status = self._llama.llama_decode(self._context, batch)
-        source = self._llama.llama_get_logits(self._context) if status == 0 else None
-        if not source:
+        if status != 0:
             raise PocketlmError(
                 f"The engine failed on {self.path} with status {status}: "
                 f"{llamacpp.take_errors() or 'it does not say why'}"
             )
-        ctypes.memmove(logits.data_ptr(), source, logits.numel() * logits.element_size())
+        if wanted:
+            source = self._llama.llama_get_logits(self._context)
+            ctypes.memmove(logits.data_ptr(), source, logits.numel() * logits.element_size())
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Split `text` into token ids with the tokenizer inside the file, adding no start or end token.
@@ -180,9 +193,7 @@ class Engine:
         capacity = len(data) + 8
         while True:
             ids = (ctypes.c_int32 * capacity)()
-            found = self._llama.llama_tokenize(
-                self._vocabulary, data, len(data), ids, capacity, False, special
-            )
+            found = self._llama.llama_tokenize(self._vocabulary, data, len(data), ids, capacity, False, special)
             if found >= 0:
                 return ids[:found]
             capacity = -found  # the engine says how many it needs

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pocketlm.errors import BadInputError, PocketlmError
 
-_LOG_ERROR, _LOG_CONTINUES = 4, 5
+_LOG_ERROR = 4
 _DOCUMENTED_CONTEXT_DEFAULTS = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
 
 
@@ -110,7 +110,7 @@ _error_lines: deque[str] = deque(maxlen=8)
 @_LogCallback
 def _keep_errors(level: int, text: bytes, _: int | None) -> None:
     # A raise here would be printed by ctypes in the middle of the terminal: decode leniently.
-    if level in (_LOG_ERROR, _LOG_CONTINUES):
+    if level == _LOG_ERROR:
         _error_lines.append(text.decode("utf-8", "replace"))
 
 

@@ -83,9 +83,7 @@ def time_file(path: Path, threads: int, prompt: int, generate: int, repeat: int)
     )
 
 
-def _time_once(
-    engine: Engine, tokens: list[int], generate: int
-) -> tuple[float, float, float | None, float | None]:
+def _time_once(engine: Engine, tokens: list[int], generate: int) -> tuple[float, float, float | None, float | None]:
     """Return seconds of prefill and of decode, then joules of both."""
     engine.forget()
     energies, times = [_package_joules()], [time.perf_counter()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError, PocketlmError
+from pocketlm.model.anatomy import blocks_of
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import final_hidden
@@ -18,7 +19,7 @@ from pocketlm.steps.report import StepReport
 from pocketlm.tensors.divergence import kl_divergence
 
 POSITIONS_AT_ONCE = 256  # logits of so many positions are in memory together, whatever the vocabulary
-CHECKPOINT_PARAMETERS = 400_000_000  # above this, activations are recomputed in the backward pass to save memory
+CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,13 @@ def distil(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if sum(parameter.numel() for parameter in trained) > CHECKPOINT_PARAMETERS:
         network.gradient_checkpointing_enable()
+        for block in blocks_of(network):
+            block.training = True  # what checkpointing asks for; the dropout inside stays off
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, config.warm_up))
     held_out_kl = [(0, held_out_divergence(teacher.network, network, held_out))]
-    best, best_state = held_out_kl[0][1], None
+    best, best_state = held_out_kl[0][1], copy.deepcopy(network.state_dict())
     evaluate_at = {round(steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     losses, began = [], time.monotonic()
     for step, batch in enumerate(_batches(windows, config, steps), 1):
@@ -89,24 +92,19 @@ def distil(
                 best, best_state = held_out_kl[-1][1], copy.deepcopy(network.state_dict())
         progress(step, steps, loss)
     network.gradient_checkpointing_disable()
-    return _finish(student, best_state, losses, held_out_kl, steps * batch.numel() / (time.monotonic() - began))
-
-
-def _finish(
-    student: LanguageModel,
-    best_state: dict | None,
-    losses: list[float],
-    held_out_kl: list[tuple[int, float]],
-    speed: float,
-) -> tuple[LanguageModel, StepReport]:
-    before, after = held_out_kl[0][1], min(kl for _, kl in held_out_kl)
+    network.eval()
+    network.load_state_dict(best_state)
+    speed = steps * batch.numel() / (time.monotonic() - began)
     details = {"losses": losses, "held_out_kl": held_out_kl, "tokens_per_second": round(speed, 1)}
-    if best_state is None:
-        raise_free = "distillation did not lower the held-out KL, so the pruned model is kept as it was"
-        return student, StepReport("distil", raise_free, details | {"kept": False})
-    student.network.load_state_dict(best_state)
-    summary = f"held-out KL to the original fell from {before:.4f} to {after:.4f} nats per token"
-    return student, StepReport("distil", summary, details | {"kept": True})
+    return student, _report(held_out_kl[0][1], best, details)
+
+
+def _report(before: float, best: float, details: dict) -> StepReport:
+    if best < before:
+        summary = f"held-out KL to the original fell from {before:.4f} to {best:.4f} nats per token"
+    else:
+        summary = "distillation did not lower the held-out KL, so the pruned model is kept as it was"
+    return StepReport("distil", summary, details | {"kept": best < before})
 
 
 def _cosine(step: int, steps: int, warm_up: float) -> float:

@@ -36,7 +36,6 @@ def prune_depth(model: LanguageModel, config: PruneDepth) -> tuple[LanguageModel
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
         )
     drop_blocks(model.network, set(config.drop))
-    names = ", ".join(map(str, sorted(config.drop)))
-    return model, StepReport(
-        "prune_depth", f"dropped {len(set(config.drop))} of {total} blocks: {names}", {"dropped": sorted(config.drop)}
-    )
+    dropped = sorted(set(config.drop))
+    names = ", ".join(map(str, dropped)) or "none"
+    return model, StepReport("prune_depth", f"dropped {len(dropped)} of {total} blocks: {names}", {"dropped": dropped})

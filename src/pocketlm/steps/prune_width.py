@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import anatomy_of, read_weight, write_weight
+from pocketlm.model.anatomy import ffn_width, read_weight, write_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import keep_channels, set_ffn_width
 from pocketlm.model.sweep import Layer, sweep
@@ -66,7 +66,7 @@ def prune_width(
     Raises:
         BadInputError: The width is not between 1 and the present one.
     """
-    present = _ffn_width(model)
+    present = ffn_width(model.network)
     if not 0 < config.ffn <= present:
         raise BadInputError(f"Cannot make FFNs {config.ffn} wide: they are {present} wide now. Give 1 to {present}")
     energy_kept = []
@@ -87,15 +87,9 @@ def prune_width(
     )
 
 
-def _ffn_width(model: LanguageModel) -> int:
-    anatomy = anatomy_of(model.network)
-    width = getattr(model.network.config, anatomy.ffn_width)
-    return width if width is not None else 4 * model.network.config.hidden_size  # GPT-2's n_inner=None
-
-
 def _explained(weight: Tensor, solved: Tensor, gram: Tensor, keep: Tensor) -> float:
     """Return the share of ‖W X‖² that the re-solved weights reproduce."""
     change = weight.clone().float()
     change[:, keep] -= solved.float()
     whole = ((weight.float() @ gram) * weight.float()).sum()
-    return 1 - (((change @ gram) * change).sum() / whole).item()
+    return 1 - (((change @ gram) * change).sum() / whole.clamp_min(1e-30)).item()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import Edge, read_weight
+from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import HEAD, Layer, sweep
 from pocketlm.steps.report import StepReport
-from pocketlm.tensors.elimination import gptq, output_errors
+from pocketlm.tensors.elimination import gptq, output_errors, ridge
 from pocketlm.tensors.formats import FORMATS, Format, Packed, Quantized, pack, round_to_nearest
 
 # The tied embedding is also read row by row, where every column counts alike: so much of the mean diagonal of the
@@ -35,7 +35,7 @@ Choose = Callable[[Tensor, Tensor, Format], Quantized]
 
 
 def _rtn(weight: Tensor, gram: Tensor, form: Format) -> Quantized:
-    return round_to_nearest(weight, form, gram.diagonal())
+    return round_to_nearest(weight, form, gram.diagonal() + ridge(gram))
 
 
 METHODS: dict[str, Choose] = {"gptq": gptq, "rtn": _rtn}
@@ -55,7 +55,7 @@ def quantize(
         model: Its weights become the decoded ones, in place.
         config: Formats and method.
         windows: (windows, length) token ids to take statistics on.
-        progress: Called after each block with how many are done and how many there are.
+        progress: Called after each block and the head with how many are done and how many there are.
 
     Returns:
         The model, the bytes of every quantized tensor by parameter name, and the report.
@@ -63,6 +63,7 @@ def quantize(
     Raises:
         BadInputError: A format is unknown or does not fit a tensor's row length.
     """
+    _check_formats(model, config.formats)
     method = METHODS[config.method]
     tied = model.network.config.tie_word_embeddings
     packed: dict[str, Packed] = {}
@@ -75,7 +76,7 @@ def quantize(
             weight = torch.cat([read_weight(linear) for linear in linears])
             gram = layer.gram[reads]
             if edges[0] is HEAD and tied:
-                gram = gram + LOOKUP_WEIGHT * gram.diagonal().mean() * torch.eye(len(gram))
+                gram = gram + LOOKUP_WEIGHT * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
             chosen = method(weight, gram, form)
             start = 0
             for edge, linear in zip(edges, linears, strict=True):
@@ -86,7 +87,7 @@ def quantize(
                 name = embedding_name(model) if group == "embedding" else layer.parameter_name(edge)
                 packed[name] = pack(part)
                 _overwrite(linear, part.decode())
-        progress(layer.index, total)
+        progress(layer.index + 1, total + 1)
     if not tied:
         _quantize_lookup(model, config, packed, errors)
     means = {group: sum(values) / len(values) for group, values in errors.items()}
@@ -94,13 +95,21 @@ def quantize(
     return model, packed, StepReport("quantize", f"{config.method} into {kinds}", {"output_error": means})
 
 
+def _check_formats(model: LanguageModel, formats: dict[str, str]) -> None:
+    """Refuse a recipe before the work, not when the sweep comes to the tensor that it does not fit."""
+    network = model.network
+    block = blocks_of(network)[0]
+    for edge in anatomy_of(network).edges:
+        format_for(formats, edge.group, read_weight(block.get_submodule(edge.path)).shape[1])
+    for group in ("embedding",) if network.config.tie_word_embeddings else ("embedding", "head"):
+        format_for(formats, group, network.config.hidden_size)
+
+
 def _group(edge: Edge, tied: bool) -> str:
     return "embedding" if edge is HEAD and tied else edge.group
 
 
-def _by_input_and_format(
-    layer: Layer, formats: dict[str, str], tied: bool
-) -> dict[tuple[str, Format], list[Edge]]:
+def _by_input_and_format(layer: Layer, formats: dict[str, str], tied: bool) -> dict[tuple[str, Format], list[Edge]]:
     """Return the edges of a layer that are quantized, those with the same input and format together."""
     together: dict[tuple[str, Format], list[Edge]] = {}
     for edge, linear in layer.linears():
@@ -146,7 +155,7 @@ def _quantize_lookup(
     if form is None:
         return
     chosen = round_to_nearest(module.weight.detach(), form)
-    identity = torch.eye(module.weight.shape[1])
+    identity = torch.eye(module.weight.shape[1], device=module.weight.device)
     errors["embedding"] = [_relative_error(module.weight.detach(), chosen.decode(), identity)]
     packed[embedding_name(model)] = pack(chosen)
     _overwrite(module, chosen.decode())
@@ -156,7 +165,7 @@ def _quantize_lookup(
 def _overwrite(module: torch.nn.Module, weight: Tensor) -> None:
     # In place, so that a tied embedding and head stay one tensor.
     target = module.weight.data
-    target.copy_(weight.T if target.shape != weight.shape or type(module).__name__ == "Conv1D" else weight)
+    target.copy_(weight.T if type(module).__name__ == "Conv1D" else weight)
 
 
 def _relative_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:

@@ -13,14 +13,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pocketlm.errors import PocketlmError
 from pocketlm.tensors.formats import Format, Quantized, fit_scales
 from pocketlm.tensors.formats.block import ratio, storable
+
+REFIT_ROWS = 1024  # rows whose normal equations are in memory together
+MOST_TENFOLDS = 8  # of damping, after which a Gram matrix is not one
 
 Replace = Callable[[Tensor, int], Tensor]
 """`replace(column, c) -> column`: the cheap version of column `c` of a block, (rows,)."""
 
 Choose = Callable[[Tensor, Tensor, int], Replace]
 """`choose(block, factor, start) -> replace`: look at a block of columns before they are replaced."""
+
+
+def ridge(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """Return what to add to the diagonal of a Gram matrix: a share of its mean, or of 1 where that is zero."""
+    mean = gram.diagonal().mean()
+    return damping * torch.where(mean == 0, 1.0, mean)
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
@@ -31,16 +41,21 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
     Args:
         gram: (columns, columns) float32, the sum of x xᵀ over calibration tokens.
         damping: Share of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        PocketlmError: The matrix has NaN or infinite entries.
     """
-    mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(gram + damping * mean * eye)
+    for growth in range(MOST_TENFOLDS):
+        lower, failed = torch.linalg.cholesky_ex(gram + ridge(gram, damping * 10**growth) * eye)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
             return upper
-        damping *= 10
+    raise PocketlmError(
+        "The inputs of a layer overflow or are not numbers, so it cannot be quantized. "
+        "Check that the model answers sensibly before it is compressed"
+    )
 
 
 @torch.no_grad()
@@ -142,20 +157,20 @@ def refit_scales(weight: Tensor, quantized: Quantized, gram: Tensor, damping: fl
         damping: Share of the mean diagonal added to the diagonal, as when the codes were chosen.
     """
     form, block = quantized.format, quantized.format.block
-    metric = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    metric = gram + ridge(gram, damping) * torch.eye(len(gram), device=gram.device)
     table = form.table()
     fitted = []
-    for part in torch.arange(len(weight), device=weight.device).split(4096):
-        levels = table[quantized.codes[part].long()]
-        by_block = levels.unflatten(1, (-1, block))
-        reach = torch.stack(
-            [by_block[:, g] @ metric[g * block : (g + 1) * block] for g in range(by_block.shape[1])], 1
-        )  # (rows, blocks, columns): each block's levels seen through the metric
-        normal = (reach.unflatten(2, (-1, block)) * by_block[:, None]).sum(3)
-        target = (reach * weight[part, None]).sum(2)
-        ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
-        normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        fitted.append(torch.linalg.solve_ex(normal, target)[0])
+    for codes, rows in zip(quantized.codes.split(REFIT_ROWS), weight.split(REFIT_ROWS), strict=True):
+        by_block = table[codes.long()].unflatten(1, (-1, block))
+        normal, target = [], []
+        for g in range(by_block.shape[1]):
+            reach = by_block[:, g] @ metric[g * block : (g + 1) * block]  # levels seen through the metric
+            normal.append((reach.unflatten(1, (-1, block)) * by_block).sum(2))
+            target.append((reach * rows).sum(1))
+        equations = torch.stack(normal, 1)  # (rows, blocks, blocks)
+        diagonal = equations.diagonal(dim1=1, dim2=2)
+        diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True).clamp_min(1e-20))
+        fitted.append(torch.linalg.solve_ex(equations, torch.stack(target, 1))[0])
     scales = storable(torch.nan_to_num(torch.cat(fitted), nan=0.0))
     refit = Quantized(form, quantized.codes, scales)
     better = output_errors(weight, refit.decode(), metric) < output_errors(weight, quantized.decode(), metric)

@@ -16,8 +16,9 @@ def removal_order(weight: Tensor, gram: Tensor, remove: int, damping: float = 0.
     """Choose which input channels of a linear to remove, when the others are re-solved afterwards.
 
     Removing channel j and re-solving costs ‖W_j‖² / (G⁻¹)_jj (Optimal Brain Surgeon for a whole column). The
-    cheapest channels go in `steps` rounds, and weights and inverse are updated after each, so that of two channels
-    which stand in for one another only one goes (as in SlimGPT, https://arxiv.org/abs/2412.18110).
+    cheapest channels go in `steps` rounds, and weights and inverse are updated after each (as in SlimGPT,
+    https://arxiv.org/abs/2412.18110): of two channels which stand in for one another only one goes, unless
+    both fall into one round.
 
     Args:
         weight: (rows, channels), the linear that reads the channels.
@@ -51,7 +52,8 @@ def removal_order(weight: Tensor, gram: Tensor, remove: int, damping: float = 0.
 def solve_readers(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 0.01) -> Tensor:
     """Return the weights on the kept channels that come closest to the old output.
 
-    W' = W G[:, K] (G[K, K] + λI)⁻¹, the least-squares solution for ‖W X - W' X[K]‖².
+    W' = W H[:, K] H[K, K]⁻¹ with H = G + λI, the least-squares solution for ‖W X - W' X[K]‖², damped
+    towards W.
 
     Args:
         weight: (rows, channels).

@@ -1,7 +1,7 @@
 """A block format: `block` weights in a row share one fp16 scale, and each weight is a level times that scale.
 
-    row    |■■■■ block ■■■■|■■■■ block ■■■■|...        weight = levels[code] * scale
-    bytes  |d|codes........|d|codes........|...        d: the scale as fp16
+row    |■■■■ block ■■■■|■■■■ block ■■■■|...        weight = levels[code] * scale
+bytes  |d|codes........|d|codes........|...        d: the scale as fp16
 """
 
 from collections.abc import Callable
@@ -17,6 +17,8 @@ SEARCH = (0.72, 0.80, 0.86, 0.91, 0.955, 1.0, 1.05, 1.1)
 # Bound on rows searched together, so that a 49,152-row embedding does not need gigabytes.
 ROWS_AT_ONCE = 4096
 FP16_MAX = 65504.0
+# A block whose largest weight is below this rounds to zero in every format; dividing by it could overflow.
+NEGLIGIBLE = 1e-20
 # With more levels than this the grid is so fine that clipping never pays.
 SEARCHED_LEVELS = 64
 
@@ -171,12 +173,11 @@ def fit_scales(weights: Tensor, importance: Tensor, form: Format) -> Tensor:
         (rows,) float32, each exactly an fp16 number.
     """
     if len(weights) > ROWS_AT_ONCE:
-        parts = zip(
-            weights.split(ROWS_AT_ONCE), importance.expand_as(weights).split(ROWS_AT_ONCE), strict=True
-        )
+        parts = zip(weights.split(ROWS_AT_ONCE), importance.expand_as(weights).split(ROWS_AT_ONCE), strict=True)
         return torch.cat([fit_scales(part, weight, form) for part, weight in parts])
     table = form.table()
     peak = weights.gather(1, weights.abs().argmax(1, keepdim=True))
+    peak = torch.where(peak.abs() < NEGLIGIBLE, 0.0, peak)
     ends = (table[0], table[-1]) if table[0] != -table[-1] else (table[0],)
     tiny = torch.finfo(torch.float32).tiny
     best_score = weights.new_full((len(weights), 1), -1.0)

@@ -1,0 +1,176 @@
+"""The folder that a run leaves: files, measurements, reports, and the hashes of all of them."""
+
+import datetime
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pocketlm
+from pocketlm.cache import Finished
+from pocketlm.errors import BadInputError
+from pocketlm.measure.device import FileSpeed, machine
+from pocketlm.measure.quality import Interval
+from pocketlm.model.anatomy import ffn_width
+from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.parts import parts_of
+from pocketlm.model.text import Tokens
+from pocketlm.proof import Proof
+from pocketlm.report import content
+from pocketlm.stages import Compressed, Texts
+
+
+@contextmanager
+def new_folder(out: Path, force: bool) -> Iterator[Path]:
+    """Give a folder to fill that becomes `out` as a whole at the end, or leaves nothing.
+
+    Raises:
+        BadInputError: `out` exists and `force` is not given.
+    """
+    if out.exists() and not force:
+        raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report needs to know of a run besides its figures."""
+
+    command: str
+    settings: dict[str, Any]
+    seed: int
+    budget: content.BudgetFacts
+    recipe: str
+    notes: tuple[str, ...]
+
+
+def make_report(
+    run: Run,
+    original: LanguageModel,
+    compressed: Compressed,
+    proof: Proof,
+    texts: Texts,
+    hashes: dict[str, str],
+) -> content.Report:
+    """Put a run's facts and figures together."""
+    here = machine(proof.files["compressed"].parent)
+    before, after = original.network.config, compressed.model.network.config
+    return content.Report(
+        command=run.command,
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        pocketlm=pocketlm.__version__,
+        versions=versions(),
+        machine={key: value for key, value in asdict(here).items() if isinstance(value, str | int | float)},
+        seed=run.seed,
+        settings=run.settings,
+        model=content.ModelFacts(
+            name=original.origin.base_model,
+            source=original.origin.source,
+            kind=original.origin.kind,
+            license=original.origin.license,
+            family=original.family,
+            sha256=original.origin.sha256,
+            is_chat=original.is_chat,
+            parameters=content.Change(_count(original), _count(compressed.model)),
+            blocks=content.Change(before.num_hidden_layers, after.num_hidden_layers),
+            ffn_width=content.Change(ffn_width(original.network), ffn_width(compressed.model.network)),
+        ),
+        budget=run.budget,
+        parts=_parts(proof.files["original"], proof.files["compressed"]),
+        stages=tuple(_stage_run(finished) for finished in compressed.stages),
+        files=tuple(_measured_file(role, path, proof) for role, path in proof.files.items()),
+        measured_text=_text(texts.test, held_out=True),
+        calibration_text=_text(texts.calibration, held_out=False),
+        answers=proof.answers,
+        verification=tuple(content.Check(check.name, check.passed, check.detail) for check in proof.checks),
+        recipe=run.recipe,
+        notes=run.notes,
+        hashes=hashes,
+        perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    names = ("torch", "transformers", "gguf", "xllamacpp")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _count(model: LanguageModel) -> int:
+    return sum(parameter.numel() for parameter in model.network.parameters())
+
+
+def _parts(original: Path, exported: Path) -> tuple[content.PartSize, ...]:
+    before, after = (parts_of(read_gguf(path), path.stat().st_size) for path in (original, exported))
+    return tuple(
+        content.PartSize(
+            old.name,
+            content.Change(old.parameters, new.parameters),
+            content.Change(old.bytes, new.bytes),
+            new.formats,
+        )
+        for old, new in zip(before, after, strict=True)
+        if old.bytes or new.bytes
+    )
+
+
+def _stage_run(finished: Finished) -> content.StageRun:
+    facts = finished.facts
+    return content.StageRun(
+        name=facts["step"],
+        seconds=finished.seconds,
+        reused=finished.reused,
+        summary=facts["summary"],
+        details={key.replace("_", " "): value for key, value in facts["details"].items()},
+    )
+
+
+def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
+    quality = proof.quality.qualities[role]
+    speed = proof.speed.get(role)
+    labels = {"original": "original", "plain": path.stem.replace("-", " "), "compressed": "pocketlm"}
+    return content.MeasuredFile(
+        role=role,
+        label=labels[role],
+        file_name=path.name,
+        bytes=path.stat().st_size,
+        perplexity=_estimate(quality.perplexity),
+        perplexity_ratio=None if role == "original" else _estimate(quality.ratio),
+        divergence=_estimate(quality.kl),
+        agreement=_estimate(quality.agreement),
+        speed=None if speed is None else _speed(speed),
+    )
+
+
+def _speed(speed: FileSpeed) -> content.Speed:
+    return content.Speed(
+        prefill_tokens_per_second=content.Rate(speed.prefill.mean, speed.prefill.deviation),
+        decode_tokens_per_second=content.Rate(speed.decode.mean, speed.decode.deviation),
+        time_to_first_token_milliseconds=1000 * speed.first_token.mean,
+        load_seconds=speed.load_seconds.mean,
+        peak_memory_bytes=int(speed.memory_bytes.mean),
+        joules_per_token=None if speed.joules_per_token is None else speed.joules_per_token.mean,
+    )
+
+
+def _estimate(interval: Interval | None) -> content.Estimate | None:
+    return None if interval is None else content.Estimate(interval.value, interval.low, interval.high)
+
+
+def _text(tokens: Tokens, held_out: bool) -> content.TextUsed:
+    rows, length = tokens.windows.shape
+    return content.TextUsed(tokens.name, tokens.sha256, rows * length, rows, length, held_out)

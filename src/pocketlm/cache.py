@@ -1,0 +1,116 @@
+"""Finished work, kept under a hash of everything it depends on, so that no run does it twice.
+
+A stage works in a folder of its own that gets its final name only when the stage is done: a killed run leaves
+nothing that looks finished, and the same command goes on where it was cut off.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pocketlm
+from pocketlm.errors import OutOfResourcesError
+
+DONE = "done.json"
+# Rooms whose code decides what a stage computes; a change there must not reuse old results.
+ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished stage.
+
+    Attributes:
+        folder: What it left.
+        key: The hash of all it depends on; part of the key of what builds on it.
+        facts: What it said about itself.
+        seconds: How long it took when it ran.
+        reused: Whether that was in an earlier run.
+    """
+
+    folder: Path
+    key: str
+    facts: Any
+    seconds: float
+    reused: bool
+
+
+def cache_folder() -> Path:
+    """Return where stages are kept: `$POCKETLM_CACHE`, else `~/.cache/pocketlm`."""
+    return Path(os.environ.get("POCKETLM_CACHE") or Path.home() / ".cache" / "pocketlm")
+
+
+@cache
+def code_hash() -> str:
+    """Return the hash of the code that computes stages."""
+    root = Path(pocketlm.__file__).parent
+    files = [path for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> Finished:
+    """Return a finished stage, running it only where no earlier run did.
+
+    Args:
+        name: For the folder's name.
+        inputs: Plain data that, with the code, decides the result: hashes, settings.
+        produce: Fills a folder and returns facts about the stage as plain data.
+
+    Raises:
+        OutOfResourcesError: The disk is full.
+    """
+    text = json.dumps([name, code_hash(), inputs], sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    folder = cache_folder() / f"{name}-{key[:24]}"
+    if (folder / DONE).is_file():
+        record = json.loads((folder / DONE).read_text())
+        return Finished(folder, key, record["facts"], record["seconds"], reused=True)
+    partial = cache_folder() / f".{folder.name}.{os.getpid()}.partial"
+    began = time.monotonic()
+    try:
+        partial.mkdir(parents=True)
+        facts = produce(partial)
+        seconds = time.monotonic() - began
+        (partial / DONE).write_text(json.dumps({"facts": facts, "seconds": seconds}))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutOfResourcesError(
+                f"The disk of {cache_folder()} is full. Free some space, or run `pocketlm clean`, and start again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    facts = json.loads(json.dumps(facts))  # as a later run will read them
+    return Finished(folder, key, facts, seconds, reused=False)
+
+
+def remove_leftovers() -> None:
+    """Delete the unfinished folders of runs that were killed."""
+    for partial in cache_folder().glob(".*.partial"):
+        process = partial.name.rsplit(".", 2)[1]
+        if not Path(f"/proc/{process}").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def kept() -> list[tuple[str, int]]:
+    """Return the name and bytes of every stage in the cache."""
+    folders = sorted(path for path in cache_folder().glob("*") if path.is_dir())
+    return [
+        (folder.name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) for folder in folders
+    ]
+
+
+def empty() -> None:
+    """Delete every stage."""
+    for name, _ in kept():
+        shutil.rmtree(cache_folder() / name)

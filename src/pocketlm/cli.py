@@ -1,0 +1,227 @@
+"""The command line: parse, call, print."""
+
+import json
+import shlex
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
+
+app = typer.Typer(
+    help="Make a small language model fit a device, and prove what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or `demo`.")]
+Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt, .jsonl); may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1)]
+
+
+@app.command()
+def fit(
+    model: Model,
+    size: Annotated[str | None, typer.Option(help="Budget of the file: 70MB, 0.5GiB, or 40% of the original.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
+    recipe: Annotated[Path | None, typer.Option(help="Run this recipe instead of deciding one.")] = None,
+    data: Data = None,
+    heal: Annotated[
+        str | None, typer.Option(help="Time for distillation after pruning, such as 5m; 0 switches it off.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a model fit a budget: prune, distil, quantize, export, verify, measure, report.
+
+    Example: pocketlm fit demo --size 70MB -o p70
+    """
+    from pocketlm.fit import Fit
+    from pocketlm.fit import fit as run
+    from pocketlm.fit import plan as decide
+    from pocketlm.plan.budget import parse_time
+    from pocketlm.terminal import Screen, plan_lines, result_lines
+
+    if not size and not recipe:
+        raise BadInputError("Give a budget with --size (such as 70MB) or a recipe with --recipe FILE")
+    job = Fit(
+        model=model,
+        size=size,
+        recipe=recipe,
+        out=out,
+        data=tuple(data or ()),
+        heal=None if heal is None else parse_time(heal),
+        seed=seed,
+        force=force,
+        command=shlex.join(["pocketlm", *sys.argv[1:]]),
+    )
+    with Screen() as screen:
+        if dry_run:
+            planned = decide(job, screen.progress)
+        else:
+            report = run(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
+    if dry_run:
+        _print(plan_lines(planned), _plan_data(planned), json_output)
+    else:
+        from pocketlm.report.content import to_dict
+
+        _print(result_lines(report, out), to_dict(report), json_output)
+
+
+@app.command()
+def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
+    """Show what a model is made of, and which budgets `fit` can meet."""
+    from pocketlm.inspection import inspect_model
+    from pocketlm.terminal import inspection_lines
+
+    found = inspect_model(model)
+    _print(inspection_lines(found), asdict(found), json_output)
+
+
+@app.command()
+def chat(
+    file: Annotated[Path, typer.Argument(help="A folder made by `fit`, or a GGUF file.")],
+    system: Annotated[str | None, typer.Option(help="The first message, about how to answer.")] = None,
+    threads: Threads = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest word.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Hold a conversation with a model in the terminal."""
+    from pocketlm.run.chat import chat_loop
+
+    chat_loop(_gguf(str(file)), system, threads=threads, greedy=greedy, seed=seed)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    reference: Annotated[str, typer.Option(help="The original to compare with; anything that MODEL can be.")],
+    data: Data = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, KL divergence and agreement of a model against a reference, in llama.cpp."""
+    from pocketlm.inspection import evaluate_models
+    from pocketlm.terminal import Screen, quality_lines
+
+    with Screen() as screen:
+        qualities = evaluate_models(model, reference, list(data or []), windows, screen.progress)
+    _print(quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output)
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="GGUF files or folders made by `fit`; compared to the first.")],
+    threads: Threads = None,
+    prompt: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    repeat: Annotated[int, typer.Option(help="Measurements per process.", min=1)] = 3,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure load time, speed and memory of files in llama.cpp, in turns."""
+    from pocketlm.measure.device import measure_speed
+    from pocketlm.proof import SPEED_WORKER
+    from pocketlm.terminal import speed_lines
+
+    paths = [_gguf(str(file)) for file in files]
+    speeds = measure_speed(paths, SPEED_WORKER, threads=threads, prompt=prompt, generate=generate, repeat=repeat)
+    _print(speed_lines(speeds), asdict(speeds), json_output)
+
+
+@app.command()
+def doctor(json_output: Json = False, debug: Debug = False) -> None:
+    """Show what this machine and this installation can do."""
+    from pocketlm.inspection import examine
+    from pocketlm.terminal import doctor_lines
+
+    found = examine()
+    _print(doctor_lines(found), found, json_output)
+
+
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Empty the cache; without it, only show it.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the cache of finished stages, and empty it."""
+    from pocketlm import cache
+    from pocketlm.terminal import cache_lines
+
+    kept = cache.kept()
+    if yes:
+        cache.empty()
+    folder = str(cache.cache_folder())
+    data = {"folder": folder, "emptied": yes, "stages": [{"name": n, "bytes": size} for n, size in kept]}
+    _print(cache_lines(folder, kept, yes), data, json_output)
+
+
+def _gguf(name: str) -> Path:
+    """Return the GGUF file that a name stands for: itself, the one in a folder made by `fit`, or the demo's."""
+    from pocketlm.model.source import DEMO, demo_file
+
+    if name == DEMO:
+        return demo_file()
+    path = Path(name)
+    return path / "model.gguf" if path.is_dir() else path
+
+
+def _plan_data(planned: Any) -> dict:
+    from pocketlm.plan.recipe import to_dict
+
+    plan = None if planned.plan is None else asdict(planned.plan)
+    return {
+        "budget_bytes": planned.budget.bytes,
+        "predicted_bytes": planned.predicted_bytes,
+        "recipe": to_dict(planned.recipe),
+        "plan": plan,
+    }
+
+
+def _print(lines: list[str], data: object, json_output: bool) -> None:
+    print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))
+
+
+def main() -> None:
+    """Run the command line; errors become one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except PocketlmError as error:
+        _fail(error, error.exit_code)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except typer.Abort:
+        _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
+    except KeyboardInterrupt:
+        _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
+    except MemoryError:
+        error = OutOfResourcesError("Out of memory. Close other programs, or take a smaller model")
+        _fail(error, error.exit_code)
+    except Exception as error:
+        if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        _fail(
+            PocketlmError(f"Unexpected {type(error).__name__}: {error}. Run again with --debug and report it"),
+            1,
+        )
+
+
+def _fail(error: PocketlmError, code: int) -> None:
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

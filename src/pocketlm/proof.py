@@ -1,0 +1,207 @@
+"""The proof of a run: the exported file beside the original and the obvious simpler choice, in the real engine."""
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketlm.cache import stage
+from pocketlm.errors import VerificationError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
+from pocketlm.measure.device import FileSpeed, measure_speed
+from pocketlm.measure.quality import Comparison, compare
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.source import load
+from pocketlm.plan.sizes import Sizes
+from pocketlm.report.answers import compare as compare_answers
+from pocketlm.report.content import Answer
+from pocketlm.run.chat import complete, has_chat_template, serving
+from pocketlm.run.engine import Engine
+from pocketlm.run.llamacpp import decode_row
+from pocketlm.stages import Compressed, Progress, Texts
+from pocketlm.steps.quantize import Quantize, quantize
+
+SPEED_WORKER = (sys.executable, "-m", "pocketlm.run.speed")
+PROMPTS = (
+    "What is the capital of France?",
+    "Write two sentences about the sea.",
+    "How do I boil an egg?",
+    "List three uses of a paper clip.",
+)
+ANSWER_TOKENS = 160
+VERIFIED_WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was verified and measured.
+
+    Attributes:
+        files: The measured files by role: original, plain, compressed.
+        checks: What was verified about the exported file; all passed.
+        answers: What original and exported file say to the fixed prompts; empty for a base model.
+        quality: By role, on text that nothing else of the run has seen.
+        speed: By role; the plain file is not timed.
+    """
+
+    files: dict[str, Path]
+    checks: tuple[Check, ...]
+    answers: tuple[Answer, ...]
+    quality: Comparison
+    speed: dict[str, FileSpeed]
+
+
+def prove(
+    original: LanguageModel,
+    compressed: Compressed,
+    exported: Path,
+    texts: Texts,
+    simpler: "Simpler",
+    progress: Progress,
+) -> Proof:
+    """Verify an exported file and measure it against the original and the simpler choice.
+
+    Raises:
+        VerificationError: The file does not do in the engine what was predicted.
+    """
+    files = {"original": original_file(original)}
+    answers, ended = ask_both(files["original"], exported, progress)
+    checks = verify(compressed, exported, texts, ended)
+    files |= {"plain": plain_file(original, simpler, texts, progress), "compressed": exported}
+    quality = measure_quality(files, texts, progress)
+    return Proof(files, checks, answers, quality, measure_speeds(files, texts, progress))
+
+
+# ---- what to compare with ----
+
+
+def original_file(model: LanguageModel) -> Path:
+    """Return the original as a GGUF file: itself where it is one, else an F16 export that is kept."""
+    if model.origin.kind == "gguf":
+        return model.origin.path
+    done = stage(
+        "original-gguf",
+        {"model": model.origin.sha256},
+        lambda folder: write_gguf(model, {}, folder / "original-F16.gguf"),
+    )
+    return done.folder / "original-F16.gguf"
+
+
+@dataclass(frozen=True)
+class Simpler:
+    """The obvious simpler choice: one format for everything, by rounding, no pruning."""
+
+    formats: dict[str, str]
+    name: str
+
+
+def simpler_choice(sizes: Sizes, budget: int) -> Simpler:
+    """Return the largest plain file that fits the budget, or the smallest there is."""
+    plain = {}
+    for name in ("Q8_0", "Q5_0", "Q4_0"):
+        formats = {group: name if name in sizes.allowed(group) else "F16" for group in sizes.group_names}
+        plain[name] = (sizes.total(sizes.original, formats), formats)
+    fitting = [name for name, (size, _) in plain.items() if size <= budget]
+    name = fitting[0] if fitting else "Q4_0"
+    return Simpler(plain[name][1], name)
+
+
+def plain_file(model: LanguageModel, choice: Simpler, texts: Texts, progress: Progress) -> Path:
+    """Return the simpler choice as a file, made once."""
+
+    def produce(folder: Path) -> None:
+        step = Quantize(formats=choice.formats, method="rtn")
+        done, packed, _ = quantize(
+            load(model.origin.source),
+            step,
+            texts.calibration.first(1),
+            lambda i, n: progress(f"plain {choice.name} to compare with", i, n),
+        )
+        write_gguf(done, packed, folder / f"plain-{choice.name}.gguf")
+
+    done = stage("plain", {"model": model.origin.sha256, "formats": choice.formats}, produce)
+    return done.folder / f"plain-{choice.name}.gguf"
+
+
+# ---- verifying ----
+
+
+def verify(compressed: Compressed, path: Path, texts: Texts, ended: dict[str, int]) -> tuple[Check, ...]:
+    """Check a written file in the engine.
+
+    Args:
+        compressed: What was exported.
+        path: The file.
+        texts: Windows to compare choices on.
+        ended: How many answers ended by themselves, by role; empty for a base model.
+
+    Raises:
+        VerificationError: A check fails.
+    """
+    with Engine(path, context=texts.validation.windows.shape[1]) as engine:
+        checks = [
+            Check("the file loads in llama.cpp", True, engine.version),
+            check_weights(path, compressed.model, compressed.packed, decode_row),
+            check_choices(compressed.model, texts.validation.first(VERIFIED_WINDOWS), engine.logits),
+            check_tokens(compressed.model, engine.tokenize),
+        ]
+    if ended:
+        checks.append(check_turn_ends(ended["compressed"], len(PROMPTS), ended["original"]))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise VerificationError(
+            f"The exported file fails a check: {failed[0].name} ({failed[0].detail}). "
+            "No output was written; please report this with the output of `pocketlm doctor`"
+        )
+    return tuple(checks)
+
+
+def ask_both(original: Path, exported: Path, progress: Progress) -> tuple[tuple[Answer, ...], dict[str, int]]:
+    """Let both files answer the fixed prompts greedily; say also how many answers ended by themselves, by role."""
+    if not has_chat_template(exported):
+        return (), {}
+    said, ended = [], []
+    for done, path in enumerate((original, exported)):
+        progress("asking both models the same", done, 2)
+        with serving(path, context=1024) as server:
+            replies = [
+                complete(server, [{"role": "user", "content": prompt}], max_tokens=ANSWER_TOKENS, greedy=True)
+                for prompt in PROMPTS
+            ]
+        said.append([reply.text for reply in replies])
+        ended.append(sum(reply.finish_reason == "stop" for reply in replies))
+    pairs = tuple(compare_answers(*row) for row in zip(PROMPTS, *said, strict=True))
+    return pairs, {"original": ended[0], "compressed": ended[1]}
+
+
+# ---- measuring ----
+
+
+def measure_quality(files: dict[str, Path], texts: Texts, progress: Progress) -> Comparison:
+    """Measure every file in the engine on the same held-out windows; the first is the reference."""
+    windows = texts.test.windows
+    with ExitStack() as stack:
+        engines = {role: stack.enter_context(Engine(path, context=windows.shape[1])) for role, path in files.items()}
+        return compare(
+            {role: engine.logits for role, engine in engines.items()},
+            windows,
+            lambda i, n: progress("measuring quality in llama.cpp", i, n),
+        )
+
+
+def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> dict[str, FileSpeed]:
+    """Time original and exported file in turns."""
+    progress("measuring speed in llama.cpp", 0, 1)
+    roles = ("original", "compressed")
+    prompt = texts.test.windows.shape[1] // 2
+    speeds = measure_speed(
+        [files[role] for role in roles],
+        SPEED_WORKER,
+        prompt=prompt,
+        generate=min(48, prompt),
+        repeat=2,
+        rounds=2,
+    )
+    progress("measuring speed in llama.cpp", 1, 1)
+    return dict(zip(roles, speeds.files, strict=True))

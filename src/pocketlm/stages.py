@@ -1,0 +1,236 @@
+"""The stages of a run: each finished one is kept, each starts from what the one before left on disk.
+
+    text ─> plan ─> original (16 bit) ─> [prune_depth ─> prune_width ─> distil] ─> quantize
+
+A stage loads what it needs from the stage before it, in a fresh run as in a resumed one, so that both end in the
+same bytes.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pocketlm.cache import Finished, stage
+from pocketlm.model.language_model import LanguageModel, save
+from pocketlm.model.sampling import sample_documents
+from pocketlm.model.source import load
+from pocketlm.model.text import WINDOW, Tokens, as_tokens, pack_windows, python_topics, read_corpus
+from pocketlm.plan.budget import Budget
+from pocketlm.plan.decide import Decision, as_facts, decide
+from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
+from pocketlm.plan.search import Damages, Plan
+from pocketlm.plan.sizes import Shape
+from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.prune_depth import PruneDepth, prune_depth
+from pocketlm.steps.prune_width import PruneWidth, prune_width
+from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.steps.report import StepReport
+from pocketlm.tensors.formats import FORMATS, Packed, unpack
+
+SAMPLES = 16  # documents that the model writes itself
+STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of pruning and quantizing
+LEARNING_WINDOWS = 512  # of calibration text at most, to distil on
+VALIDATION_WINDOWS = 8
+TEST_WINDOWS = 12
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text of a run, by what it is for."""
+
+    calibration: Tokens
+    validation: Tokens
+    test: Tokens
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """The hashes of what a recipe's steps read."""
+        return {"calibration": self.calibration.sha256, "validation": self.validation.sha256}
+
+
+def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Progress) -> Texts:
+    """Return the person's text, or the model's own samples with Python's help topics, split three ways.
+
+    Samples only calibrate: what judges a model was not written by it.
+
+    Raises:
+        BadInputError: A file of text cannot be used, or the text is too short.
+    """
+    corpus = read_corpus(data) if data else python_topics()
+    length = min(WINDOW, getattr(model.network.config, "max_position_embeddings", WINDOW))
+
+    def produce(folder: Path) -> dict:
+        progress("the model writes calibration text", 0, 1)
+        samples = [] if data else sample_documents(model, SAMPLES, seed)
+        documents = samples + corpus.split("calibration")
+        windows = {
+            "calibration": pack_windows(documents, model.tokenizer, LEARNING_WINDOWS, length),
+            "validation": corpus.tokens("validation", model.tokenizer, VALIDATION_WINDOWS, length).windows,
+            "test": corpus.tokens("test", model.tokenizer, TEST_WINDOWS, length).windows,
+        }
+        save_file(windows, folder / "windows.safetensors")
+        return {
+            "name": corpus.name,
+            "samples": len(samples),
+            "counts": {k: len(v) for k, v in windows.items()},
+        }
+
+    inputs = {"model": model.origin.sha256, "text": corpus.sha256, "own": not data, "seed": seed}
+    done = stage("text", inputs, produce)
+    windows = load_file(done.folder / "windows.safetensors")
+    names = {"calibration": f"{corpus.name} and the model's own samples" if not data else corpus.name}
+    return Texts(**{part: as_tokens(names.get(part, corpus.name), rows) for part, rows in windows.items()})
+
+
+def make_plan(
+    model: LanguageModel, budget: Budget, texts: Texts, heal: float | None, seed: int, progress: Progress
+) -> Decision:
+    """Return the recipe for a budget; the same question is answered from the cache."""
+
+    def produce(folder: Path) -> dict:
+        decision = decide(model, budget, texts.calibration, texts.validation, heal, seed, progress)
+        (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
+        return {"recipe": asdict(decision.recipe), **as_facts(decision)}
+
+    inputs = {"model": model.origin.sha256, "bytes": budget.bytes, "heal": heal, "seed": seed, **texts.sha256}
+    done = stage("plan", inputs, produce)
+    facts = done.facts
+    plan, damages = facts["plan"], facts["damages"]
+    return Decision(
+        from_dict(facts["recipe"], "the plan"),
+        Plan(**plan | {"shape": Shape(**plan["shape"]), "drop": tuple(plan["drop"])}),
+        Damages(
+            tuple((block, kl) for block, kl in damages["depth"]),
+            {int(width): kl for width, kl in damages["width"].items()},
+            damages["formats"],
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a recipe made of a model.
+
+    Attributes:
+        model: The network with the decoded weights, ready to be exported.
+        packed: The quantized tensors by parameter name.
+        folder: The pruned and healed model as a plain 16-bit folder.
+        stages: All finished stages, in order.
+    """
+
+    model: LanguageModel
+    packed: dict[str, Packed]
+    folder: Path
+    stages: tuple[Finished, ...]
+
+
+def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: Progress) -> Compressed:
+    """Run a recipe's steps, reusing every finished one.
+
+    Args:
+        original: Saved as 16-bit first; later steps start from what is on disk.
+        recipe: Its last step quantizes.
+        texts: To take statistics on and to learn from.
+        progress: Called as the steps go on.
+    """
+    done = [stage("original", {"model": original.origin.sha256}, lambda folder: _keep(original, folder))]
+    for step in recipe.steps[:-1]:
+        before = done[-1]
+        inputs = {"before": before.key, "step": step_settings(step), **texts.sha256}
+        done.append(
+            stage(
+                step.step,
+                inputs,
+                lambda folder, s=step, b=before: _change(original, b, s, texts, folder, progress),
+            )
+        )
+    before, last = done[-1], recipe.steps[-1]
+    inputs = {"before": before.key, "step": step_settings(last), **texts.sha256}
+    done.append(stage("quantize", inputs, lambda folder: _quantize(original, before, last, texts, folder, progress)))
+    model = _reload(original, before)
+    packed = read_packed(done[-1].folder)
+    put_decoded(model, packed)
+    return Compressed(model, packed, before.folder / "hf", tuple(done))
+
+
+def _keep(model: LanguageModel, folder: Path) -> dict:
+    save(model, folder / "hf")
+    return {"step": "original", "summary": "the original in 16 bits", "details": {}}
+
+
+def _reload(original: LanguageModel, finished: Finished) -> LanguageModel:
+    return replace(load(str(finished.folder / "hf")), origin=original.origin)
+
+
+def _change(
+    original: LanguageModel,
+    before: Finished,
+    step: PruneDepth | PruneWidth | Distil,
+    texts: Texts,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    model = _reload(original, before)
+    statistics = texts.calibration.first(STATISTICS_WINDOWS)
+    match step:
+        case PruneDepth():
+            model, report = prune_depth(model, step)
+        case PruneWidth():
+            model, report = prune_width(model, step, statistics, lambda i, n: progress("pruning FFNs", i, n))
+        case Distil():
+            model, report = distil(
+                original,
+                model,
+                step,
+                texts.calibration.windows,
+                texts.validation.windows,
+                lambda i, n, loss: progress(f"distilling (loss {loss:.3f})", i, n),
+            )
+    save(model, folder / "hf")
+    return asdict(report)
+
+
+def _quantize(
+    original: LanguageModel, before: Finished, step: Quantize, texts: Texts, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    model = _reload(original, before)
+    statistics = texts.calibration.first(STATISTICS_WINDOWS)
+    _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n))
+    write_packed(packed, folder)
+    return asdict(report)
+
+
+def write_packed(packed: dict[str, Packed], folder: Path) -> None:
+    """Keep quantized tensors in a folder."""
+    save_file({name: tensor.rows.contiguous() for name, tensor in packed.items()}, folder / "packed.safetensors")
+    kinds = {name: [tensor.format.name, *tensor.shape] for name, tensor in packed.items()}
+    (folder / "packed.json").write_text(json.dumps(kinds))
+
+
+def read_packed(folder: Path) -> dict[str, Packed]:
+    """Read quantized tensors back."""
+    kinds = json.loads((folder / "packed.json").read_text())
+    rows = load_file(folder / "packed.safetensors")
+    return {name: Packed(FORMATS[kind], rows[name], tuple(shape)) for name, (kind, *shape) in kinds.items()}
+
+
+@torch.no_grad()
+def put_decoded(model: LanguageModel, packed: dict[str, Packed]) -> None:
+    """Give a network the weights that its quantized tensors decode to."""
+    for name, tensor in packed.items():
+        module = model.network.get_submodule(name.rpartition(".")[0])
+        decoded = unpack(tensor).decode()
+        module.weight.data.copy_(decoded.T if type(module).__name__ == "Conv1D" else decoded)
+
+
+def report_of(finished: Finished) -> StepReport:
+    """Return what a step said when it ran."""
+    return StepReport(**finished.facts)

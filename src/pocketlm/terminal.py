@@ -1,0 +1,156 @@
+"""What the person at the terminal sees: progress while work goes on, and results as lines."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pocketlm.fit import Planned
+from pocketlm.measure.device import Speeds
+from pocketlm.measure.quality import Interval, Quality
+from pocketlm.plan.budget import say_bytes
+from pocketlm.plan.recipe import to_yaml
+from pocketlm.report.content import Report
+from pocketlm.report.verdict import judge
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Screen:
+    """Progress on standard error: a bar with the time left in a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last, self._printed, self._began = "", 0.0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, lines: list[str]) -> None:
+        """Print lines above the progress."""
+        for line in lines:
+            self._console.print(line, markup=False)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` pieces of some work are done."""
+        stage = what.partition(" (")[0]
+        if self._live:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=total)
+            self._progress.update(self._tasks[stage], description=what, completed=done, total=total)
+            return
+        now = time.monotonic()
+        if stage != self._last or done == total or now - self._printed > SECONDS_BETWEEN_LINES:
+            self._console.print(f"[{now - self._began:6.0f} s] {what} {done}/{total}", markup=False)
+            self._last, self._printed = stage, now
+
+
+def plan_lines(planned: Planned) -> list[str]:
+    """Say what a run will do."""
+    lines = [
+        f"budget     {planned.budget.text}: {planned.budget.bytes:,} bytes",
+        f"predicted  {planned.predicted_bytes:,} bytes ({say_bytes(planned.predicted_bytes)}, powers of 1000)",
+    ]
+    if planned.plan:
+        before, after = planned.sizes.original, planned.plan.shape
+        lines += [
+            f"shape      {before.blocks} blocks -> {after.blocks}, FFN {before.ffn} -> {after.ffn} channels",
+            f"damage     {planned.plan.damage:.3f} nats per token expected by measured parts, before recovery",
+        ]
+    return [*lines, "recipe", *(f"  {line}" for line in to_yaml(planned.recipe).splitlines())]
+
+
+def result_lines(report: Report, out: Path) -> list[str]:
+    """Say what a run came to."""
+    return [
+        *(finding.sentence for finding in judge(report).values()),
+        f"wrote {out}: open {out / 'report.html'}",
+    ]
+
+
+def inspection_lines(found: Any) -> list[str]:
+    """Lay a model's parts out as a table."""
+    lines = [
+        f"{found.name}: {found.family}, {found.parameters:,} parameters, {say_bytes(found.bytes)} "
+        f"({'tied' if found.tied else 'separate'} embedding and head, "
+        f"{'chat template' if found.chat else 'no chat template'}, licence {found.license or 'not stated'})",
+        "",
+        f"{'part':<12}{'parameters':>14}{'bytes':>14}{'share':>8}  stored as",
+    ]
+    for part in found.parts:
+        share = part.bytes / found.bytes
+        formats = ", ".join(part.formats)
+        lines.append(f"{part.name:<12}{part.parameters:>14,}{part.bytes:>14,}{share:>8.1%}  {formats}")
+    lines += ["", f"{'group':<18}{'row length':>11}  formats that fit"]
+    for group, (rows, formats) in found.formats.items():
+        lines.append(f"{group:<18}{rows:>11}  {', '.join(formats)}")
+    lines += [
+        "",
+        f"fit can meet {say_bytes(found.smallest)} ({found.smallest:,} bytes) to {say_bytes(found.largest)}",
+    ]
+    return lines
+
+
+def quality_lines(qualities: dict[str, Quality]) -> list[str]:
+    """Lay qualities out as a table, intervals in brackets."""
+
+    def cell(interval: Interval | None) -> str:
+        return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+    lines = [f"{'':<12}{'perplexity':<26}{'ratio':<26}{'KL (nats/token)':<28}{'agreement':<26}"]
+    for name, quality in qualities.items():
+        cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement)
+        lines.append(f"{name:<12}" + "".join(f"{cell(value):<26}" for value in cells))
+    return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
+
+
+def speed_lines(speeds: Speeds) -> list[str]:
+    """Lay speeds out as a table."""
+    lines = [
+        f"{speeds.engine}, {speeds.threads} threads, {speeds.prompt} tokens read, {speeds.generate} generated",
+        f"{'file':<32}{'bytes':>14}{'prefill tok/s':>16}{'decode tok/s':>16}{'first token':>13}{'load':>8}{'memory':>10}",
+    ]
+    for file in speeds.files:
+        lines.append(
+            f"{file.path.name:<32}{file.file_bytes:>14,}"
+            f"{file.prefill.mean:>9.1f} ± {file.prefill.deviation:<4.1f}{file.decode.mean:>9.1f} ± {file.decode.deviation:<4.1f}"
+            f"{file.first_token.mean:>11.2f} s{file.load_seconds.mean:>6.2f} s{say_bytes(file.memory_bytes.mean):>10}"
+        )
+    energy = speeds.files[0].joules_per_token
+    return [
+        *lines,
+        "energy: not available on this machine" if energy is None else f"energy: {energy.mean:.3f} J/token",
+    ]
+
+
+def doctor_lines(found: dict[str, Any]) -> list[str]:
+    """Lay facts out, one per line."""
+    return [f"{name:<22}{value}" for name, value in found.items()]
+
+
+def cache_lines(folder: str, kept: list[tuple[str, int]], emptied: bool) -> list[str]:
+    """List the stages in the cache."""
+    lines = [f"{say_bytes(size):>10}  {name}" for name, size in kept]
+    total = say_bytes(sum(size for _, size in kept))
+    last = f"deleted {total}" if emptied else f"{total} in {folder}; `pocketlm clean --yes` empties it"
+    return [*lines, last]
