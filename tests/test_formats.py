@@ -1,4 +1,4 @@
-"""Number formats: exact bytes, the decoders of gguf and the engine as judges, and a scale search that pays."""
+"""Number formats: exact bytes, gguf and the engine as judges of the decoder, and a scale search that pays."""
 
 import math
 
@@ -160,8 +160,9 @@ def test_the_scale_search_beats_scaling_by_the_largest_weight(form: Format):
     assert error < (0.999 if len(form.levels) > 64 else 0.93) * worst
 
 
-@every_format
-def test_the_scale_search_never_loses_much_to_a_fine_search(form: Format):
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q5_0"])
+def test_the_scale_search_never_loses_much_to_a_fine_search(name: str):
+    form = FORMATS[name]
     blocks = random_weights(40, form.block)
     peak = blocks.abs().amax(1, keepdim=True)
     best = torch.full((len(blocks),), math.inf)
@@ -192,7 +193,7 @@ def test_each_column_gets_its_own_importance():
         assert torch.equal(both.decode()[:, part], alone.decode())
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
 def test_only_the_ratio_of_importances_counts(scale: float):
     form, weights = FORMATS["IQ4_NL"], random_weights(64, 64)
     importance = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.1

