@@ -239,6 +239,25 @@ def test_refitted_scales_are_the_least_squares_solution(form: Format):
             assert error <= best * 1.0001 + storing
 
 
+@every_format
+def test_weights_that_are_stored_exactly_stay_so(form: Format):
+    """Where blocks see almost the same inputs the solution is barely determined: rounded, it may be worse."""
+    exact = round_to_nearest(weights(30, 96), form)
+    x = inputs(400, 32).repeat(1, 3) + 1e-3 * inputs(400, 96, seed=9)
+    refit = refit_scales(exact.decode(), exact, gram_of(x), damping=1e-7)
+    assert torch.equal(refit.decode(), exact.decode())
+
+
+@every_format
+def test_gptq_ends_with_the_best_scales_for_its_codes(form: Format):
+    weight, gram = weights(64, 96), gram_of(inputs(2000, 96))
+    chosen = gptq(weight, gram, form)
+    again = refit_scales(weight, chosen, gram)
+    metric = gram + ridge(gram) * torch.eye(len(gram))
+    ends, could = (output_errors(weight, quantized.decode(), metric).sum() for quantized in (chosen, again))
+    assert ends <= could * 1.0005
+
+
 def test_refitting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     (weight, start, gram), *_ = damaged_scales(FORMATS["Q4_0"])
     whole = refit_scales(weight, start, gram)

@@ -56,6 +56,9 @@ def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16
         folder: Made if missing.
         dtype: A 16-bit type for outputs.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     network = model.network.to(dtype)
     network.config.dtype = dtype

@@ -3,12 +3,13 @@
 import time
 from dataclasses import asdict, dataclass
 
+from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import Tokens
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, check_budget, choose, needs_pruning
-from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, judge, width_damage
+from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, width_damage
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth

@@ -3,56 +3,21 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight
-from pocketlm.model.compute import fast_forward
+from pocketlm.model.judge import Judge, divergence_of
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.sweep import final_hidden, rehearse, run_block, sweep
+from pocketlm.model.sweep import rehearse, run_block, sweep
 from pocketlm.plan.sizes import Sizes
-from pocketlm.steps.distil import POSITIONS_AT_ONCE
 from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
-from pocketlm.tensors.divergence import kl_divergence
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
 
 CANDIDATES = 5  # after each round only so many of the cheapest blocks are tried again
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The original's opinion on some text: what its head read, and the head.
-
-    Logits of the whole text are never kept: they are made again, some positions at a time.
-    """
-
-    hidden: Tensor  # (tokens, width) float32
-    head: Tensor  # (vocabulary, width)
-
-    @torch.no_grad()
-    def divergence(self, hidden: Tensor, head: Tensor) -> float:
-        """Return the mean KL in nats per token of another final hidden state, (tokens, width), under its head."""
-        total = 0.0
-        with fast_forward(hidden.device):
-            for start in range(0, len(hidden), POSITIONS_AT_ONCE):
-                chunk = slice(start, start + POSITIONS_AT_ONCE)
-                truth = nn.functional.linear(self.hidden[chunk], self.head)
-                total += kl_divergence(truth, nn.functional.linear(hidden[chunk], head)).sum().item()
-        return total / len(hidden)
-
-
-def judge(network: nn.Module, windows: Tensor) -> Judge:
-    """Record the original's opinion on `windows`, (windows, length)."""
-    return Judge(final_hidden(network, windows).flatten(0, 1), network.lm_head.weight.detach().clone())
-
-
-def divergence_of(network: nn.Module, windows: Tensor, opinion: Judge) -> float:
-    """Return the mean KL of a changed network to the original, in nats per token."""
-    return opinion.divergence(final_hidden(network, windows).flatten(0, 1), network.lm_head.weight)
 
 
 @torch.no_grad()

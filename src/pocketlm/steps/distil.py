@@ -4,21 +4,24 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.model.anatomy import blocks_of
 from pocketlm.model.compute import fast_forward
+from pocketlm.model.judge import POSITIONS_AT_ONCE, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import final_hidden
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.divergence import kl_divergence
 
-POSITIONS_AT_ONCE = 256  # logits of so many positions are in memory together, whatever the vocabulary
 CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
 
 
@@ -29,8 +32,8 @@ class Distil:
     step: Literal["distil"] = "distil"
     tokens: int
     """Tokens to train on; the text is repeated where there is less."""
-    learning_rate: float = 2e-4
-    windows_per_step: int = 2
+    learning_rate: float = 2e-5
+    windows_per_step: int = 4
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises."""
     evaluations: int = 6
@@ -66,19 +69,20 @@ def distil(
         raise BadInputError("Teacher and student have different vocabularies, so probabilities cannot be compared")
     network = student.network
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if sum(parameter.numel() for parameter in trained) > CHECKPOINT_PARAMETERS:
-        network.gradient_checkpointing_enable()
-        for block in blocks_of(network):
-            block.training = True  # what checkpointing asks for; the dropout inside stays off
+    large = sum(parameter.numel() for parameter in trained) > CHECKPOINT_PARAMETERS
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, config.warm_up))
-    held_out_kl = [(0, held_out_divergence(teacher.network, network, held_out))]
+    opinion = judge(teacher.network, held_out)
+    held_out_kl = [(0, divergence_of(network, held_out, opinion))]
     best, best_state = held_out_kl[0][1], copy.deepcopy(network.state_dict())
     evaluate_at = {round(steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     losses, began = [], time.monotonic()
     for step, batch in enumerate(_batches(windows, config, steps), 1):
-        loss = _train_step(teacher.network, network, batch)
+        with _recomputing(network) if large else nullcontext():
+            loss = _train_step(teacher.network, network, batch)
         if not math.isfinite(loss):
             raise PocketlmError(f"The distillation loss became {loss} at step {step}. Use a lower learning_rate")
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -87,12 +91,10 @@ def distil(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
         if step in evaluate_at:
-            held_out_kl.append((step, held_out_divergence(teacher.network, network, held_out)))
+            held_out_kl.append((step, divergence_of(network, held_out, opinion)))
             if held_out_kl[-1][1] < best:
                 best, best_state = held_out_kl[-1][1], copy.deepcopy(network.state_dict())
         progress(step, steps, loss)
-    network.gradient_checkpointing_disable()
-    network.eval()
     network.load_state_dict(best_state)
     speed = steps * batch.numel() / (time.monotonic() - began)
     details = {"losses": losses, "held_out_kl": held_out_kl, "tokens_per_second": round(speed, 1)}
@@ -125,6 +127,18 @@ def _batches(windows: Tensor, config: Distil, steps: int) -> Iterator[Tensor]:
         yield windows[batch]
 
 
+@contextmanager
+def _recomputing(network: nn.Module) -> Iterator[None]:
+    """While open, no block keeps its activations: the backward pass runs it again."""
+    for block in blocks_of(network):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks_of(network):
+            del block.forward
+
+
 def _train_step(teacher: nn.Module, student: nn.Module, batch: Tensor) -> float:
     """Add the gradient of one batch to the student's parameters; return its loss in nats per token."""
     truth = final_hidden(teacher, batch).flatten(0, 1)
@@ -142,17 +156,3 @@ def _train_step(teacher: nn.Module, student: nn.Module, batch: Tensor) -> float:
             total += loss.item()
     hidden.backward(leaf.grad)
     return total
-
-
-@torch.no_grad()
-def held_out_divergence(reference: nn.Module, other: nn.Module, windows: Tensor) -> float:
-    """Return the mean KL(reference ‖ other) in nats per token over windows."""
-    total = 0.0
-    for window in windows.split(1):
-        truth, guess = final_hidden(reference, window)[0], final_hidden(other, window)[0]
-        with fast_forward(window.device):
-            for start in range(0, len(truth), POSITIONS_AT_ONCE):
-                chunk = slice(start, start + POSITIONS_AT_ONCE)
-                logits = reference.lm_head(truth[chunk]), other.lm_head(guess[chunk])
-                total += kl_divergence(*logits).sum().item()
-    return total / windows.numel()

@@ -1,0 +1,501 @@
+"""Plans: sizes are exact to the byte, the chosen plan is the best there is, and what is refused says why."""
+
+import itertools
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.conftest import Tiny
+from tests.tiny import FAMILIES
+
+from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.model.anatomy import blocks_of, read_weight, write_weight
+from pocketlm.model.judge import divergence_of, judge
+from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
+from pocketlm.plan.recipe import Recipe, from_dict, read_recipe, to_dict, to_yaml
+from pocketlm.plan.search import Damages, candidate_shapes, check_budget, choose, needs_pruning, shape_damage
+from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
+from pocketlm.plan.sizes import Shape, Sizes, budget_range, recipe_bytes, sizes_of, smallest_shape
+from pocketlm.steps.distil import Distil
+from pocketlm.steps.prune_depth import PruneDepth, prune_depth
+from pocketlm.steps.prune_width import PruneWidth, prune_width
+from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.tensors.formats import FORMATS, round_to_nearest
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+WINDOWS = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+SCALES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches; what is done never exceeds what there is."""
+    assert 0 <= done <= total, what
+
+
+# ---- budgets ----
+
+
+@given(st.integers(1, 99_999), st.integers(0, 3), st.sampled_from(sorted(SCALES)), st.sampled_from(["", " "]))
+def test_sizes_are_read_exactly(digits: int, decimals: int, unit: str, gap: str):
+    number = f"{digits / 10**decimals:.{decimals}f}"
+    truth = digits * SCALES[unit] // 10**decimals
+    for text in (f"{number}{gap}{unit}", f" {number}{gap}{unit.lower()} "):
+        if truth:
+            assert parse_size(text, 1) == Budget(text.strip(), truth)
+        else:
+            with pytest.raises(BadInputError, match="is nothing"):
+                parse_size(text, 1)
+
+
+@given(st.integers(1, 10**12), st.integers(1, 1000))
+def test_shares_are_of_the_whole(whole: int, share: int):
+    if whole * share >= 100:
+        assert parse_size(f"{share}%", whole).bytes == whole * share // 100
+
+
+def test_what_people_write():
+    assert parse_size("70MB", 1).bytes == 70_000_000
+    assert parse_size("0.5GiB", 1).bytes == 2**29
+    assert parse_size(".5 gb", 1).bytes == 500_000_000
+    assert parse_size("12345", 1).bytes == 12345
+    assert parse_size("2.01MB", 1).bytes == 2_010_000, "as a float it would be a byte less"
+    assert parse_size("12.5%", 1000).bytes == 125
+    assert parse_size("9" * 400, 1).bytes == int("9" * 400)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MB", "-5MB", "70 M B", "7O MB", "1e3MB", "70TB", "70M", "5i", "1,5GB", "٧MB", "%"]
+)
+def test_sizes_that_cannot_be_read(text: str):
+    with pytest.raises(BadInputError, match=re.escape(f"Cannot read the size `{text}`. Write it like 70MB")):
+        parse_size(text, 100)
+
+
+@pytest.mark.parametrize("text", ["0", "0MB", "0.4B", "0%", "0.1%"])
+def test_sizes_that_are_nothing(text: str):
+    with pytest.raises(BadInputError, match=re.escape(f"The size `{text}` is nothing")):
+        parse_size(text, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("5m", 300), ("1.5H", 5400), (" 2 m ", 120), ("0", 0), ("0s", 0), (".5m", 30)]
+)
+def test_times_are_read(text: str, seconds: float):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "-5m", "5 minutes", "m", "1d", "5m30s"])
+def test_times_that_cannot_be_read(text: str):
+    with pytest.raises(BadInputError, match=re.escape(f"Cannot read the time `{text}`")):
+        parse_time(text)
+
+
+def test_bytes_are_said_in_decimal_units():
+    assert [say_bytes(n) for n in (1_500, 1_234_567, 2_345_678_901)] == ["1.5 kB", "1.2 MB", "2.35 GB"]
+
+
+# ---- recipes ----
+
+DEPTHS = st.builds(PruneDepth, drop=st.lists(st.integers(0, 40), max_size=5).map(tuple))
+WIDTHS = st.builds(PruneWidth, ffn=st.integers(1, 10_000))
+HEALING = st.builds(
+    Distil,
+    tokens=st.integers(1, 10**9),
+    learning_rate=st.floats(1e-7, 1.0),
+    windows_per_step=st.integers(1, 64),
+    warm_up=st.floats(0, 1),
+    evaluations=st.integers(0, 20),
+    seed=st.integers(0, 2**32),
+)
+LAST = st.builds(
+    Quantize,
+    formats=st.dictionaries(
+        st.sampled_from(["embedding", "head", "value", "ffn_in"]), st.sampled_from(["F16", *FORMATS])
+    ),
+    method=st.sampled_from(["gptq", "rtn"]),
+)
+RECIPES = st.builds(
+    lambda steps, last, seed: Recipe(steps=(*steps, last), seed=seed),
+    st.lists(st.one_of(DEPTHS, WIDTHS, HEALING), max_size=4),
+    LAST,
+    st.integers(0, 2**32),
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(RECIPES)
+def test_a_recipe_survives_yaml(tmp_path: Path, recipe: Recipe):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    again = read_recipe(path)
+    assert again == recipe
+    assert to_yaml(again) == to_yaml(recipe)
+    assert from_dict(to_dict(recipe), "here") == recipe
+
+
+LAST_STEP: dict[str, Any] = {"step": "quantize", "formats": {"embedding": "Q8_0"}}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, "r.yaml: the file: "),
+        ([], "r.yaml: the file: "),
+        ({}, "r.yaml: steps: Field required"),
+        ({"steps": [LAST_STEP], "sead": 1}, "r.yaml: sead: Unexpected keyword argument"),
+        ({"steps": [LAST_STEP | {"bits": 4}]}, "r.yaml: steps.0.quantize.bits: Unexpected keyword argument"),
+        (
+            {"steps": [{"step": "distil", "tokens": 5, "learning-rate": 1.0}, LAST_STEP]},
+            "r.yaml: steps.0.distil.learning-rate: Unexpected keyword argument",
+        ),
+        ({"steps": [{"step": "distil"}, LAST_STEP]}, "r.yaml: steps.0.distil.tokens: Field required"),
+        (
+            {"steps": [{"step": "prune_width", "ffn": "wide"}, LAST_STEP]},
+            "r.yaml: steps.0.prune_width.ffn: Input should",
+        ),
+        ({"steps": [{"step": "prune_width", "ffn": 1.5}, LAST_STEP]}, "r.yaml: steps.0.prune_width.ffn: Input should"),
+        (
+            {"steps": [{"step": "prune_depth", "drop": [1, "x"]}, LAST_STEP]},
+            "r.yaml: steps.0.prune_depth.drop.1: Input",
+        ),
+        (
+            {"steps": [LAST_STEP | {"method": "magic"}]},
+            "r.yaml: steps.0.quantize.method: Input should be 'gptq' or 'rtn'",
+        ),
+        ({"steps": [{"step": "shrink"}, LAST_STEP]}, "r.yaml: steps.0: "),
+        ({"steps": [{"ffn": 3}, LAST_STEP]}, "r.yaml: steps.0: "),
+        ({"steps": []}, "r.yaml: a recipe ends with one `quantize` step; this one has: none"),
+        ({"steps": [{"step": "prune_width", "ffn": 3}]}, "ends with one `quantize` step; this one has: prune_width"),
+        (
+            {"steps": [LAST_STEP, {"step": "distil", "tokens": 5}]},
+            "ends with one `quantize` step; this one has: quantize, distil",
+        ),
+        ({"steps": [LAST_STEP, LAST_STEP]}, "this one has: quantize, quantize"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused_with_the_place(data: object, words: str):
+    with pytest.raises(BadInputError, match=re.escape(words)):
+        from_dict(data, "r.yaml")
+
+
+def test_files_that_are_not_recipes(tmp_path: Path):
+    with pytest.raises(BadInputError, match=r"Cannot read .*nowhere\.yaml: No such file"):
+        read_recipe(tmp_path / "nowhere.yaml")
+    path = tmp_path / "broken.yaml"
+    for content in (b"steps: [", b"a: b: c", b"caf\xe9: 1", b"\x00"):
+        path.write_bytes(content)
+        with pytest.raises(BadInputError, match=r"broken\.yaml is not YAML"):
+            read_recipe(path)
+
+
+# ---- sizes ----
+
+
+def size_cases() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        *((family, {}) for family in FAMILIES),
+        ("llama", {"intermediate_size": 64}),  # as wide as the model: only one of the two is narrowed
+        ("llama", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": False}),
+        ("gpt2", {"n_inner": None}),
+    ]
+
+
+@pytest.mark.parametrize(("family", "changes"), size_cases())
+def test_predicted_sizes_are_those_of_the_file(family: str, changes: dict, tiny_model: Tiny, tmp_path: Path):
+    sizes = sizes_of(tiny_model(family, **changes))
+    uniform = sizes.anatomy.uniform_blocks
+    names = sizes.group_names
+    mixed = dict(zip(names, itertools.cycle(["Q4_0", "F16", "Q8_0", "Q5_0", "IQ4_NL"]), strict=False))
+    cases = [
+        (sizes.original, dict.fromkeys(names, "F16")),
+        (Shape(sizes.original.blocks - uniform, sizes.original.ffn), dict.fromkeys(names, "Q4_0")),
+        (Shape(sizes.original.blocks - 2 * uniform, 32), mixed),
+    ]
+    for shape, formats in cases:
+        model = tiny_model(family, **changes)
+        steps = [
+            PruneDepth(drop=tuple(range(sizes.original.blocks - shape.blocks))),
+            PruneWidth(ffn=shape.ffn),
+            Quantize(formats=formats, method="rtn"),
+        ]
+        model, _ = prune_depth(model, steps[0])
+        model, _ = prune_width(model, steps[1], WINDOWS)
+        model, packed, _ = quantize(model, steps[2], WINDOWS)
+        write_gguf(model, packed, tmp_path / "model.gguf")
+        real = (tmp_path / "model.gguf").stat().st_size
+        assert sizes.total(shape, formats) == real
+        assert recipe_bytes(sizes, Recipe(steps=tuple(steps))) == real
+        assert sizes_of(model).total(Shape(shape.blocks, shape.ffn), formats) == real
+    assert sizes.total_f16 == sizes.total(*cases[0])
+
+
+@every_family
+def test_the_bytes_of_groups_add_up(family: str, tiny_model: Tiny):
+    sizes = sizes_of(tiny_model(family))
+    generator = torch.Generator().manual_seed(1)
+    for shape in (sizes.original, smallest_shape(sizes)):
+        base, table = sizes.by_group(shape)
+        for _ in range(20):
+            formats = {
+                group: sizes.allowed(group)[torch.randint(len(sizes.allowed(group)), (), generator=generator)]
+                for group in sizes.group_names
+            }
+            assert base + sum(table[group][name] for group, name in formats.items()) == sizes.total(shape, formats)
+
+
+@every_family
+def test_every_matrix_belongs_to_one_group(family: str, tiny_model: Tiny):
+    sizes = sizes_of(tiny_model(family))
+    matrices = {name for name, shape in sizes.shapes.items() if len(shape) == 2}
+    assert set(sizes.groups) == matrices - {"transformer.wpe.weight"}, "only GPT-2's positions are not quantized"
+
+
+def test_groups_whose_rows_do_not_divide_stay_16_bit(tiny_model: Tiny):
+    sizes = sizes_of(tiny_model("llama", intermediate_size=100))
+    assert sizes.allowed("ffn_out") == ["F16"]
+    assert sizes.allowed("ffn_in") == ["Q8_0", "Q5_0", "Q4_0", "IQ4_NL"]
+    least, most = budget_range(sizes)
+    assert least < most < sizes.total_f16
+
+
+def test_recipes_that_do_not_fit_a_model_are_refused_before_the_work(tiny_model: Tiny):
+    sizes = sizes_of(tiny_model("llama"))
+    all_groups = dict.fromkeys(sizes.group_names, "Q4_0")
+    narrow = Recipe(steps=(PruneWidth(ffn=100), Quantize(formats=all_groups)))
+    with pytest.raises(BadInputError, match="Q4_0 needs rows that divide by 32; those of `ffn_out` have 100 weights"):
+        recipe_bytes(sizes, narrow)
+    with pytest.raises(BadInputError, match="The recipe gives no format for `value`"):
+        recipe_bytes(sizes, Recipe(steps=(Quantize(formats={k: v for k, v in all_groups.items() if k != "value"}),)))
+
+
+# ---- the search ----
+
+
+@pytest.fixture(scope="module")
+def sizes(tiny_model: Tiny) -> Sizes:
+    return sizes_of(tiny_model("llama"))
+
+
+def random_damages(sizes: Sizes, seed: int) -> Damages:
+    generator = torch.Generator().manual_seed(seed)
+
+    def number() -> float:
+        return torch.rand((), generator=generator).item()
+
+    formats = {group: {name: number() / 3 for name in sizes.allowed(group)} for group in sizes.group_names}
+    return Damages(((1, number()),), {32: 1 + number(), 64: number()}, formats)
+
+
+def brute_force(sizes: Sizes, damages: Damages, budget: int) -> float:
+    """Least damage over every block count, width and mix of formats, each file's size by its own prediction."""
+    best = math.inf
+    for blocks, ffn in itertools.product((2, 3), (32, 64, 96, 128)):
+        for mix in itertools.product(*map(sizes.allowed, sizes.group_names)):
+            formats = dict(zip(sizes.group_names, mix, strict=True))
+            if sizes.total(Shape(blocks, ffn), formats) <= budget:
+                known = {**damages.width, 128: 0.0}
+                known[96] = ((math.sqrt(known[64]) + math.sqrt(known[128])) / 2) ** 2
+                depth = 0.0 if blocks == 3 else damages.depth[0][1]
+                rounding = sum(damages.formats[group][name] for group, name in formats.items())
+                best = min(best, known[ffn] + depth + rounding)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_chosen_plan_is_the_best_by_brute_force(seed: int, sizes: Sizes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pocketlm.plan.sizes.FORMATS", {name: FORMATS[name] for name in ("Q4_0", "Q8_0")})
+    damages = random_damages(sizes, seed)
+    least, most = budget_range(sizes)
+    for share in (0.0, 0.1, 0.35, 0.6, 1.0):
+        budget = Budget("b", int(least + share * (most - least)))
+        plan = choose(sizes, damages, budget)
+        assert plan.damage == pytest.approx(brute_force(sizes, damages, budget.bytes))
+        assert plan.bytes == sizes.total(plan.shape, plan.formats) <= budget.bytes
+        assert plan.drop == ((1,) if plan.shape.blocks == 2 else ())
+        assert set(plan.formats) == set(sizes.group_names)
+
+
+def test_a_larger_budget_is_never_worse(sizes: Sizes):
+    damages = random_damages(sizes, 5)
+    least, most = budget_range(sizes)
+    budgets = [Budget("b", least + i * (most - least) // 12) for i in range(13)]
+    plans = [choose(sizes, damages, budget) for budget in budgets]
+    assert [plan.damage for plan in plans] == sorted((plan.damage for plan in plans), reverse=True)
+    assert plans[0].bytes == least
+
+
+def test_nothing_is_pruned_that_was_not_measured(sizes: Sizes):
+    """No width was measured: narrower FFNs are unknown, not free. No depth was measured: no block goes."""
+    formats = {group: dict.fromkeys(sizes.allowed(group), 0.01) for group in sizes.group_names}
+    tight = Budget("b", sizes.total(Shape(2, 128), dict.fromkeys(sizes.group_names, "IQ4_NL")))
+    plan = choose(sizes, Damages(((1, 0.5),), {}, formats), tight)
+    assert plan.shape == Shape(2, 128)
+    narrow = Budget("b", sizes.total(Shape(3, 64), dict.fromkeys(sizes.group_names, "IQ4_NL")))
+    assert choose(sizes, Damages((), {64: 0.5}, formats), narrow).shape == Shape(3, 64)
+    assert choose(sizes, Damages(((1, 9.0),), {64: 0.5}, formats), narrow).shape == Shape(3, 64)
+    with pytest.raises(ImpossibleBudgetError, match="with the blocks that were measured"):
+        choose(sizes, Damages((), {}, formats), tight)
+
+
+def test_a_plan_that_need_not_prune_does_not(sizes: Sizes):
+    damages = random_damages(sizes, 6)
+    _, most = budget_range(sizes)
+    assert not needs_pruning(sizes, Budget("b", most))
+    plan = choose(sizes, replace(damages, depth=(), width={}), Budget("b", most))
+    assert plan.shape == sizes.original
+    smallest = sizes.total(sizes.original, {group: sizes.allowed(group)[-1] for group in sizes.group_names})
+    assert not needs_pruning(sizes, Budget("b", smallest))
+    assert needs_pruning(sizes, Budget("b", smallest - 1))
+
+
+@pytest.mark.parametrize("missing", [1, 1000, 10**5])
+def test_an_impossible_budget_is_refused_with_the_range_and_a_budget_that_works(missing: int, sizes: Sizes):
+    least, most = budget_range(sizes)
+    text = f"{max(1, least - missing)}B"
+    with pytest.raises(ImpossibleBudgetError) as refusal:
+        choose(sizes, random_damages(sizes, 1), parse_size(text, 1))
+    message = str(refusal.value)
+    assert message.startswith(text)
+    assert f"{say_bytes(least)} ({least:,} bytes) to {say_bytes(most)}" in message
+    suggested = parse_size(re.search(r"--size (\S+)", message)[1], 1)
+    check_budget(sizes, suggested)
+    assert suggested.bytes < least + 10_000
+    assert choose(sizes, random_damages(sizes, 1), suggested).bytes <= suggested.bytes
+
+
+@given(st.integers(1, 10**12))
+def test_the_suggested_budget_always_works(least: int):
+    """The message rounds up to hundredths of a megabyte; read back, that is never a byte too little."""
+    assert parse_size(f"{math.ceil(least / 1e4) / 100:.2f}MB", 1).bytes >= least
+
+
+def test_shapes_go_down_to_half_the_blocks_and_a_quarter_of_the_width(sizes: Sizes, tiny_model: Tiny):
+    assert candidate_shapes(sizes, 5) == [Shape(n, width) for n in (2, 3) for width in (32, 64, 96, 128)]
+    assert candidate_shapes(sizes, 0) == [Shape(3, width) for width in (32, 64, 96, 128)]
+    gemma = sizes_of(tiny_model("gemma3_text"))
+    assert {shape.blocks for shape in candidate_shapes(gemma, 5)} == {7}
+    odd = sizes_of(tiny_model("llama", intermediate_size=100))
+    assert [shape.ffn for shape in candidate_shapes(odd, 0)] == [32, 64, 96, 100]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.floats(0, 10), min_size=3, max_size=3))
+def test_damages_between_measured_widths_rise_as_the_width_falls(sizes: Sizes, measured: list[float]):
+    wide = replace(sizes, original=Shape(3, 256))
+    known = dict(zip((32, 96, 192), sorted(measured, reverse=True), strict=True))
+    damages = Damages(((1, 0.25),), known, {})
+    curve = [shape_damage(wide, damages, Shape(3, width)) for width in range(32, 257, 32)]
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(curve))
+    assert curve[-1] == 0
+    for width, kl in known.items():
+        assert shape_damage(wide, damages, Shape(3, width)) == pytest.approx(kl)
+        assert shape_damage(wide, damages, Shape(2, width)) == pytest.approx(kl + 0.25)
+
+
+# ---- measured damage ----
+
+
+def divergence(original: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Mean KL between two networks, the obvious way."""
+    with torch.no_grad():
+        truth, guess = (network(WINDOWS, use_cache=False).logits.log_softmax(-1) for network in (original, other))
+    return (truth.exp() * (truth - guess)).sum(-1).mean().item()
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_the_judge_measures_the_divergence(family: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pocketlm.model.judge.POSITIONS_AT_ONCE", 23)  # in pieces, the last one shorter
+    original, other = tiny_model(family).network, tiny_model(family).network
+    opinion = judge(original, WINDOWS)
+    assert divergence_of(other, WINDOWS, opinion) == 0
+    with torch.no_grad():
+        read_weight(blocks_of(other)[0].mlp.get_submodule("c_proj" if family == "gpt2" else "down_proj")).mul_(1.5)
+        other.get_input_embeddings().weight.mul_(1.01)
+    assert divergence_of(other, WINDOWS, opinion) == pytest.approx(divergence(original, other), rel=1e-3)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_damage_of_depth_is_that_of_dropping_the_blocks(family: str, tiny_model: Tiny):
+    depth = {"n_layer": 6} if family == "gpt2" else {"num_hidden_layers": 6}
+    original = tiny_model(family, **depth).network
+    path = depth_damage(original, WINDOWS, judge(original, WINDOWS), 3, silent)
+    gone: list[int] = []
+    for block, damage in path:
+        candidates = [index for index in range(1, 5) if index not in gone]
+        costs = {}
+        for index in candidates:
+            pruned, _ = prune_depth(tiny_model(family, **depth), PruneDepth(drop=(*gone, index)))
+            costs[index] = divergence(original, pruned.network)
+        assert block == min(costs, key=costs.get), "the cheapest block goes first"
+        assert damage == pytest.approx(costs[block], rel=1e-3)
+        gone.append(block)
+    assert len(path) == 3
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_the_damage_of_width_is_that_of_removing_the_channels(family: str, tiny_model: Tiny):
+    original = tiny_model(family).network
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    damage = width_damage(original, WINDOWS, WINDOWS, judge(original, WINDOWS), [64, 128], silent)
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    assert damage[128] < 0.01 * damage[64]
+    pruned, _ = prune_width(tiny_model(family), PruneWidth(ffn=64), WINDOWS)
+    # The real step solves each block on what the narrowed blocks before it deliver, so it may do better.
+    assert damage[64] == pytest.approx(divergence(original, pruned.network), rel=0.6)
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_the_damage_of_formats_is_that_of_rounding_a_group(family: str, tiny_model: Tiny):
+    model = tiny_model(family)
+    sizes = sizes_of(model)
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    damage = format_damage(model, sizes, WINDOWS, judge(model.network, WINDOWS), silent)
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    for group in sizes.group_names:
+        other = tiny_model(family).network
+        for name in (name for name, of in sizes.groups.items() if of == group):
+            module = other.get_submodule(name.removesuffix(".weight"))
+            rounded = round_to_nearest(read_weight(module), FORMATS["Q4_0"]).decode()
+            module.weight.data.copy_(rounded.T if type(module).__name__ == "Conv1D" else rounded)
+        assert damage[group]["Q4_0"] == pytest.approx(divergence(model.network, other), rel=1e-3)
+        assert list(damage[group]) == sizes.allowed(group)
+        assert 0 < damage[group]["Q8_0"] < 0.1 * damage[group]["Q5_0"] < 0.1 * damage[group]["Q4_0"]
+
+
+def test_weights_that_lie_on_a_grid_already_are_no_error(tiny_model: Tiny):
+    """A model that was decoded from Q4_0 loses nothing in Q4_0."""
+    model = tiny_model("llama")
+    for block in blocks_of(model.network):
+        weight = read_weight(block.self_attn.v_proj)
+        codes = (weight * 20).round().clamp(-8, 7)
+        codes[:, ::32] = -8  # as quantizers do, the largest weight of a block lies on the longer side
+        write_weight(block.self_attn.v_proj, codes / 16)
+    damage = format_damage(model, sizes_of(model), WINDOWS, judge(model.network, WINDOWS), silent)
+    assert damage["value"]["Q4_0"] == pytest.approx(0, abs=1e-6)
+    assert all(math.isfinite(kl) for by_format in damage.values() for kl in by_format.values())
+
+
+def test_replaced_weights_come_back_even_after_an_error(tiny_model: Tiny):
+    network = tiny_model("llama").network
+    linear = blocks_of(network)[0].mlp.up_proj
+    before = linear.weight.detach().clone()
+
+    def fail() -> None:
+        with replaced({linear: torch.zeros_like(before)}):
+            assert (linear.weight == 0).all()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert torch.equal(linear.weight, before)
