@@ -388,15 +388,16 @@ def test_shapes_go_down_to_half_the_blocks_and_a_quarter_of_the_width(sizes: Siz
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.floats(0, 10), min_size=3, max_size=3))
 def test_damages_between_measured_widths_rise_as_the_width_falls(sizes: Sizes, measured: list[float]):
-    wide = replace(sizes, original=Shape(3, 256))
+    wide = replace(sizes, original=Shape(4, 256))
     known = dict(zip((32, 96, 192), sorted(measured, reverse=True), strict=True))
-    damages = Damages(((1, 0.25),), known, {})
-    curve = [shape_damage(wide, damages, Shape(3, width)) for width in range(32, 257, 32)]
+    damages = Damages(((2, 0.25), (1, 0.4)), known, {})
+    curve = [shape_damage(wide, damages, Shape(4, width)) for width in range(32, 257, 32)]
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(curve))
     assert curve[-1] == 0
     for width, kl in known.items():
-        assert shape_damage(wide, damages, Shape(3, width)) == pytest.approx(kl)
-        assert shape_damage(wide, damages, Shape(2, width)) == pytest.approx(kl + 0.25)
+        assert shape_damage(wide, damages, Shape(4, width)) == pytest.approx(kl)
+        assert shape_damage(wide, damages, Shape(3, width)) == pytest.approx(kl + 0.25)
+        assert shape_damage(wide, damages, Shape(2, width)) == pytest.approx(kl + 0.4)
 
 
 # ---- measured damage ----

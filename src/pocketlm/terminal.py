@@ -126,16 +126,21 @@ def quality_lines(qualities: dict[str, Quality]) -> list[str]:
 
 def speed_lines(speeds: Speeds) -> list[str]:
     """Lay speeds out as a table."""
+    heads = ("bytes", "prefill tok/s", "decode tok/s", "first token", "load", "memory")
     lines = [
         f"{speeds.engine}, {speeds.threads} threads, {speeds.prompt} tokens read, {speeds.generate} generated",
-        f"{'file':<32}{'bytes':>14}{'prefill tok/s':>16}{'decode tok/s':>16}{'first token':>13}{'load':>8}{'memory':>10}",
+        f"{'file':<32}" + "".join(f"{head:>16}" for head in heads),
     ]
     for file in speeds.files:
-        lines.append(
-            f"{file.path.name:<32}{file.file_bytes:>14,}"
-            f"{file.prefill.mean:>9.1f} ± {file.prefill.deviation:<4.1f}{file.decode.mean:>9.1f} ± {file.decode.deviation:<4.1f}"
-            f"{file.first_token.mean:>11.2f} s{file.load_seconds.mean:>6.2f} s{say_bytes(file.memory_bytes.mean):>10}"
+        cells = (
+            f"{file.file_bytes:,}",
+            f"{file.prefill.mean:.1f} ± {file.prefill.deviation:.1f}",
+            f"{file.decode.mean:.1f} ± {file.decode.deviation:.1f}",
+            f"{file.first_token.mean:.2f} s",
+            f"{file.load_seconds.mean:.2f} s",
+            say_bytes(file.memory_bytes.mean),
         )
+        lines.append(f"{file.path.name:<32}" + "".join(f"{cell:>16}" for cell in cells))
     energy = speeds.files[0].joules_per_token
     return [
         *lines,

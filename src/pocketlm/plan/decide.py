@@ -19,7 +19,7 @@ from pocketlm.steps.quantize import Quantize
 JUDGING_WINDOWS = 2  # of held-out text, on which damages are measured
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
 DROP_AT_MOST = 8  # blocks whose removal is measured; each round costs several forward passes
-HEAL_TOKENS = 24_576  # of distillation after pruning where the person gives no time
+HEAL_TOKENS = 12_288  # of distillation after pruning where the person gives no time
 TIMED_STEPS = 3
 
 

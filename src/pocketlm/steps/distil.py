@@ -27,16 +27,20 @@ CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes 
 
 @dataclass(frozen=True, kw_only=True)
 class Distil:
-    """How the recovery is trained. The defaults were chosen on the reference model (benchmarks/distil.py)."""
+    """How the recovery is trained.
+
+    The learning rate is for a few dozen steps from a mildly pruned model: on the demo model with FFNs of 1248 channels,
+    8 steps at 6e-5 lowered the held-out KL from 0.087 to 0.084, 2e-5 to 0.085, and 24 steps at 2e-4 raised it.
+    """
 
     step: Literal["distil"] = "distil"
     tokens: int
     """Tokens to train on; the text is repeated where there is less."""
-    learning_rate: float = 2e-5
+    learning_rate: float = 6e-5
     windows_per_step: int = 4
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises."""
-    evaluations: int = 6
+    evaluations: int = 3
     """How often the held-out divergence is measured; the best of these checkpoints is kept."""
     seed: int = 0
 
@@ -71,9 +75,7 @@ def distil(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     large = sum(parameter.numel() for parameter in trained) > CHECKPOINT_PARAMETERS
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, config.warm_up))
     opinion = judge(teacher.network, held_out)
     held_out_kl = [(0, divergence_of(network, held_out, opinion))]
