@@ -86,7 +86,7 @@ def test_training_brings_a_damaged_model_closer_on_text_it_has_not_seen(family: 
     before = weights_of(teacher.network)
     student = damaged(teacher)
     at_first = held_out_divergence(teacher.network, student.network, HELD_OUT)
-    config = Distil(tokens=40 * 64, learning_rate=3e-4, evaluations=4)
+    config = Distil(windows_per_step=2, tokens=40 * 64, learning_rate=3e-4, evaluations=4)
     calls: list[tuple[int, int]] = []
     student, report = distil(
         teacher, student, config, WINDOWS, HELD_OUT, lambda done, total, _: calls.append((done, total))
@@ -109,7 +109,9 @@ def test_a_pruned_model_recovers(tiny_model: Tiny):
     teacher = tiny_model("llama")
     student, _ = prune_depth(tiny_model("llama"), PruneDepth(drop=(1,)))
     at_first = held_out_divergence(teacher.network, student.network, HELD_OUT)
-    student, _ = distil(teacher, student, Distil(tokens=30 * 64, learning_rate=3e-4), WINDOWS, HELD_OUT)
+    student, _ = distil(
+        teacher, student, Distil(windows_per_step=2, tokens=30 * 64, learning_rate=3e-4), WINDOWS, HELD_OUT
+    )
     assert held_out_divergence(teacher.network, student.network, HELD_OUT) < at_first
     assert student.network.lm_head.weight is student.network.get_input_embeddings().weight, "still tied"
 
@@ -119,7 +121,7 @@ def test_training_that_does_not_help_is_undone(evaluations: int, tiny_model: Tin
     teacher = tiny_model("llama")
     student = tiny_model("llama")  # cannot become any closer
     before = weights_of(student.network)
-    config = Distil(tokens=4 * 64, learning_rate=0.1, evaluations=evaluations)
+    config = Distil(windows_per_step=2, tokens=4 * 64, learning_rate=0.1, evaluations=evaluations)
     student, report = distil(teacher, student, config, WINDOWS, HELD_OUT)
     assert not report.details["kept"]
     assert "kept as it was" in report.summary
@@ -131,7 +133,7 @@ def test_training_that_goes_wrong_at_the_end_keeps_its_best_checkpoint(
 ):
     teacher = tiny_model("llama")
     monkeypatch.setattr(module, "_cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 300.0)
-    config = Distil(tokens=30 * 64, learning_rate=3e-4, evaluations=3)
+    config = Distil(windows_per_step=2, tokens=30 * 64, learning_rate=3e-4, evaluations=3)
     student, report = distil(teacher, damaged(teacher), config, WINDOWS, HELD_OUT)
     curve = dict(report.details["held_out_kl"])
     assert curve[20] < curve[0] < curve[30]
@@ -143,7 +145,7 @@ def test_the_same_seed_gives_the_same_weights(family: str, tiny_model: Tiny):
     def trained(seed: int) -> dict[str, Tensor]:
         torch.rand(seed + 3)  # what else draws random numbers does not matter
         teacher = tiny_model(family)
-        config = Distil(tokens=8 * 64, learning_rate=3e-4, seed=seed)
+        config = Distil(windows_per_step=2, tokens=8 * 64, learning_rate=3e-4, seed=seed)
         return weights_of(distil(teacher, damaged(teacher), config, WINDOWS, HELD_OUT)[0].network)
 
     first, again, other = trained(1), trained(1), trained(2)
@@ -197,7 +199,7 @@ def test_recomputed_activations_give_the_same_weights(family: str, tiny_model: T
             count[0] += torch.is_grad_enabled()
 
         blocks_of(student.network)[1].mlp.register_forward_pre_hook(add)
-        config = Distil(tokens=6 * 64, learning_rate=3e-4)
+        config = Distil(windows_per_step=2, tokens=6 * 64, learning_rate=3e-4)
         student, _ = distil(teacher, student, config, WINDOWS, HELD_OUT)
         assert not any("forward" in vars(block) for block in blocks_of(student.network))
         runs.append(count[0])

@@ -24,6 +24,7 @@ ROWS = (
     ("artefact",),
     ("fit",),
     ("inspection", "terminal"),
+    ("api",),
     ("cli",),
     ("__main__",),
 )

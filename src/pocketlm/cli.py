@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import errno
 import json
 import shlex
 import sys
@@ -46,15 +47,13 @@ def fit(
 
     Example: pocketlm fit demo --size 70MB -o p70
     """
-    from pocketlm.fit import Fit
-    from pocketlm.fit import fit as run
-    from pocketlm.fit import plan as decide
+    from pocketlm import api
     from pocketlm.plan.budget import parse_time
     from pocketlm.terminal import Screen, plan_lines, result_lines
 
     if not size and not recipe:
         raise BadInputError("Give a budget with --size (such as 70MB) or a recipe with --recipe FILE")
-    job = Fit(
+    job = api.Fit(
         model=model,
         size=size,
         recipe=recipe,
@@ -67,9 +66,9 @@ def fit(
     )
     with Screen() as screen:
         if dry_run:
-            planned = decide(job, screen.progress)
+            planned = api.plan(job, screen.progress)
         else:
-            report = run(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
+            report = api.fit(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
     if dry_run:
         _print(plan_lines(planned), _plan_data(planned), json_output)
     else:
@@ -81,10 +80,10 @@ def fit(
 @app.command()
 def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
     """Show what a model is made of, and which budgets `fit` can meet."""
-    from pocketlm.inspection import inspect_model
+    from pocketlm import api
     from pocketlm.terminal import inspection_lines
 
-    found = inspect_model(model)
+    found = api.inspect(model)
     _print(inspection_lines(found), asdict(found), json_output)
 
 
@@ -98,9 +97,9 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Hold a conversation with a model in the terminal."""
-    from pocketlm.run.chat import chat_loop
+    from pocketlm import api
 
-    chat_loop(_gguf(str(file)), system, threads=threads, greedy=greedy, seed=seed)
+    api.chat(_gguf(str(file)), system, threads=threads, greedy=greedy, seed=seed)
 
 
 @app.command()
@@ -113,11 +112,11 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity, KL divergence and agreement of a model against a reference, in llama.cpp."""
-    from pocketlm.inspection import evaluate_models
+    from pocketlm import api
     from pocketlm.terminal import Screen, quality_lines
 
     with Screen() as screen:
-        qualities = evaluate_models(model, reference, list(data or []), windows, screen.progress)
+        qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
     _print(quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output)
 
 
@@ -132,22 +131,20 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure load time, speed and memory of files in llama.cpp, in turns."""
-    from pocketlm.measure.device import measure_speed
-    from pocketlm.proof import SPEED_WORKER
+    from pocketlm import api
     from pocketlm.terminal import speed_lines
 
-    paths = [_gguf(str(file)) for file in files]
-    speeds = measure_speed(paths, SPEED_WORKER, threads=threads, prompt=prompt, generate=generate, repeat=repeat)
+    speeds = api.bench([_gguf(str(file)) for file in files], threads, prompt, generate, repeat)
     _print(speed_lines(speeds), asdict(speeds), json_output)
 
 
 @app.command()
 def doctor(json_output: Json = False, debug: Debug = False) -> None:
     """Show what this machine and this installation can do."""
-    from pocketlm.inspection import examine
+    from pocketlm import api
     from pocketlm.terminal import doctor_lines
 
-    found = examine()
+    found = api.doctor()
     _print(doctor_lines(found), found, json_output)
 
 
@@ -207,8 +204,12 @@ def main() -> None:
         _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
     except KeyboardInterrupt:
         _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
-    except MemoryError:
-        error = OutOfResourcesError("Out of memory. Close other programs, or take a smaller model")
+    except (MemoryError, OSError) as problem:
+        if isinstance(problem, OSError) and problem.errno != errno.ENOSPC:
+            _fail(PocketlmError(f"{problem.strerror}: {problem.filename or 'unknown file'}"), 1)
+        full = isinstance(problem, OSError)
+        what = "The disk is full. Free some space" if full else "Out of memory. Close other programs"
+        error = OutOfResourcesError(f"{what}, and give the same command again: finished stages are kept")
         _fail(error, error.exit_code)
     except Exception as error:
         if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):

@@ -21,7 +21,7 @@ from pocketlm.preflight import check_resources
 from pocketlm.proof import prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
-from pocketlm.stages import Progress, Texts, gather_texts, make_plan, run_recipe
+from pocketlm.stages import Progress, Texts, gather_texts, make_plan, run_recipe, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Planned:
     plan: Plan | None  # None where the recipe came from a person
 
 
-def fit(job: Fit, progress: Progress, announce: Callable[[Planned], None] = lambda planned: None) -> Report:
+def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], None] = lambda planned: None) -> Report:
     """Make a model fit a budget, and write the folder `job.out`, whole or not at all.
 
     Args:
@@ -79,7 +79,7 @@ def fit(job: Fit, progress: Progress, announce: Callable[[Planned], None] = lamb
     return report
 
 
-def plan(job: Fit, progress: Progress) -> Planned:
+def plan(job: Fit, progress: Progress = silent) -> Planned:
     """Decide what `fit` would do and how many bytes its file would have; nothing is written but the cache."""
     return prepare(job, load(job.model), progress)[1]
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pocketlm
 from pocketlm.cache import cache_folder
 from pocketlm.errors import BadInputError
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import Speeds, machine, measure_speed
 from pocketlm.measure.quality import Quality, compare
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
-from pocketlm.proof import original_file
+from pocketlm.proof import SPEED_WORKER, original_file
 from pocketlm.run.engine import Engine
-from pocketlm.stages import Progress
+from pocketlm.stages import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Inspection:
     largest: int
 
 
-def inspect_model(source: str) -> Inspection:
+def inspect(source: str) -> Inspection:
     """Return what a model is made of and which budgets it can meet."""
     model = load(source)
     sizes = sizes_of(model)
@@ -67,8 +67,8 @@ def inspect_model(source: str) -> Inspection:
     )
 
 
-def evaluate_models(
-    source: str, reference: str, data: list[Path], count: int, progress: Progress
+def evaluate(
+    source: str, reference: str, data: list[Path], count: int = 12, progress: Progress = silent
 ) -> dict[str, Quality]:
     """Measure a model against a reference in the engine, on a person's text or on Python's help topics.
 
@@ -95,7 +95,22 @@ def evaluate_models(
     return done.qualities
 
 
-def examine() -> dict[str, object]:
+def bench(
+    files: list[Path], threads: int | None = None, prompt: int = 512, generate: int = 64, repeat: int = 3
+) -> Speeds:
+    """Measure load time, speed and memory of GGUF files in the engine, in turns; ratios are to the first.
+
+    Args:
+        files: GGUF files.
+        threads: CPU threads; one per core where None.
+        prompt: Tokens to read.
+        generate: Tokens to generate.
+        repeat: Measurements per process, of which there are three per file.
+    """
+    return measure_speed(files, SPEED_WORKER, threads=threads, prompt=prompt, generate=generate, repeat=repeat)
+
+
+def doctor() -> dict[str, object]:
     """Return what this machine and this installation can do, as plain facts."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ import torch
 
 from pocketlm.model.language_model import LanguageModel
 
-ANSWER_TOKENS = 160
-QUESTION_TOKENS = 32
+ANSWER_TOKENS = 72
+QUESTION_TOKENS = 24
 TEMPERATURE = 0.8  # at 1, small models drift into noise
 MARK = "\x02"  # stands for the user's words while the template is cut around them
 

@@ -1,5 +1,6 @@
 """Decide a recipe for a budget: measure what hurts, choose what hurts least."""
 
+import copy
 import time
 from dataclasses import asdict, dataclass
 
@@ -18,7 +19,6 @@ from pocketlm.steps.quantize import Quantize
 
 JUDGING_WINDOWS = 2  # of held-out text, on which damages are measured
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
-DROP_AT_MOST = 8  # blocks whose removal is measured; each round costs several forward passes
 HEAL_TOKENS = 12_288  # of distillation after pruning where the person gives no time
 TIMED_STEPS = 3
 
@@ -55,7 +55,7 @@ def measure_damages(
         if widths
         else {}
     )
-    most = min(DROP_AT_MOST, sizes.original.blocks - floor.blocks, _blocks_needed(sizes, budget))
+    most = min(sizes.original.blocks - floor.blocks, _blocks_needed(sizes, budget))
     depth = depth_damage(model.network, windows, opinion, most, progress)
     return Damages(tuple(depth), width, formats)
 
@@ -101,8 +101,8 @@ def decide(
         steps.append(PruneDepth(drop=plan.drop))
     if plan.shape.ffn != sizes.original.ffn:
         steps.append(PruneWidth(ffn=plan.shape.ffn))
-    tokens = HEAL_TOKENS if heal_seconds is None else _tokens_in(model, calibration, heal_seconds)
-    if steps and tokens:
+    if steps and heal_seconds != 0:
+        tokens = HEAL_TOKENS if heal_seconds is None else _tokens_in(model, calibration, heal_seconds)
         steps.append(Distil(tokens=tokens, seed=seed))
     steps.append(Quantize(formats=plan.formats))
     return Decision(Recipe(steps=tuple(steps), seed=seed), plan, damages)
@@ -110,10 +110,6 @@ def decide(
 
 def _tokens_in(model: LanguageModel, calibration: Tokens, seconds: float) -> int:
     """Return how many tokens of distillation fit into a time on this machine, to two digits."""
-    if not seconds:
-        return 0
-    import copy
-
     trial = LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
     config = Distil(tokens=1)
     batch = calibration.first(config.windows_per_step)

@@ -13,6 +13,7 @@ from pocketlm.steps.prune_width import SPACE, PruneWidth
 from pocketlm.steps.quantize import Quantize, embedding_name, format_for
 from pocketlm.tensors.formats import FORMATS
 
+DROP_AT_MOST = 8  # blocks; measuring what the removal of one more would cost takes several forward passes
 MULTIPLE = 32  # FFN widths are multiples of this, so that every block format fits
 
 
@@ -115,8 +116,10 @@ def sizes_of(model: LanguageModel) -> Sizes:
 
 
 def smallest_shape(sizes: Sizes) -> Shape:
-    """Return how far pruning may go: half of the blocks, a quarter of the FFN channels."""
-    blocks = -(-sizes.original.blocks // 2) if sizes.anatomy.uniform_blocks else sizes.original.blocks
+    """Return how far pruning may go: DROP_AT_MOST blocks but never half of them, a quarter of the FFN channels."""
+    blocks = sizes.original.blocks
+    if sizes.anatomy.uniform_blocks:
+        blocks = max(-(-blocks // 2), blocks - DROP_AT_MOST)
     ffn = max(MULTIPLE, sizes.original.ffn // 4 // MULTIPLE * MULTIPLE)
     return Shape(blocks, min(ffn, sizes.original.ffn))
 

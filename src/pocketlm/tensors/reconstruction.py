@@ -49,7 +49,7 @@ def removal_order(weight: Tensor, gram: Tensor, remove: int, damping: float = 0.
 
 
 @torch.no_grad()
-def solve_readers(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 0.01) -> Tensor:
+def solve_readers(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 0.1) -> Tensor:
     """Return the weights on the kept channels that come closest to the old output.
 
     W' = W H[:, K] H[K, K]⁻¹ with H = G + λI, the least-squares solution for ‖W X - W' X[K]‖², damped
@@ -59,7 +59,9 @@ def solve_readers(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 0
         weight: (rows, channels).
         gram: (channels, channels), the sum of x xᵀ.
         keep: Indices of the kept channels.
-        damping: Share of the mean diagonal added to the diagonal.
+        damping: Share of the mean diagonal added to the diagonal. More than when codes are chosen: on text that was
+            not solved on, a tenth cut the output error of the reference model's FFNs by 2 to 25 %, the more the less
+            text there was.
 
     Returns:
         (rows, kept) in the dtype of `weight`.

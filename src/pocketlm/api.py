@@ -1,0 +1,27 @@
+"""The commands as Python functions, under the same names.
+
+from pocketlm.api import Fit, fit
+
+report = fit(Fit(model="demo", size="70MB", out=Path("p70")))
+print(report.product.perplexity_ratio)
+"""
+
+from pocketlm.fit import Fit, fit, plan
+from pocketlm.inspection import bench, doctor, evaluate, inspect
+from pocketlm.model.language_model import LanguageModel, save
+from pocketlm.model.source import load
+from pocketlm.run.chat import chat_loop as chat
+
+__all__ = [
+    "Fit",
+    "LanguageModel",
+    "bench",
+    "chat",
+    "doctor",
+    "evaluate",
+    "fit",
+    "inspect",
+    "load",
+    "plan",
+    "save",
+]
