@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import pocketlm
 from pocketlm.cache import Finished
 from pocketlm.errors import BadInputError
-from pocketlm.measure.device import FileSpeed, machine
+from pocketlm.measure.device import FileSpeed, Machine, machine
 from pocketlm.measure.quality import Interval
 from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
 from pocketlm.model.text import Tokens
+from pocketlm.plan.budget import say_bytes
 from pocketlm.proof import Proof
 from pocketlm.report import content
 from pocketlm.stages import Compressed, Texts
@@ -74,7 +75,7 @@ def make_report(
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         pocketlm=pocketlm.__version__,
         versions=versions(),
-        machine={key: value for key, value in asdict(here).items() if isinstance(value, str | int | float)},
+        machine=_machine(here),
         seed=run.seed,
         settings=run.settings,
         model=content.ModelFacts(
@@ -102,6 +103,11 @@ def make_report(
         hashes=hashes,
         perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
     )
+
+
+def _machine(here: Machine) -> dict[str, str | int]:
+    memory = "not stated" if here.memory_bytes is None else say_bytes(here.memory_bytes)
+    return {"processor": here.cpu, "cores": here.cores, "memory": memory, "system": here.system}
 
 
 def versions() -> dict[str, str]:

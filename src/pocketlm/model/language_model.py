@@ -1,5 +1,6 @@
 """A language model as the toolkit carries it: network, tokenizer, and where both came from."""
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16
     """Write `model` as a plain Hugging Face folder that `from_pretrained` loads, weights as `dtype`.
 
     Args:
-        model: The network is cast to `dtype` in place.
+        model: Left as it is.
         folder: Made if missing.
         dtype: A 16-bit type for outputs.
     """
@@ -60,7 +61,7 @@ def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16
 
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    network = model.network.to(dtype)
+    network = copy.deepcopy(model.network).to(dtype)  # a cast in place would change what the caller goes on with
     network.config.dtype = dtype
     network.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)

@@ -71,8 +71,8 @@ def distil(
     """
     if teacher.network.config.vocab_size != student.network.config.vocab_size:
         raise BadInputError("Teacher and student have different vocabularies, so probabilities cannot be compared")
-    if min(config.tokens, config.windows_per_step, config.evaluations, len(windows), len(held_out)) < 1:
-        raise BadInputError("distil needs tokens, windows_per_step and evaluations of at least 1, and some text")
+    if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
+        raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
     network = student.network
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     large = sum(parameter.numel() for parameter in trained) > CHECKPOINT_PARAMETERS
