@@ -12,10 +12,11 @@ from pocketlm.model.source import read_tensors
 from pocketlm.tensors.formats import Packed, unpack
 
 POSITIONS = 64
-# The engine multiplies with activations rounded to 8 bits, so its logits differ from torch's by a little noise, here 2 to
-# 4 % of their spread; weights in a wrong order or place differ by far more than this bound.
+# The engine multiplies with activations rounded to 8 bits, so its logits differ from torch's by a little noise, here
+# 2 to 4 % of their spread; weights in a wrong order or place differ by far more than this bound.
 LARGEST_NOISE = 0.1
-# Where torch prefers its own token by less than so many times the noise, the engine may prefer another: a near-tie.
+# Where torch prefers its own token by less than so many times the noise at that position, the engine may prefer
+# another: a near-tie.
 NEAR_TIE = 5
 TEXTS = (
     "The quick brown fox didn't jump over 1,234 lazy dogs.\n\n\tIt said: “naïve café” – Straße, 漢字, 😀!",
@@ -87,10 +88,10 @@ def check_choices(model: LanguageModel, windows: Tensor, engine_logits: Callable
         theirs.append(engine_logits(window.tolist())[places])
     truth, engine = torch.cat(ours), torch.cat(theirs)
     loss = truth.amax(-1) - truth.gather(-1, engine.argmax(-1, keepdim=True)).squeeze(-1)
-    noise = (truth - engine).std()
+    difference = truth - engine
     same = int((loss == 0).sum())
-    near = int(((loss > 0) & (loss <= NEAR_TIE * noise)).sum())
-    share = (noise / truth.std()).item()
+    near = int(((loss > 0) & (loss <= NEAR_TIE * difference.std(-1))).sum())
+    share = (difference.std() / truth.std()).item()
     detail = f"{same} of {len(loss)} the same, {near} near-ties; logits differ by {share:.1%} of their spread"
     passed = same + near == len(loss) and share <= LARGEST_NOISE
     return Check("top-1 next tokens agree with torch", passed, detail)
