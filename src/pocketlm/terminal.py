@@ -49,7 +49,7 @@ class Screen:
     def say(self, lines: list[str]) -> None:
         """Print lines above the progress."""
         for line in lines:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` pieces of some work are done."""
@@ -61,7 +61,7 @@ class Screen:
             return
         now = time.monotonic()
         if stage != self._last or done == total or now - self._printed > SECONDS_BETWEEN_LINES:
-            self._console.print(f"[{now - self._began:6.0f} s] {what} {done}/{total}", markup=False)
+            self._console.print(f"[{now - self._began:6.0f} s] {what} {done}/{total}", markup=False, soft_wrap=True)
             self._last, self._printed = stage, now
 
 
