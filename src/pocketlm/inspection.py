@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,14 +9,13 @@ import pocketlm
 from pocketlm.cache import cache_folder
 from pocketlm.errors import BadInputError
 from pocketlm.measure.device import Speeds, machine, measure_speed
-from pocketlm.measure.quality import Quality, compare
+from pocketlm.measure.quality import Quality
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
-from pocketlm.proof import SPEED_WORKER, original_file
-from pocketlm.run.engine import Engine
+from pocketlm.proof import SPEED_WORKER, measure_quality, original_file
 from pocketlm.stages import Progress, silent
 
 
@@ -83,16 +81,8 @@ def evaluate(
     length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
     corpus = read_corpus(data) if data else python_topics()
     windows = corpus.tokens("test", models["reference"].tokenizer, count, length).windows
-    with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(Engine(original_file(model), context=length)) for name, model in models.items()
-        }
-        done = compare(
-            {name: engine.logits for name, engine in engines.items()},
-            windows,
-            lambda i, n: progress("measuring quality in llama.cpp", i, n),
-        )
-    return done.qualities
+    files = {name: original_file(model) for name, model in models.items()}
+    return measure_quality(files, windows, progress).qualities
 
 
 def bench(

@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from pocketlm.cache import stage
 from pocketlm.errors import VerificationError
 from pocketlm.export.gguf import write_gguf
@@ -69,7 +71,7 @@ def prove(
     answers, ended = ask_both(files["original"], exported, progress)
     checks = verify(compressed, exported, texts, ended)
     files |= {"plain": plain_file(original, simpler, texts, progress), "compressed": exported}
-    quality = measure_quality(files, texts, progress)
+    quality = measure_quality(files, texts.test.windows, progress)
     return Proof(files, checks, answers, quality, measure_speeds(files, texts, progress))
 
 
@@ -120,7 +122,8 @@ def plain_file(model: LanguageModel, choice: Simpler, texts: Texts, progress: Pr
         )
         write_gguf(done, packed, folder / f"plain-{choice.name}.gguf")
 
-    done = stage("plain", {"model": model.origin.sha256, "formats": choice.formats}, produce)
+    inputs = {"model": model.origin.sha256, "formats": choice.formats, "text": texts.calibration.sha256}
+    done = stage("plain", inputs, produce)
     return done.folder / f"plain-{choice.name}.gguf"
 
 
@@ -178,9 +181,8 @@ def ask_both(original: Path, exported: Path, progress: Progress) -> tuple[tuple[
 # ---- measuring ----
 
 
-def measure_quality(files: dict[str, Path], texts: Texts, progress: Progress) -> Comparison:
-    """Measure every file in the engine on the same held-out windows; the first is the reference."""
-    windows = texts.test.windows
+def measure_quality(files: dict[str, Path], windows: Tensor, progress: Progress) -> Comparison:
+    """Measure every file in the engine on the same windows, (windows, length); the first is the reference."""
     with ExitStack() as stack:
         engines = {role: stack.enter_context(Engine(path, context=windows.shape[1])) for role, path in files.items()}
         return compare(

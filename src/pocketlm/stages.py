@@ -29,7 +29,6 @@ from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.steps.quantize import Quantize, quantize
-from pocketlm.steps.report import StepReport
 from pocketlm.tensors.formats import FORMATS, Packed, unpack
 
 SAMPLES = 16  # documents that the model writes itself
@@ -233,8 +232,3 @@ def put_decoded(model: LanguageModel, packed: dict[str, Packed]) -> None:
         module = model.network.get_submodule(name.rpartition(".")[0])
         decoded = unpack(tensor).decode()
         module.weight.data.copy_(decoded.T if type(module).__name__ == "Conv1D" else decoded)
-
-
-def report_of(finished: Finished) -> StepReport:
-    """Return what a step said when it ran."""
-    return StepReport(**finished.facts)
