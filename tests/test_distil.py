@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.model import judge as judging
+from pocketlm.model import learning
 from pocketlm.model.anatomy import blocks_of
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.steps import distil as module
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 
@@ -54,13 +54,13 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
 def test_the_chunked_loss_and_its_gradient_are_the_obvious_ones(
     family: str, positions: int, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "POSITIONS_AT_ONCE", positions)
+    monkeypatch.setattr(learning, "POSITIONS_AT_ONCE", positions)
     teacher = tiny_model(family)
     student = damaged(teacher).network
     reference_teacher, reference = copy.deepcopy(teacher.network).double(), copy.deepcopy(student).double()
     truth = obvious_kl(reference_teacher, reference, WINDOWS[:2])
     truth.backward()
-    loss = module._train_step(teacher.network, student, WINDOWS[:2])
+    loss = learning.distillation_step(teacher.network, student, WINDOWS[:2])
     assert loss == pytest.approx(truth.item(), rel=1e-4)
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
     for (name, ours), theirs in zip(student.named_parameters(), reference.parameters(), strict=True):
@@ -132,7 +132,7 @@ def test_training_that_goes_wrong_at_the_end_keeps_its_best_checkpoint(
     tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
     teacher = tiny_model("llama")
-    monkeypatch.setattr(module, "_cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 300.0)
+    monkeypatch.setattr("pocketlm.steps.distil.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 300.0)
     config = Distil(windows_per_step=2, tokens=30 * 64, learning_rate=3e-4, evaluations=3)
     student, report = distil(teacher, damaged(teacher), config, WINDOWS, HELD_OUT)
     curve = dict(report.details["held_out_kl"])
@@ -156,20 +156,19 @@ def test_the_same_seed_gives_the_same_weights(family: str, tiny_model: Tiny):
 @pytest.mark.parametrize("rows", [1, 2, 5, 7])
 def test_every_pass_shows_each_window_once(rows: int):
     windows = torch.arange(rows)[:, None]
-    config = Distil(tokens=1, windows_per_step=2)
-    seen = torch.cat(list(module._batches(windows, config, 3 * rows))).flatten().tolist()
+    seen = torch.cat(list(learning.batches(windows, 2, 3 * rows, seed=0))).flatten().tolist()
     assert len(seen) == 6 * rows
     for start in range(0, 6 * rows, rows):
         assert sorted(seen[start : start + rows]) == list(range(rows))
 
 
 def test_the_learning_rate_rises_then_falls_to_a_tenth():
-    rates = [module._cosine(step, 100, 0.1) for step in range(100)]
+    rates = [learning.cosine(step, 100, 0.1) for step in range(100)]
     assert rates[9] == max(rates) == 1.0
     assert rates[:10] == sorted(rates[:10])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0.1 <= rates[-1] < 0.11
-    assert module._cosine(0, 1, 0.1) == 1.0
+    assert learning.cosine(0, 1, 0.1) == 1.0
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_way_out(tiny_model: Tiny):
@@ -206,7 +205,7 @@ def test_recomputed_activations_give_the_same_weights(family: str, tiny_model: T
         return weights_of(student.network)
 
     kept = trained()
-    monkeypatch.setattr(module, "CHECKPOINT_PARAMETERS", 0)
+    monkeypatch.setattr(learning, "CHECKPOINT_PARAMETERS", 0)
     recomputed = trained()
     assert runs == [6, 12], "the block ran again in each backward pass"
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)

@@ -17,7 +17,7 @@ steps:
 - {step: prune_width, ffn: 96}
 - {step: distil, tokens: 2048, evaluations: 2}
 - step: quantize
-  formats: {embedding: Q8_0, head: Q8_0, query_key: Q5_0, value: Q8_0, attention_out: IQ4_NL, ffn_in: Q4_0,
+  formats: {embedding: Q8_0, query_key: Q5_0, value: Q8_0, attention_out: IQ4_NL, ffn_in: Q4_0,
     ffn_out: Q5_0}
 seed: 0
 """

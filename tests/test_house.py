@@ -23,6 +23,7 @@ ROWS = (
     ("proof",),
     ("artefact",),
     ("fit",),
+    ("integers",),
     ("inspection", "terminal"),
     ("api",),
     ("cli",),

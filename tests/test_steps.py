@@ -236,6 +236,12 @@ def modules_by_group(network: nn.Module) -> dict[str, list[tuple[str, nn.Module]
     return groups
 
 
+def formats_for(model: LanguageModel, formats: dict[str, str] | str) -> dict[str, str]:
+    """Return the formats of the groups that a model has, or one for all of them."""
+    groups = modules_by_group(model.network)
+    return dict.fromkeys(groups, formats) if isinstance(formats, str) else {group: formats[group] for group in groups}
+
+
 @every_family
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_the_bytes_decode_to_exactly_the_weights_of_the_network(family: str, method: str, tiny_model: Tiny):
@@ -243,7 +249,7 @@ def test_the_bytes_decode_to_exactly_the_weights_of_the_network(family: str, met
     original = {name: value.clone() for name, value in model.network.state_dict().items()}
     tied = model.network.config.tie_word_embeddings
     calls: list[tuple[int, int]] = []
-    config = Quantize(formats=MIXED, method=method)
+    config = Quantize(formats=formats_for(model, MIXED), method=method)
     model, packed, report = quantize(model, config, WINDOWS, lambda *done: calls.append(done))
     network, remaining = model.network, set(packed)
     for group, members in modules_by_group(network).items():
@@ -266,31 +272,58 @@ def test_the_bytes_decode_to_exactly_the_weights_of_the_network(family: str, met
 
 @every_family
 def test_every_group_in_every_format(family: str, tiny_model: Tiny):
-    for name in FORMATS:
-        model, packed, _ = quantize(
-            tiny_model(family), Quantize(formats=dict.fromkeys(GROUPS, name), method="rtn"), WINDOWS
-        )
+    for name in (name for name, form in FORMATS.items() if form.fits(64)):
+        model = tiny_model(family)
+        config = Quantize(formats=formats_for(model, name), method="rtn")
+        model, packed, _ = quantize(model, config, WINDOWS)
         assert {tensor.format.name for tensor in packed.values()} == {name}
         assert torch.isfinite(logits_of(model.network)).all()
 
 
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_formats_of_long_rows_decode_to_the_weights_of_the_network(method: str, name: str, tiny_model: Tiny):
+    model = tiny_model("llama", **WIDE)
+    model, packed, _ = quantize(model, Quantize(formats=formats_for(model, name), method=method), WINDOWS)
+    assert len(packed) == 8
+    for tensor_name, tensor in packed.items():
+        module = model.network.get_submodule(tensor_name.removesuffix(".weight"))
+        assert torch.equal(unpack(tensor).decode(), read_weight(module))
+
+
 @every_family
 def test_gptq_errs_less_than_rounding_in_every_group(family: str, tiny_model: Tiny):
-    formats = dict.fromkeys(GROUPS, "Q4_0")
-    errors = {
-        method: quantize(tiny_model(family), Quantize(formats=formats, method=method), WINDOWS)[2].details[
-            "output_error"
-        ]
-        for method in ("gptq", "rtn")
-    }
+    errors = {}
+    for method in ("gptq", "rtn"):
+        model = tiny_model(family)
+        config = Quantize(formats=formats_for(model, "Q4_0"), method=method)
+        errors[method] = quantize(model, config, WINDOWS)[2].details["output_error"]
     for group, error in errors["gptq"].items():
         lookup = group == "embedding" and not tiny_model(family).network.config.tie_word_embeddings
         assert error == errors["rtn"][group] if lookup else error < errors["rtn"][group]
 
 
 @every_family
+def test_a_pattern_decides_for_the_tensors_that_it_matches(family: str, tiny_model: Tiny):
+    model = tiny_model(family)
+    names = modules_by_group(model.network)
+    (first, _), (second, _), *_ = names["ffn_in"] if family == "gpt2" else names["attention_out"]
+    blocks = anatomy_of(model.network).blocks
+    formats = formats_for(model, "F16") | {f"{blocks}.1.*": "Q8_0", second: "Q4_0"}
+    _, packed, report = quantize(model, Quantize(formats=formats), WINDOWS)
+    assert first not in packed
+    assert set(packed) == {name for name in model.network.state_dict() if name in packed and f"{blocks}.1." in name}
+    assert {tensor.format.name for name, tensor in packed.items() if name != second} == {"Q8_0"}
+    assert packed[second].format.name == "Q4_0", "of several that match, the last one counts"
+    assert "Q4_0 (1)" in report.summary
+
+
+@every_family
 def test_groups_in_f16_are_left_as_they_are(family: str, tiny_model: Tiny):
-    formats = dict.fromkeys(GROUPS, "F16") | {"ffn_out": "Q4_0"}
+    formats = formats_for(tiny_model(family), "F16") | {"ffn_out": "Q4_0"}
     before = tiny_model(family).network.state_dict()
     model, packed, report = quantize(tiny_model(family), Quantize(formats=formats), WINDOWS)
     changed = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
@@ -299,13 +332,14 @@ def test_groups_in_f16_are_left_as_they_are(family: str, tiny_model: Tiny):
 
 
 def test_quantizing_twice_gives_the_same_bytes(tiny_model: Tiny):
-    first, second = (quantize(tiny_model("llama"), Quantize(formats=MIXED), WINDOWS)[1] for _ in range(2))
+    config = Quantize(formats=formats_for(tiny_model("llama"), MIXED))
+    first, second = (quantize(tiny_model("llama"), config, WINDOWS)[1] for _ in range(2))
     assert all(torch.equal(first[name].rows, second[name].rows) for name in first)
 
 
 def test_linears_of_one_input_give_the_same_bytes_together_and_apart(tiny_model: Tiny):
     """The value is quantized with query and key where their formats agree, by itself where they do not."""
-    apart = dict.fromkeys(GROUPS, "F16") | {"value": "Q4_0"}
+    apart = formats_for(tiny_model("llama"), "F16") | {"value": "Q4_0"}
     together = apart | {"query_key": "Q4_0"}
     name = "model.layers.0.self_attn.v_proj.weight"
     rows = [
@@ -314,18 +348,32 @@ def test_linears_of_one_input_give_the_same_bytes_together_and_apart(tiny_model:
     assert (rows[0] == rows[1]).float().mean() > 0.99  # sums may round differently
 
 
-def without(group: str) -> dict[str, str]:
-    return {name: form for name, form in MIXED.items() if name != group}
+LLAMA = {group: form for group, form in MIXED.items() if group not in ("head", "query_key_value")}
+
+
+def without(group: str, formats: dict[str, str] = LLAMA) -> dict[str, str]:
+    return {name: form for name, form in formats.items() if name != group}
 
 
 @pytest.mark.parametrize(
     ("family", "formats", "words"),
     [
         ("llama", without("embedding"), "The recipe gives no format for `embedding`. Add it under `formats`"),
-        ("qwen2", without("head"), "The recipe gives no format for `head`"),
+        ("qwen2", LLAMA, "The recipe gives no format for `head`"),
         ("llama", without("ffn_out"), "The recipe gives no format for `ffn_out`"),
-        ("llama", MIXED | {"value": "Q3_X"}, "Unknown format `Q3_X` for `value`. Known: F16, Q4_0"),
-        ("llama", MIXED | {"embedding": "int4"}, "Unknown format `int4` for `embedding`"),
+        ("llama", LLAMA | {"value": "Q3_X"}, "Unknown format `Q3_X` for `value`. Known: F16, Q1_0"),
+        ("llama", LLAMA | {"embedding": "int4"}, "Unknown format `int4` for `embedding`"),
+        (
+            "llama",
+            LLAMA | {"head": "Q8_0"},
+            "`head` is neither a group nor does any tensor's name match it. Groups: emb",
+        ),
+        (
+            "llama",
+            LLAMA | {"*.q_porj.*": "Q8_0"},
+            r"`\*.q_porj.\*` is neither a group nor does any tensor's name match",
+        ),
+        ("llama", LLAMA | {"model.layers.1.*": "Q4_K"}, "Q4_K needs rows that divide by 256; those of model.layers.1."),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused_before_the_work(
@@ -340,10 +388,15 @@ def test_recipes_that_do_not_fit_are_refused_before_the_work(
 
 def test_rows_that_do_not_divide_are_refused_with_the_way_out(tiny_model: Tiny):
     model = tiny_model("llama", intermediate_size=100)
-    words = "Q5_0 needs rows that divide by 32; those of `ffn_out` have 100 weights. Use F16 for this group"
+    words = r"Q5_0 needs rows that divide by 32; those of \S+down_proj.weight have 100 weights. Formats that fit: F16$"
     with pytest.raises(BadInputError, match=words):
-        quantize(model, Quantize(formats=MIXED), WINDOWS)
-    _, packed, _ = quantize(model, Quantize(formats=MIXED | {"ffn_out": "F16"}), WINDOWS)
+        quantize(model, Quantize(formats=LLAMA), WINDOWS)
+    words = (
+        r"Q4_K needs rows that divide by 256; those of \S+ have 64 weights. Formats that fit: F16, Q2_0, MXFP4, NVFP4,"
+    )
+    with pytest.raises(BadInputError, match=words):
+        quantize(model, Quantize(formats=LLAMA | {"value": "Q4_K"}), WINDOWS)
+    _, packed, _ = quantize(model, Quantize(formats=LLAMA | {"ffn_out": "F16"}), WINDOWS)
     assert "model.layers.0.mlp.up_proj.weight" in packed
     assert "model.layers.0.mlp.down_proj.weight" not in packed
 
@@ -360,7 +413,7 @@ def test_a_pruned_and_quantized_model_is_a_stock_model(family: str, tiny_model: 
     if family != "gemma3_text":
         model, _ = prune_depth(model, PruneDepth(drop=(1,)))
     model, _ = prune_width(model, PruneWidth(ffn=96), WINDOWS)
-    model, _, _ = quantize(model, Quantize(formats=MIXED), WINDOWS)
+    model, _, _ = quantize(model, Quantize(formats=formats_for(model, MIXED)), WINDOWS)
     assert_reloads(model, tmp_path)
 
 
@@ -376,5 +429,5 @@ def test_channels_silent_on_the_calibration_text_keep_their_weights(method: str,
     model = tiny_model("llama")
     reads = dead_block(model.network)
     before = reads().clone()
-    quantize(model, Quantize(formats=dict.fromkeys(GROUPS, "Q4_0"), method=method), WINDOWS)
+    quantize(model, Quantize(formats=formats_for(model, "Q4_0"), method=method), WINDOWS)
     assert (reads() - before).norm() < 0.15 * before.norm()

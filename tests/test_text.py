@@ -39,8 +39,21 @@ def test_the_splits_have_their_shares_and_are_the_same_on_every_machine():
     corpus = Corpus("numbers", tuple(map(str, range(4000))))
     assert len(corpus.split("test")) == pytest.approx(0.15 * 4000, rel=0.1)
     assert len(corpus.split("validation")) == pytest.approx(0.10 * 4000, rel=0.15)
-    assert corpus.split("test")[:5] == ["9", "39", "46", "49", "50"]
-    assert corpus.split("validation")[:5] == ["8", "13", "29", "41", "47"]
+    assert sorted(map(int, corpus.split("test")))[:5] == [9, 39, 46, 49, 50]
+    assert sorted(map(int, corpus.split("validation")))[:5] == [8, 13, 29, 41, 47]
+    assert corpus.split("test")[:5] == ["3601", "2555", "3587", "3499", "519"]
+    assert corpus.split("calibration")[:5] == ["3728", "196", "2749", "1218", "1112"]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_documents_of_all_files_are_mixed(name: str):
+    """However they come in: the first windows of a split show something of every file."""
+    files = [[f"{kind} {i}" for i in range(2000)] for kind in "abcd"]
+    mixed = Corpus("x", tuple(itertools.chain(*files))).split(name)
+    assert mixed == Corpus("x", tuple(itertools.chain(*reversed(files)))).split(name), "their order does not matter"
+    first = [document[0] for document in mixed[: len(mixed) // 2]]
+    for kind in "abcd":
+        assert first.count(kind) == pytest.approx(len(first) / 4, rel=0.35)
 
 
 def test_the_default_text_fills_every_split():

@@ -8,6 +8,7 @@ print(report.product.perplexity_ratio)
 
 from pocketlm.fit import Fit, fit, plan
 from pocketlm.inspection import bench, doctor, evaluate, inspect
+from pocketlm.integers import quantize_integers
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.run.chat import chat_loop as chat
@@ -23,5 +24,6 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "quantize_integers",
     "save",
 ]

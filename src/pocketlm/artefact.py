@@ -99,10 +99,15 @@ def make_report(
         answers=proof.answers,
         verification=tuple(content.Check(check.name, check.passed, check.detail) for check in proof.checks),
         recipe=run.recipe,
-        notes=run.notes,
+        notes=(*run.notes, _cache_note(proof)),
         hashes=hashes,
         perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
     )
+
+
+def _cache_note(proof: Proof) -> str:
+    costs = ", ".join(f"{name} costs KL {kl:.4f}" for name, kl in proof.cache.items())
+    return f"Recommended type of the cache of keys and values: {proof.cache_type} ({costs}, against f16)"
 
 
 def _machine(here: Machine) -> dict[str, str | int]:

@@ -49,7 +49,6 @@ def fit(
     """
     from pocketlm import api
     from pocketlm.plan.budget import parse_time
-    from pocketlm.terminal import Screen, plan_lines, result_lines
 
     if not size and not recipe:
         raise BadInputError("Give a budget with --size (such as 70MB) or a recipe with --recipe FILE")
@@ -64,17 +63,60 @@ def fit(
         force=force,
         command=shlex.join(["pocketlm", *sys.argv[1:]]),
     )
-    with Screen() as screen:
-        if dry_run:
-            planned = api.plan(job, screen.progress)
-        else:
-            report = api.fit(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
-    if dry_run:
-        _print(plan_lines(planned), _plan_data(planned), json_output)
-    else:
-        from pocketlm.report.content import to_dict
+    _run(job, dry_run, json_output)
 
-        _print(result_lines(report, out), to_dict(report), json_output)
+
+@app.command()
+def quantize(
+    model: Model,
+    size: Annotated[str | None, typer.Option(help="Budget of the file: 60MB, or 30% of the original.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Budget as bits per weight on average, such as 4.25.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="One format for every matrix, such as q4_0; int4-g32 and the like for transformers and vLLM."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="GROUP=FORMAT or PATTERN=FORMAT that is not up for choice; repeatable.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="gptq, or rtn (rounding with a scale search).")] = "gptq",
+    tune: Annotated[
+        str, typer.Option(help="Time to tune scales and norms against the original afterwards, such as 10m.")
+    ] = "0",
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Store a model's matrices in fewer bits: the mix of formats that measured damage says is best for the bytes.
+
+    Example: pocketlm quantize demo --size 62MB --tune 10m
+    """
+    from pocketlm import api
+    from pocketlm.plan.budget import parse_time
+
+    if sum(option is not None for option in (size, bits, format)) != 1:
+        raise BadInputError("Give one of --size (such as 60MB), --bits (such as 4.25) and --format (such as q4_0)")
+    job = api.Fit(
+        model=model,
+        size=size,
+        bits=bits,
+        format=format,
+        out=out,
+        fixed=_pairs(tensor or []),
+        method=method,
+        tune=parse_time(tune),
+        prune=False,
+        data=tuple(data or ()),
+        seed=seed,
+        force=force,
+        command=shlex.join(["pocketlm", *sys.argv[1:]]),
+    )
+    _run(job, dry_run, json_output)
 
 
 @app.command()
@@ -164,6 +206,38 @@ def clean(
     folder = str(cache.cache_folder())
     data = {"folder": folder, "emptied": yes, "stages": [{"name": n, "bytes": size} for n, size in kept]}
     _print(cache_lines(folder, kept, yes), data, json_output)
+
+
+def _run(job: Any, dry_run: bool, json_output: bool) -> None:
+    """Plan a job, and unless told not to, do it."""
+    from pocketlm import api
+    from pocketlm.report.content import to_dict
+    from pocketlm.tensors.formats.integer import NAMES
+    from pocketlm.terminal import Screen, integer_lines, plan_lines, result_lines
+
+    if job.format in NAMES:
+        with Screen() as screen:
+            made = api.quantize_integers(job, screen.progress)
+        _print(integer_lines(made, job.out), asdict(made), json_output)
+        return
+    with Screen() as screen:
+        if dry_run:
+            planned = api.plan(job, screen.progress)
+        else:
+            report = api.fit(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
+    if dry_run:
+        _print(plan_lines(planned), _plan_data(planned), json_output)
+    else:
+        _print(result_lines(report, job.out), to_dict(report), json_output)
+
+
+def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """Read NAME=FORMAT options."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    for text, (name, form) in zip(texts, pairs, strict=True):
+        if not name or not form:
+            raise BadInputError(f"Cannot read `{text}`. Write it like embedding=Q8_0 or 'model.layers.0.*=Q5_0'")
+    return tuple((name, form.upper()) for name, form in pairs)
 
 
 def _gguf(name: str) -> Path:

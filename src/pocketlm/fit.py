@@ -8,20 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from pocketlm.artefact import Run, make_report, new_folder
 from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load
+from pocketlm.model.source import load, weight_bytes
 from pocketlm.plan.budget import Budget, parse_size
+from pocketlm.plan.decide import Wanted, tokens_in, uniform_recipe
 from pocketlm.plan.recipe import Recipe, read_recipe, to_yaml
 from pocketlm.plan.search import Plan, check_budget
-from pocketlm.plan.sizes import Sizes, recipe_bytes, sizes_of
+from pocketlm.plan.sizes import Sizes, bits_budget, recipe_bytes, sizes_of
 from pocketlm.preflight import check_resources
 from pocketlm.proof import prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, gather_texts, make_plan, run_recipe, silent
+from pocketlm.steps.tune import Tune
+
+LARGE_BYTES = 1_200_000_000  # of the weights on disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,13 @@ class Fit:
     recipe: Path | None = None
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
+    bits: float | None = None  # per weight of all matrices together, instead of a size
+    format: str | None = None  # one for all matrices, instead of a size
+    fixed: tuple[tuple[str, str], ...] = ()  # formats of groups or patterns of tensors that are not up for choice
+    method: str = "gptq"  # how codes are chosen; or `rtn`
+    prune: bool = True  # whether parts may be removed where that costs less than coarser numbers
     heal: float | None = None  # seconds of distillation after pruning; a fixed number of tokens where None
+    tune: float = 0.0  # seconds of tuning scales and norms after quantizing
     seed: int = 0
     force: bool = False  # replace `out`
     command: str = ""  # that reproduces the run
@@ -63,7 +75,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     """
     remove_leftovers()
     with new_folder(job.out, job.force) as folder:
-        model = load(job.model)
+        model = load_for(job)
         texts, planned = prepare(job, model, progress)
         announce(planned)
         compressed = run_recipe(model, planned.recipe, texts, progress)
@@ -79,26 +91,51 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     return report
 
 
+def load_for(job: Fit) -> LanguageModel:
+    """Load a job's model; in 16 bits, half the memory, where it is large and nothing will be trained."""
+    trained = job.prune or job.tune or job.recipe
+    return load(job.model, torch.float32 if trained or weight_bytes(job.model) < LARGE_BYTES else torch.bfloat16)
+
+
 def plan(job: Fit, progress: Progress = silent) -> Planned:
     """Decide what `fit` would do and how many bytes its file would have; nothing is written but the cache."""
-    return prepare(job, load(job.model), progress)[1]
+    return prepare(job, load_for(job), progress)[1]
 
 
 def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
     """Return the text of a run and its recipe: a person's, or the best for the budget."""
     sizes = sizes_of(model)
-    whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
-    budget = parse_size(job.size, whole) if job.size else None
-    recipe = read_recipe(job.recipe) if job.recipe else None
+    budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
+    if job.format:
+        recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
     if budget and not recipe:
         check_budget(sizes, budget)
     check_resources(model, job.out)
     texts = gather_texts(model, list(job.data), job.seed, progress)
+    if recipe and job.format and job.tune:
+        tokens = tokens_in(model, texts.calibration, job.tune)
+        recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
         size = recipe_bytes(sizes, recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
-    decision = make_plan(model, budget, texts, job.heal, job.seed, progress)
+    wanted = Wanted(
+        budget=budget,
+        prune=job.prune,
+        fixed=dict(job.fixed),
+        method=job.method,
+        heal_seconds=job.heal,
+        tune_seconds=job.tune,
+    )
+    decision = make_plan(model, wanted, texts, job.seed, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan)
+
+
+def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
+    """Return the bytes that the file may have: as asked, or those of all matrices at an average of bits."""
+    if job.bits:
+        return bits_budget(sizes, job.bits)
+    whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
+    return parse_size(job.size, whole) if job.size else None
 
 
 def _run(job: Fit, planned: Planned, exported: Path) -> Run:
@@ -109,4 +146,5 @@ def _run(job: Fit, planned: Planned, exported: Path) -> Run:
     if not planned.sizes.anatomy.uniform_blocks:
         notes.append("no blocks were dropped: this family's blocks alternate in kind")
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
+    settings |= {"tune seconds": job.tune, "method": job.method, "pruning allowed": job.prune}
     return Run(job.command, settings, job.seed, budget, to_yaml(planned.recipe), tuple(notes))

@@ -1,14 +1,15 @@
 """The proof of a run: the exported file beside the original and the obvious simpler choice, in the real engine."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pocketlm.cache import stage
-from pocketlm.errors import VerificationError
+from pocketlm.errors import OutOfResourcesError, VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
 from pocketlm.measure.device import FileSpeed, measure_speed
@@ -20,9 +21,10 @@ from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
 from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
-from pocketlm.run.llamacpp import decode_row
+from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
 from pocketlm.stages import Compressed, Progress, Texts
 from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.tensors.divergence import kl_divergence
 
 SPEED_WORKER = (sys.executable, "-m", "pocketlm.run.speed")
 PROMPTS = (
@@ -33,6 +35,10 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 160
 VERIFIED_WINDOWS = 2
+CACHE_WINDOWS = 2
+# A type of the cache is recommended where its KL is below this, or below this share of the file's own.
+CACHE_KL = 0.001
+CACHE_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Proof:
         answers: What original and exported file say to the fixed prompts; empty for a base model.
         quality: By role, on text that nothing else of the run has seen.
         speed: By role; the plain file is not timed.
+        cache: What caching keys and values in other types than f16 costs the exported file: KL in nats per token.
     """
 
     files: dict[str, Path]
@@ -52,6 +59,14 @@ class Proof:
     answers: tuple[Answer, ...]
     quality: Comparison
     speed: dict[str, FileSpeed]
+    cache: dict[str, float]
+
+    @property
+    def cache_type(self) -> str:
+        """The smallest type of the cache that costs hardly anything beside what the file has lost already."""
+        lost = self.quality.qualities["compressed"].kl.value
+        bearable = [name for name, kl in self.cache.items() if kl <= max(CACHE_KL, CACHE_SHARE * lost)]
+        return bearable[-1] if bearable else "f16"
 
 
 def prove(
@@ -72,7 +87,8 @@ def prove(
     checks = verify(compressed, exported, texts, ended)
     files |= {"plain": plain_file(original, simpler, texts, progress), "compressed": exported}
     quality = measure_quality(files, texts.test.windows, progress)
-    return Proof(files, checks, answers, quality, measure_speeds(files, texts, progress))
+    speed = measure_speeds(files, texts, progress)
+    return Proof(files, checks, answers, quality, speed, measure_cache(exported, texts.validation.first(CACHE_WINDOWS)))
 
 
 # ---- what to compare with ----
@@ -190,6 +206,19 @@ def measure_quality(files: dict[str, Path], windows: Tensor, progress: Progress)
             windows,
             lambda i, n: progress("measuring quality in llama.cpp", i, n),
         )
+
+
+def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:
+    """Return the KL to f16's logits of each other type of the cache of keys and values, by name, largest type first.
+
+    Types whose blocks do not divide the heads' width are left out: the engine refuses them.
+    """
+    logits = {}
+    for name in CACHE_TYPES:
+        with suppress(OutOfResourcesError), Engine(path, context=windows.shape[1], cache=name) as engine:
+            logits[name] = torch.stack([engine.logits(window.tolist()) for window in windows])
+    truth = logits.pop("f16")
+    return {name: kl_divergence(truth, other).mean().item() for name, other in logits.items()}
 
 
 def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> dict[str, FileSpeed]:

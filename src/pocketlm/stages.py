@@ -9,33 +9,36 @@ same bytes.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from pocketlm.cache import Finished, stage
+from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.sampling import sample_documents
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, Tokens, as_tokens, pack_windows, python_topics, read_corpus
-from pocketlm.plan.budget import Budget
-from pocketlm.plan.decide import Decision, as_facts, decide
+from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
 from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
 from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.prepare import Prepare, prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.steps.quantize import Quantize, quantize
-from pocketlm.tensors.formats import FORMATS, Packed, unpack
+from pocketlm.steps.tune import Tune, tune
+from pocketlm.tensors.formats import Packed, find_format, unpack
 
 SAMPLES = 16  # documents that the model writes itself
 STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of pruning and quantizing
 LEARNING_WINDOWS = 512  # of calibration text at most, to distil on
 VALIDATION_WINDOWS = 8
 TEST_WINDOWS = 12
+NORMS = "norms.safetensors"
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -93,23 +96,31 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
     return Texts(**{part: as_tokens(names.get(part, corpus.name), rows) for part, rows in windows.items()})
 
 
-def make_plan(
-    model: LanguageModel, budget: Budget, texts: Texts, heal: float | None, seed: int, progress: Progress
-) -> Decision:
+def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
     """Return the recipe for a budget; the same question is answered from the cache."""
+    of_text = {"model": model.origin.sha256, **texts.sha256}
+    both = texts.calibration, texts.validation
+    measured = stage("damage", of_text, lambda folder: {"formats": measure_formats(model, *both, progress)})
 
     def produce(folder: Path) -> dict:
-        decision = decide(model, budget, texts.calibration, texts.validation, heal, seed, progress)
+        decision = decide(model, wanted, measured.facts["formats"], both, seed, progress)
         (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
         return {"recipe": asdict(decision.recipe), **as_facts(decision)}
 
-    inputs = {"model": model.origin.sha256, "bytes": budget.bytes, "heal": heal, "seed": seed, **texts.sha256}
+    inputs = {"wanted": asdict(wanted), "seed": seed, **of_text}
     done = stage("plan", inputs, produce)
     facts = done.facts
     plan, damages = facts["plan"], facts["damages"]
     return Decision(
         from_dict(facts["recipe"], "the plan"),
-        Plan(**plan | {"shape": Shape(**plan["shape"]), "drop": tuple(plan["drop"])}),
+        Plan(
+            **plan
+            | {
+                "shape": Shape(**plan["shape"]),
+                "drop": tuple(plan["drop"]),
+                "units": {unit: tuple(choice) for unit, choice in plan["units"].items()},
+            }
+        ),
         Damages(
             tuple((block, kl) for block, kl in damages["depth"]),
             {int(width): kl for width, kl in damages["width"].items()},
@@ -145,23 +156,24 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
         progress: Called as the steps go on.
     """
     done = [stage("original", {"model": original.origin.sha256}, lambda folder: _keep(original, folder))]
-    for step in recipe.steps[:-1]:
+    for step in recipe.steps:
         before = done[-1]
+        if isinstance(step, Quantize):
+            plain = before  # the model as it is before its numbers become coarse
         inputs = {"before": before.key, "step": step_settings(step), **texts.sha256}
-        done.append(
-            stage(
-                step.step,
-                inputs,
-                lambda folder, s=step, b=before: _change(original, b, s, texts, folder, progress),
-            )
-        )
-    before, last = done[-1], recipe.steps[-1]
-    inputs = {"before": before.key, "step": step_settings(last), **texts.sha256}
-    done.append(stage("quantize", inputs, lambda folder: _quantize(original, before, last, texts, folder, progress)))
-    model = _reload(original, before)
+        match step:
+            case Quantize():
+                produce = partial(_quantize, original, before, step, texts, progress)
+            case Tune():
+                produce = partial(_tune, original, (plain, before), step, texts, progress)
+            case _:
+                produce = partial(_change, original, before, step, texts, progress)
+        done.append(stage(step.step, inputs, produce))
+    model = _reload(original, plain)
     packed = read_packed(done[-1].folder)
     put_decoded(model, packed)
-    return Compressed(model, packed, before.folder / "hf", tuple(done))
+    put_norms(model, done[-1].folder)
+    return Compressed(model, packed, plain.folder / "hf", tuple(done))
 
 
 def _keep(model: LanguageModel, folder: Path) -> dict:
@@ -170,16 +182,16 @@ def _keep(model: LanguageModel, folder: Path) -> dict:
 
 
 def _reload(original: LanguageModel, finished: Finished) -> LanguageModel:
-    return replace(load(str(finished.folder / "hf")), origin=original.origin)
+    return replace(load(str(finished.folder / "hf"), original.network.dtype), origin=original.origin)
 
 
 def _change(
     original: LanguageModel,
     before: Finished,
-    step: PruneDepth | PruneWidth | Distil,
+    step: PruneDepth | PruneWidth | Distil | Prepare,
     texts: Texts,
-    folder: Path,
     progress: Progress,
+    folder: Path,
 ) -> dict[str, Any]:
     model = _reload(original, before)
     statistics = texts.calibration.first(STATISTICS_WINDOWS)
@@ -188,6 +200,8 @@ def _change(
             model, report = prune_depth(model, step)
         case PruneWidth():
             model, report = prune_width(model, step, statistics, lambda i, n: progress("pruning FFNs", i, n))
+        case Prepare():
+            model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():
             model, report = distil(
                 original,
@@ -202,12 +216,36 @@ def _change(
 
 
 def _quantize(
-    original: LanguageModel, before: Finished, step: Quantize, texts: Texts, folder: Path, progress: Progress
+    original: LanguageModel, before: Finished, step: Quantize, texts: Texts, progress: Progress, folder: Path
 ) -> dict[str, Any]:
     model = _reload(original, before)
     statistics = texts.calibration.first(STATISTICS_WINDOWS)
     _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n))
     write_packed(packed, folder)
+    return asdict(report)
+
+
+def _tune(
+    original: LanguageModel,
+    stages: tuple[Finished, Finished],
+    step: Tune,
+    texts: Texts,
+    progress: Progress,
+    folder: Path,
+) -> dict[str, Any]:
+    plain, before = stages
+    model, packed, report = tune(
+        original,
+        _reload(original, plain),
+        read_packed(before.folder),
+        step,
+        texts.calibration.windows,
+        texts.validation.windows,
+        lambda i, n, loss: progress(f"tuning (loss {loss:.3f})", i, n),
+    )
+    write_packed(packed, folder)
+    norms = {name: value.detach() for name, value in model.network.named_parameters() if value.dim() == 1}
+    save_file(norms, folder / NORMS)
     return asdict(report)
 
 
@@ -222,13 +260,19 @@ def read_packed(folder: Path) -> dict[str, Packed]:
     """Read quantized tensors back."""
     kinds = json.loads((folder / "packed.json").read_text())
     rows = load_file(folder / "packed.safetensors")
-    return {name: Packed(FORMATS[kind], rows[name], tuple(shape)) for name, (kind, *shape) in kinds.items()}
+    return {
+        name: Packed(find_format(kind, shape[1]), rows[name], tuple(shape)) for name, (kind, *shape) in kinds.items()
+    }
 
 
-@torch.no_grad()
+def put_norms(model: LanguageModel, folder: Path) -> None:
+    """Give a network the norms (and biases) that tuning left in a stage's folder, where it did."""
+    if (folder / NORMS).exists():
+        model.network.load_state_dict(load_file(folder / NORMS), strict=False)
+
+
 def put_decoded(model: LanguageModel, packed: dict[str, Packed]) -> None:
     """Give a network the weights that its quantized tensors decode to."""
     for name, tensor in packed.items():
         module = model.network.get_submodule(name.rpartition(".")[0])
-        decoded = unpack(tensor).decode()
-        module.weight.data.copy_(decoded.T if type(module).__name__ == "Conv1D" else decoded)
+        overwrite_weight(module, unpack(tensor).decode())

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketlm.fit import Planned
+from pocketlm.integers import IntegerFolder
 from pocketlm.measure.device import Speeds
 from pocketlm.measure.quality import Interval, Quality
 from pocketlm.plan.budget import say_bytes
@@ -77,7 +78,33 @@ def plan_lines(planned: Planned) -> list[str]:
             f"shape      {before.blocks} blocks -> {after.blocks}, FFN {before.ffn} -> {after.ffn} channels",
             f"damage     {planned.plan.damage:.3f} nats per token expected by measured parts, before recovery",
         ]
+        lines += ["", *unit_lines(planned.plan.units), ""]
     return [*lines, "recipe", *(f"  {line}" for line in to_yaml(planned.recipe).splitlines())]
+
+
+def unit_lines(units: dict[str, tuple[str, int, float]]) -> list[str]:
+    """Lay out which format each part gets, its bytes and its share of the expected KL; blocks alike in one line."""
+    whole = sum(damage for *_, damage in units.values()) or 1.0
+    rows: dict[tuple[str, str], tuple[list[int], int, float]] = {}
+    for unit, (form, size, damage) in units.items():
+        block, _, group = unit.rpartition(".")
+        blocks, total, share = rows.get((group, form), ([], 0, 0.0))
+        rows[group, form] = ([*blocks, int(block)] if block else blocks, total + size, share + damage / whole)
+    lines = [f"{'tensors':<18}{'format':<9}{'bytes':>13}{'share of KL':>13}  blocks"]
+    for (group, form), (blocks, total, share) in sorted(rows.items()):
+        lines.append(f"{group:<18}{form:<9}{total:>13,}{share:>13.1%}  {_ranges(blocks)}")
+    return lines
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return 0, 1, 2, 5 as `0-2 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return " ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def result_lines(report: Report, out: Path) -> list[str]:
@@ -85,6 +112,15 @@ def result_lines(report: Report, out: Path) -> list[str]:
     return [
         *(finding.sentence for finding in judge(report).values()),
         f"wrote {out}: open {out / 'report.html'}",
+    ]
+
+
+def integer_lines(made: IntegerFolder, out: Path) -> list[str]:
+    """Say what an integer export came to."""
+    return [
+        f"{made.actual_bytes:,} bytes of weights ({made.predicted_bytes:,} predicted without the header)",
+        *quality_lines(made.quality),
+        f"wrote {out}: {out / 'model'} loads in transformers and vLLM",
     ]
 
 

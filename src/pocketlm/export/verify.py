@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import read_tensors
+from pocketlm.tensors.divergence import kl_divergence
 from pocketlm.tensors.formats import Packed, unpack
 
 POSITIONS = 64
@@ -92,7 +93,11 @@ def check_choices(model: LanguageModel, windows: Tensor, engine_logits: Callable
     same = int((loss == 0).sum())
     near = int(((loss > 0) & (loss <= NEAR_TIE * difference.std(-1))).sum())
     share = (difference.std() / truth.std()).item()
-    detail = f"{same} of {len(loss)} the same, {near} near-ties; logits differ by {share:.1%} of their spread"
+    cost = kl_divergence(truth, engine).mean().item()
+    detail = (
+        f"{same} of {len(loss)} the same, {near} near-ties; logits differ by {share:.1%} of their spread, "
+        f"which the engine's 8-bit activations cost: KL {cost:.4f}"
+    )
     passed = same + near == len(loss) and share <= LARGEST_NOISE
     return Check("top-1 next tokens agree with torch", passed, detail)
 

@@ -52,6 +52,10 @@ class Anatomy:
     final_norm: str = "model.norm"
     ffn_width: str = "intermediate_size"  # the config's name for the width of `mlp_hidden`
     uniform_blocks: bool = True  # False: blocks alternate in kind and none can be dropped
+    # What a scale of a space's columns can be taken off again in: the norm or the linear that writes the space, where
+    # nothing between the two would notice.
+    scaled_by: tuple[tuple[str, str], ...] = ()
+    norm_offset: float = 0.0  # what is added to a norm's weight before it multiplies
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -77,10 +81,24 @@ LLAMA = Anatomy(
         Edge("mlp.up_proj", "mlp_in", "mlp_hidden"),
         Edge("mlp.down_proj", "mlp_hidden", "residual"),
     ),
+    scaled_by=(
+        ("attention_in", "input_layernorm"),
+        ("mlp_in", "post_attention_layernorm"),
+        ("mlp_hidden", "mlp.up_proj"),
+    ),
 )
 # Gemma 3 alternates five sliding-window blocks and a global one; engines derive the kind from the index,
 # so dropping a block would change the kind of all later ones.
-GEMMA3 = Anatomy(edges=LLAMA.edges, uniform_blocks=False)
+GEMMA3 = Anatomy(
+    edges=LLAMA.edges,
+    uniform_blocks=False,
+    scaled_by=(
+        ("attention_in", "input_layernorm"),
+        ("mlp_in", "pre_feedforward_layernorm"),
+        ("mlp_hidden", "mlp.up_proj"),
+    ),
+    norm_offset=1.0,
+)
 GPT2 = Anatomy(
     edges=(
         Edge("attn.c_attn", "attention_in", "query_key_value"),
@@ -91,6 +109,7 @@ GPT2 = Anatomy(
     blocks="transformer.h",
     final_norm="transformer.ln_f",
     ffn_width="n_inner",
+    scaled_by=(("attention_in", "ln_1"), ("mlp_in", "ln_2")),
 )
 
 FAMILIES: dict[str, Anatomy] = {
@@ -147,6 +166,36 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
         module.nf, module.nx = outputs, inputs
     else:
         module.out_features, module.in_features = outputs, inputs
+
+
+@torch.no_grad()
+def overwrite_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give a linear or an embedding other weights, (out, in), in place: tied ones change together."""
+    module.weight.copy_(weight.T if _transposed(module) else weight)
+
+
+@torch.no_grad()
+def scale_space(block: nn.Module, anatomy: Anatomy, space: str, scale: Tensor) -> None:
+    """Multiply the columns that read a space by `scale`, and take it off again in what writes the space, in place.
+
+    The block computes what it did, up to rounding.
+
+    Args:
+        block: A decoder block.
+        anatomy: Of its family.
+        space: One that `anatomy.scaled_by` names.
+        scale: (width of the space,), positive.
+    """
+    for path in anatomy.readers(space):
+        reader = block.get_submodule(path)
+        overwrite_weight(reader, read_weight(reader) * scale)
+    writer = block.get_submodule(dict(anatomy.scaled_by)[space])
+    if writer.weight.dim() == 1:
+        writer.weight.copy_((writer.weight + anatomy.norm_offset) / scale - anatomy.norm_offset)
+    else:
+        overwrite_weight(writer, read_weight(writer) / scale[:, None])
+    if getattr(writer, "bias", None) is not None:
+        writer.bias.div_(scale)
 
 
 def ffn_width(network: nn.Module) -> int:

@@ -64,6 +64,11 @@ def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16
     network = copy.deepcopy(model.network).to(dtype)  # a cast in place would change what the caller goes on with
     network.config.dtype = dtype
     network.save_pretrained(folder)
+    save_company(model, folder)
+
+
+def save_company(model: LanguageModel, folder: Path) -> None:
+    """Write into `folder` what goes with the weights: the tokenizer and the license texts of the source."""
     model.tokenizer.save_pretrained(folder)
     if model.origin.path.is_dir():
         for notice in sorted(model.origin.path.glob("LICENSE*")):

@@ -55,6 +55,13 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     raise BadInputError(f"There is no file or folder `{source}`{_suggestion(path)}")
 
 
+def weight_bytes(source: str) -> int:
+    """Return the bytes of a source's weights on disk; 0 where they are not on this disk yet."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
 def demo_file() -> Path:
     """Return the GGUF file of the demo model.
 

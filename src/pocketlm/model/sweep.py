@@ -23,6 +23,7 @@ HEAD = Edge("lm_head", "head_in", "vocabulary")
 """The output head as an edge: what the last norm writes, the head reads."""
 
 WINDOWS_AT_ONCE = 8
+PANEL = 256  # columns of second moments that are computed together
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Layer:
         edges: The linears to visit.
         gram: Per space that is read, (width, width) float32, the sum of x xᵀ over all tokens.
         tokens: How many tokens were summed.
+        states: What the block reads, one (windows, length, width) tensor per batch; empty for the head.
+        keywords: What the model passes to the block beside it, per batch.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Layer:
     edges: tuple[Edge, ...]
     gram: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
+    states: list[Tensor] = field(default_factory=list)
+    keywords: list[dict] = field(default_factory=list)
 
     def linears(self) -> Iterator[tuple[Edge, nn.Module]]:
         """Yield every linear of this stop with its place in the anatomy."""
@@ -85,6 +90,7 @@ def sweep(
     hidden = hidden_path.hidden
     for index, block in enumerate(blocks_of(network)):
         layer = Layer(f"{anatomy.blocks}.{index}", index, block, anatomy.edges, tokens=windows.numel())
+        layer.states, layer.keywords = hidden, hidden_path.keywords[index]
         with watching(layer, spaces or anatomy.inputs):
             for states, keywords in zip(hidden, hidden_path.keywords[index], strict=True):
                 run_block(block, states, keywords)
@@ -109,7 +115,12 @@ def second_moment(x: Tensor) -> Tensor:
     """Return the sum of x xᵀ over tokens, (width, width) float32, for x of (..., width)."""
     with torch.autocast(x.device.type, enabled=False):  # hooks run inside the forward's autocast
         x = x.flatten(0, -2).float()
-        return x.T @ x
+        moment = x.new_empty(x.shape[1], x.shape[1])
+        for start in range(0, x.shape[1], PANEL):  # the matrix is symmetric: only what is right of the panel's start
+            rows = slice(start, start + PANEL)
+            moment[rows, start:] = x[:, rows].T @ x[:, start:]
+            moment[start:, rows] = moment[rows, start:].T
+        return moment
 
 
 @torch.no_grad()
@@ -128,7 +139,7 @@ def rehearse(network: nn.Module, windows: Tensor) -> Rehearsal:
             if positional and any(value is not None for value in positional):
                 raise TypeError(f"Block {index} takes positional arguments besides its hidden states")
             if index == 0:
-                hidden.append(states)
+                hidden.append(states.float())  # the residual stream adds up in float32 whatever the weights are
             keywords[index].append(extra)
             return states
 

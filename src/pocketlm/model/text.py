@@ -57,8 +57,13 @@ class Corpus:
         return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
 
     def split(self, wanted: str) -> list[str]:
-        """Return the documents of one split; a document's content alone decides where it belongs."""
-        return [document for document in self.documents if _split_of(document) == wanted]
+        """Return the documents of one split, from all files mixed.
+
+        A document's content alone decides where it belongs, and its place.
+        """
+        places = {document: _place_of(document) for document in self.documents}
+        mixed = sorted(self.documents, key=lambda document: places[document] * 1e6 % 1)
+        return [document for document in mixed if _split_of(places[document]) == wanted]
 
     def tokens(self, wanted: str, tokenizer: "PreTrainedTokenizerFast", limit: int, length: int = WINDOW) -> Tokens:
         """Return up to `limit` windows of one split.
@@ -80,8 +85,12 @@ def as_tokens(name: str, windows: Tensor) -> Tokens:
     return Tokens(name, windows, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
 
 
-def _split_of(document: str) -> str:
-    place = int(hashlib.sha256(document.encode()).hexdigest()[:8], 16) / 2**32
+def _place_of(document: str) -> float:
+    """Return a number from 0 to 1 that depends on the content alone."""
+    return int(hashlib.sha256(document.encode()).hexdigest()[:12], 16) / 2**48
+
+
+def _split_of(place: float) -> str:
     if place < SHARES["test"]:
         return "test"
     return "validation" if place < SHARES["test"] + SHARES["validation"] else "calibration"

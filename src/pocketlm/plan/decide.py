@@ -2,25 +2,49 @@
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import Tokens
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
-from pocketlm.plan.search import Damages, Plan, check_budget, choose, needs_pruning
+from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, width_damage
-from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, sizes_of, smallest_shape
+from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, recipe_bytes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.tune import Tune
 
 JUDGING_WINDOWS = 2  # of held-out text, on which damages are measured
+FORMAT_WINDOWS = 32  # of calibration text, from which the codes of every format are chosen
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
 HEAL_TOKENS = 12_288  # of distillation after pruning where the person gives no time
 TIMED_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a person asks for.
+
+    Attributes:
+        budget: Bytes of the file.
+        prune: Whether parts may be removed.
+        fixed: Formats by group or pattern that are not up for choice.
+        method: How codes are chosen.
+        heal_seconds: Time for recovery after pruning, turned into tokens by timing a few steps when the plan is made; a
+            fixed number of tokens where None.
+        tune_seconds: Time for tuning after quantizing, turned into tokens likewise.
+    """
+
+    budget: Budget
+    prune: bool = True
+    fixed: dict[str, str] = field(default_factory=dict)
+    method: str = "gptq"
+    heal_seconds: float | None = None
+    tune_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,20 +56,29 @@ class Decision:
     damages: Damages
 
 
+def measure_formats(
+    model: LanguageModel, calibration: Tokens, validation: Tokens, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Return the damage of every unit in every format; it does not depend on the budget."""
+    windows = validation.first(JUDGING_WINDOWS)
+    return format_damage(model, sizes_of(model), calibration.first(FORMAT_WINDOWS), windows, progress)
+
+
 def measure_damages(
     model: LanguageModel,
     sizes: Sizes,
-    budget: Budget,
+    wanted: Wanted,
+    formats: dict[str, dict[str, float]],
     calibration: Tokens,
     validation: Tokens,
     progress: Progress,
 ) -> Damages:
-    """Measure everything that a plan for `budget` may do; pruning only where formats alone cannot meet it."""
+    """Add to the damages of formats those of pruning, where nearly free formats do not meet the budget."""
     windows = validation.first(JUDGING_WINDOWS)
-    opinion = judge(model.network, windows)
-    formats = format_damage(model, sizes, windows, opinion, progress)
-    if not needs_pruning(sizes, budget):
+    nearly_free = sizes.total(sizes.original, {group: sizes.middle(group) for group in sizes.group_names})
+    if not wanted.prune or nearly_free <= wanted.budget.bytes:
         return Damages((), {}, formats)
+    opinion = judge(model.network, windows)
     floor = smallest_shape(sizes)
     fractions = (7 / 8, 3 / 4, 1 / 2)
     widths = {int(sizes.original.ffn * share) // MULTIPLE * MULTIPLE for share in fractions} | {floor.ffn}
@@ -55,14 +88,14 @@ def measure_damages(
         if widths
         else {}
     )
-    most = min(sizes.original.blocks - floor.blocks, _blocks_needed(sizes, budget))
+    most = min(sizes.original.blocks - floor.blocks, _blocks_needed(sizes, wanted.budget))
     depth = depth_damage(model.network, windows, opinion, most, progress)
     return Damages(tuple(depth), width, formats)
 
 
 def _blocks_needed(sizes: Sizes, budget: Budget) -> int:
-    """Return how many blocks would have to go if nothing else was pruned."""
-    least = {group: sizes.allowed(group)[-1] for group in sizes.group_names}
+    """Return how many blocks would have to go if nothing else was done beyond nearly free formats."""
+    least = {group: sizes.middle(group) for group in sizes.group_names}
     whole = sizes.total(sizes.original, least)
     one = whole - sizes.total(Shape(sizes.original.blocks - 1, sizes.original.ffn), least)
     return -(-(whole - budget.bytes) // one)
@@ -70,10 +103,9 @@ def _blocks_needed(sizes: Sizes, budget: Budget) -> int:
 
 def decide(
     model: LanguageModel,
-    budget: Budget,
-    calibration: Tokens,
-    validation: Tokens,
-    heal_seconds: float | None,
+    wanted: Wanted,
+    formats: dict[str, dict[str, float]],
+    texts: tuple[Tokens, Tokens],
     seed: int,
     progress: Progress,
 ) -> Decision:
@@ -81,11 +113,9 @@ def decide(
 
     Args:
         model: The original; unchanged afterwards.
-        budget: Bytes of the file.
-        calibration: Text to solve narrower FFNs on.
-        validation: Text that damages are measured on.
-        heal_seconds: Time for recovery after pruning, turned into tokens by timing a few steps here and now; a fixed
-            number of tokens where None.
+        wanted: What the person asks for.
+        formats: From `measure_formats`.
+        texts: Calibration, to take statistics on, and validation, that damages are measured on.
         seed: Of everything random in the recipe.
         progress: Called with what is measured, how much is done and how much there is.
 
@@ -93,22 +123,36 @@ def decide(
         ImpossibleBudgetError: No plan meets the budget.
     """
     sizes = sizes_of(model)
-    check_budget(sizes, budget)
-    damages = measure_damages(model, sizes, budget, calibration, validation, progress)
-    plan = choose(sizes, damages, budget)
+    calibration, validation = texts
+    damages = measure_damages(model, sizes, wanted, formats, calibration, validation, progress)
+    plan = choose(sizes, damages, wanted.budget, wanted.fixed)
     steps: list = []
     if plan.drop:
         steps.append(PruneDepth(drop=plan.drop))
     if plan.shape.ffn != sizes.original.ffn:
         steps.append(PruneWidth(ffn=plan.shape.ffn))
-    if steps and heal_seconds != 0:
-        tokens = HEAL_TOKENS if heal_seconds is None else _tokens_in(model, calibration, heal_seconds)
+    if steps and wanted.heal_seconds != 0:
+        tokens = HEAL_TOKENS if wanted.heal_seconds is None else tokens_in(model, calibration, wanted.heal_seconds)
         steps.append(Distil(tokens=tokens, seed=seed))
-    steps.append(Quantize(formats=plan.formats))
+    steps.append(Quantize(formats=plan.formats, method=wanted.method))
+    if wanted.tune_seconds:
+        steps.append(Tune(tokens=tokens_in(model, calibration, wanted.tune_seconds), seed=seed))
     return Decision(Recipe(steps=tuple(steps), seed=seed), plan, damages)
 
 
-def _tokens_in(model: LanguageModel, calibration: Tokens, seconds: float) -> int:
+def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, seed: int) -> Recipe:
+    """Return the recipe that stores every matrix in one format, but for those that a person fixed.
+
+    Raises:
+        BadInputError: The format is unknown or does not fit a tensor; other formats are never taken silently.
+    """
+    formats = dict.fromkeys(sizes.group_names, form.upper()) | fixed
+    recipe = Recipe(steps=(Quantize(formats=formats, method=method),), seed=seed)
+    recipe_bytes(sizes, recipe)
+    return recipe
+
+
+def tokens_in(model: LanguageModel, calibration: Tokens, seconds: float) -> int:
     """Return how many tokens of distillation fit into a time on this machine, to two digits."""
     trial = LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
     config = Distil(tokens=1)

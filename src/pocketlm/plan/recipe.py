@@ -9,22 +9,24 @@ from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from pocketlm.errors import BadInputError
 from pocketlm.steps.distil import Distil
+from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.tune import Tune
 
-Step = Annotated[PruneDepth | PruneWidth | Distil | Quantize, Discriminator("step")]
+Step = Annotated[PruneDepth | PruneWidth | Distil | Prepare | Quantize | Tune, Discriminator("step")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to do, in order. `quantize` comes last: nothing can be trained or cut after it."""
+    """What to do, in order. Nothing can be cut after `quantize`; only `tune` may follow it."""
 
     steps: tuple[Step, ...]
     seed: int = 0
 
 
-for kind in (PruneDepth, PruneWidth, Distil, Quantize, Recipe):
+for kind in (PruneDepth, PruneWidth, Distil, Prepare, Quantize, Tune, Recipe):
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt key is an error, not a default
 _adapter = TypeAdapter(Recipe)
 
@@ -52,9 +54,11 @@ def from_dict(data: object, where: str) -> Recipe:
         place = ".".join(map(str, first["loc"])) or "the file"
         raise BadInputError(f"{where}: {place}: {first['msg']}. See docs/recipes.md for what a recipe holds") from error
     names = [step.step for step in recipe.steps]
-    if names.count("quantize") != 1 or names[-1] != "quantize":
+    last = names[:-1] if names[-1:] == ["tune"] else names
+    if names.count("quantize") != 1 or names.count("tune") > 1 or last[-1:] != ["quantize"]:
         raise BadInputError(
-            f"{where}: a recipe ends with one `quantize` step; this one has: {', '.join(names) or 'none'}"
+            f"{where}: a recipe ends with one `quantize` step, which one `tune` may follow; "
+            f"this one has: {', '.join(names) or 'none'}"
         )
     return recipe
 

@@ -1,12 +1,13 @@
 """From a budget and measured damages to a recipe: the least expected damage that fits."""
 
-import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pocketlm.errors import ImpossibleBudgetError
+from pocketlm.plan.allocation import Option, as_formats, by_group, solve, unit_options
 from pocketlm.plan.budget import Budget, say_bytes
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, smallest_shape
 
@@ -18,7 +19,7 @@ class Damages:
     Attributes:
         depth: (block, KL with it and all before it removed), in the order of removal; may be empty.
         width: By FFN width; the present width is not in it.
-        formats: By group and format name.
+        formats: By unit (a group of one block, such as `3.ffn_in`) and format name.
     """
 
     depth: tuple[tuple[int, float], ...]
@@ -35,7 +36,8 @@ class Plan:
         drop: Blocks that go.
         formats: Format by group.
         bytes: Exact bytes of the file.
-        damage: Expected KL in nats per token: rounding, no recovery, damages added up.
+        damage: Expected KL in nats per token: no recovery, damages added up.
+        units: Format, bytes and expected KL of each unit.
     """
 
     shape: Shape
@@ -43,6 +45,7 @@ class Plan:
     formats: dict[str, str]
     bytes: int
     damage: float
+    units: dict[str, tuple[str, int, float]]
 
 
 def check_budget(sizes: Sizes, budget: Budget) -> None:
@@ -58,11 +61,6 @@ def check_budget(sizes: Sizes, budget: Budget) -> None:
             f"{say_bytes(least)} ({least:,} bytes) to {say_bytes(most)}. "
             f"The smallest change that fits: --size {math.ceil(least / 1e4) / 100:.2f}MB"
         )
-
-
-def needs_pruning(sizes: Sizes, budget: Budget) -> bool:
-    """Whether even the smallest formats leave the unpruned model too big."""
-    return sizes.total(sizes.original, {g: sizes.allowed(g)[-1] for g in sizes.group_names}) > budget.bytes
 
 
 def candidate_shapes(sizes: Sizes, most_dropped: int) -> list[Shape]:
@@ -85,39 +83,66 @@ def shape_damage(sizes: Sizes, damages: Damages, shape: Shape) -> float:
     return depth + float(np.interp(shape.ffn, widths, roots)) ** 2
 
 
-def choose(sizes: Sizes, damages: Damages, budget: Budget) -> Plan:
+def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, str] | None = None) -> Plan:
     """Return the shape and formats with the least expected damage among all that fit the budget.
 
-    Every shape is tried with every mix of formats per group; damages are added up.
+    Every shape is tried with its best mix of formats per group; then the best shape's mix is solved tensor by tensor.
+    Damages are added up.
+
+    Args:
+        sizes: Of the model.
+        damages: What was measured; shapes need damages of depth or width.
+        budget: Bytes of the file.
+        fixed: Formats by group or pattern that a person has fixed.
 
     Raises:
         ImpossibleBudgetError: Nothing fits.
     """
-    check_budget(sizes, budget)
-    best: Plan | None = None
-    names = {group: sizes.allowed(group) for group in sizes.group_names}
-    mixes = list(itertools.product(*(range(len(names[group])) for group in names)))
-    picks = np.array(mixes)
-    quantizing = sum(
-        np.array([damages.formats[group][name] for name in names[group]])[picks[:, i]] for i, group in enumerate(names)
-    )
     narrowest = min(damages.width, default=sizes.original.ffn)  # beyond what was measured nothing is known
-    shapes = candidate_shapes(sizes, len(damages.depth))
-    for shape in (shape for shape in shapes if shape.ffn >= narrowest):
-        base, table = sizes.by_group(shape)
-        sizes_of_mixes = base + sum(
-            np.array([table[group][name] for name in names[group]])[picks[:, i]] for i, group in enumerate(names)
-        )
-        pruning = shape_damage(sizes, damages, shape)
-        totals = np.where(sizes_of_mixes <= budget.bytes, quantizing + pruning, np.inf)
-        at = int(totals.argmin())
-        if np.isfinite(totals[at]) and (best is None or totals[at] < best.damage):
-            dropped = sizes.original.blocks - shape.blocks
-            formats = {group: names[group][mixes[at][i]] for i, group in enumerate(names)}
-            drop = tuple(sorted(block for block, _ in damages.depth[:dropped]))
-            best = Plan(shape, drop, formats, int(sizes_of_mixes[at]), float(totals[at]))
+    best: tuple[float, Shape] | None = None
+    for shape in candidate_shapes(sizes, len(damages.depth)):
+        if shape.ffn < narrowest:
+            continue
+        base, options = _options(sizes, damages, shape, fixed)
+        try:
+            mix = solve(by_group(options), budget.bytes - base)
+        except ImpossibleBudgetError:
+            continue
+        total = shape_damage(sizes, damages, shape) + sum(option.damage for option in mix.values())
+        if best is None or total < best[0]:
+            best = total, shape
     if best is None:
         raise ImpossibleBudgetError(
-            f"{budget.text} cannot be met with the blocks that were measured. Try a larger --size"
+            f"{budget.text} cannot be met with what was measured and fixed. Try a larger --size, or fix fewer tensors"
         )
-    return best
+    shape = best[1]
+    base, options = _options(sizes, damages, shape, fixed)
+    chosen = solve(options, budget.bytes - base)
+    return Plan(
+        shape=shape,
+        drop=_dropped(sizes, damages, shape),
+        formats=as_formats(sizes, shape, chosen),
+        bytes=base + sum(option.bytes for option in chosen.values()),
+        damage=shape_damage(sizes, damages, shape) + sum(option.damage for option in chosen.values()),
+        units={unit: (option.format, option.bytes, option.damage) for unit, option in chosen.items()},
+    )
+
+
+def _dropped(sizes: Sizes, damages: Damages, shape: Shape) -> tuple[int, ...]:
+    count = sizes.original.blocks - shape.blocks
+    return tuple(sorted(block for block, _ in damages.depth[:count]))
+
+
+def _options(
+    sizes: Sizes, damages: Damages, shape: Shape, fixed: Mapping[str, str] | None
+) -> tuple[int, dict[str, list[Option]]]:
+    """Return `unit_options` at a shape, whose blocks are the kept ones of the original in order."""
+    dropped = _dropped(sizes, damages, shape)
+    kept = iter(index for index in range(sizes.original.blocks) if index not in dropped)
+    renumbered = {str(old): str(new) for new, old in enumerate(kept)}
+    formats = {}
+    for unit, by_format in damages.formats.items():
+        block, dot, group = unit.rpartition(".")
+        if not dot or block in renumbered:
+            formats[f"{renumbered[block]}.{group}" if dot else unit] = by_format
+    return unit_options(sizes, shape, formats, fixed or {})

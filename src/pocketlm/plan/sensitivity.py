@@ -1,21 +1,26 @@
 """Measured damage: what each thing that a plan may do costs in KL to the original, on text held out for choosing."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight
-from pocketlm.model.judge import Judge, divergence_of
+from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
+from pocketlm.model.judge import Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.sweep import rehearse, run_block, sweep
+from pocketlm.model.sweep import Layer, rehearse, run_block, sweep
 from pocketlm.plan.sizes import Sizes
 from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
+from pocketlm.steps.quantize import edges_by_group, gram_of
+from pocketlm.tensors.elimination import gptq, output_errors, ridge
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
 
+UNIT_WINDOWS = 1  # of the text that damages are measured on, for one unit alone
+SAMPLED_ROWS = 128  # of a matrix, from which the output errors of all formats are estimated
 CANDIDATES = 5  # after each round only so many of the cheapest blocks are tried again
 Progress = Callable[[str, int, int], None]
 
@@ -90,37 +95,140 @@ def width_damage(
 
 @torch.no_grad()
 def format_damage(
-    model: LanguageModel, sizes: Sizes, windows: Tensor, opinion: Judge, progress: Progress
+    model: LanguageModel, sizes: Sizes, calibration: Tensor, windows: Tensor, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Return the KL of storing each group alone in each format, by rounding.
+    """Return the KL of storing each unit alone in each format, codes chosen by GPTQ.
 
-    Rounding is measured in one small format; the others are scaled by their squared error, to which small damages
-    are proportional (the linearity theorem of HIGGS, https://arxiv.org/abs/2411.17525).
+    Small damages are proportional to the layer's output error (the linearity theorem of HIGGS,
+    https://arxiv.org/abs/2411.17525), so each unit's KL is measured in its coarsest format, and carried over to the
+    others by their output errors. What is lost on the way from 2 to 4 bits is corrected per group: the KL of all its
+    units in a 4-bit format is measured too.
+
+    Args:
+        model: The original; unchanged afterwards.
+        sizes: Its size arithmetic.
+        calibration: (windows, length) token ids to take statistics on.
+        windows: (windows, length) token ids to measure the KL on; units alone are measured on UNIT_WINDOWS of them.
+        progress: Called with what is done, how much and of how much.
+
+    Returns:
+        Nats per token by unit (see `Sizes.units`) and format.
     """
-    parameters = dict(model.network.named_modules())
-    damage: dict[str, dict[str, float]] = {}
-    for done, group in enumerate(sizes.group_names, 1):
-        names = sizes.allowed(group)
-        if names == ["F16"]:
-            damage[group] = {"F16": 0.0}
-            continue
-        modules = [parameters[name.removesuffix(".weight")] for name in sizes.groups if sizes.groups[name] == group]
-        coarse = min((FORMATS[name] for name in names if FORMATS[name].consecutive), key=lambda form: form.bits)
-        errors = dict.fromkeys(names, 0.0)
-        weights = {}
-        for module in modules:
-            weight = read_weight(module)
-            rounded = round_to_nearest(weight, coarse).decode()
-            weights[module] = rounded
-            sample = weight[:: max(1, len(weight) // 256)]
-            for name in names:
-                errors[name] += (round_to_nearest(sample, FORMATS[name]).decode() - sample).square().mean().item()
+    network = model.network
+    few = windows[:UNIT_WINDOWS]
+    opinion, opinion_on_few = judge(network, windows), judge(network, few)
+    blocks, start = list(blocks_of(network)), rehearse(network, few)
+    (states,), keywords = start.hidden, [per_batch[0] for per_batch in start.keywords]
+    names = {group: sizes.allowed(group) for group in sizes.group_names if sizes.allowed(group) != ["F16"]}
+    errors: dict[str, dict[str, float]] = {group: dict.fromkeys(names[group], 0.0) for group in names}
+    in_middle: dict[str, dict[nn.Module, Tensor]] = {group: {} for group in names}
+    measured: dict[str, dict[str, float]] = {group: {} for group in names}
+    for layer in sweep(network, calibration, head=True):
+        rest = None if layer.module is network else (blocks[layer.index :], keywords[layer.index :])
+        for group, edges in edges_by_group(layer, network).items():
+            if group not in names:
+                continue
+            with replaced(_chosen_by_gptq(layer, edges, network, _coarsest(names[group]))):
+                unit = f"{layer.index}.{group}" if rest else group
+                measured[group][unit] = (
+                    _kl_from(states, *rest, network, opinion_on_few)
+                    if rest
+                    else divergence_of(network, windows, opinion)
+                )
+            in_middle[group] |= _chosen_by_gptq(layer, edges, network, sizes.middle(group))
+            if layer.index in (0, len(blocks) // 2, len(blocks)):
+                for name in names[group]:
+                    errors[group][name] += _sampled_error(layer, edges, network, name)
+        if rest:
+            states = run_block(layer.module, states, keywords[layer.index])
+        progress("damage of number formats", layer.index + 1, len(blocks) + 1)
+    together = {}
+    for group, weights in in_middle.items():
         with replaced(weights):
-            measured = divergence_of(model.network, windows, opinion)
-        # Weights that lie on the coarse grid already have no error there, and the measured damage is noise.
-        scale = measured / errors[coarse.name] if errors[coarse.name] else 0.0
-        damage[group] = {name: scale * errors[name] for name in names}
-        progress("damage of number formats", done, len(sizes.group_names))
+            together[group] = divergence_of(network, windows, opinion)
+    with replaced({linear: weight for weights in in_middle.values() for linear, weight in weights.items()}):
+        # Damages do not quite add up: all groups at once cost something else than the sum.
+        joint = divergence_of(network, windows, opinion) / max(sum(together.values()), 1e-30)
+    damage = {unit: {"F16": 0.0} for unit in sizes.units(sizes.original)}
+    for group, units in measured.items():
+        damage |= _carried_over(
+            units, errors[group], _coarsest(names[group]), sizes.middle(group), joint * together[group]
+        )
+    if not measured.get("embedding", True):
+        damage["embedding"] = _lookup_damage(model, names["embedding"], windows, opinion)
+    return damage
+
+
+def _coarsest(names: list[str]) -> str:
+    """Return the smallest format whose weights are chosen one by one; codebooks take several times as long."""
+    return min((name for name in names if FORMATS[name].vector == 1), key=lambda name: FORMATS[name].bits)
+
+
+def _kl_from(
+    states: Tensor, blocks: list[nn.Module], keywords: list[dict], network: nn.Module, opinion: Judge
+) -> float:
+    """Return the KL when hidden states go through the rest of the blocks."""
+    for block, extra in zip(blocks, keywords, strict=True):
+        states = run_block(block, states, extra)
+    norm = network.get_submodule(anatomy_of(network).final_norm)
+    return opinion.divergence(norm(states).flatten(0, 1), network.lm_head.weight)
+
+
+def _chosen_by_gptq(layer: Layer, edges: list[Edge], network: nn.Module, form: str) -> dict[nn.Module, Tensor]:
+    """Return the weights of some edges of a layer as a format would store them."""
+    linears = {edge: layer.module.get_submodule(edge.path) for edge in edges}
+    return {
+        linear: gptq(read_weight(linear), gram_of(layer, edge, network), FORMATS[form]).decode().bfloat16()
+        for edge, linear in linears.items()
+    }
+
+
+def _sampled_error(layer: Layer, edges: list[Edge], network: nn.Module, form: str) -> float:
+    """Return the output error of rounding some edges to a format, from a sample of their rows.
+
+    GPTQ's is smaller by a factor that hardly depends on the format, and takes much longer.
+    """
+    total = 0.0
+    for edge in edges:
+        weight, gram = read_weight(layer.module.get_submodule(edge.path)), gram_of(layer, edge, network)
+        sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        rounded = round_to_nearest(sample, FORMATS[form], gram.diagonal() + ridge(gram)).decode()
+        total += output_errors(sample, rounded, gram).sum().item()
+    return total
+
+
+def _carried_over(
+    units: dict[str, float], errors: dict[str, float], coarse: str, middle: str, together: float
+) -> dict[str, dict[str, float]]:
+    """Carry KLs that were measured in the coarsest format over to the others.
+
+    Args:
+        units: KL by unit, each alone in the coarsest format.
+        errors: Output error by format, of a sample.
+        coarse: The coarsest format.
+        middle: The format in which all units were measured together.
+        together: That KL.
+    """
+    shares = {name: error / max(errors[coarse], 1e-30) for name, error in errors.items()}
+    linear = shares[middle] * sum(units.values())
+    correction, reach = 1.0, 1.0
+    if linear > 0 and 0 < shares[middle] < 1:
+        correction, reach = together / linear, math.log(shares[middle])
+    # The correction grows, on a logarithmic scale, from none at the coarsest format to all of it at the middle one.
+    factors = {
+        name: share * correction ** min(1.0, max(0.0, math.log(max(share, 1e-30)) / reach))
+        for name, share in shares.items()
+    }
+    return {unit: {name: kl * factor for name, factor in factors.items()} for unit, kl in units.items()}
+
+
+def _lookup_damage(model: LanguageModel, names: list[str], windows: Tensor, opinion: Judge) -> dict[str, float]:
+    """Return the KL of an embedding that is only looked up, by format, codes chosen by rounding."""
+    module = model.network.get_input_embeddings()
+    damage = {}
+    for name in names:
+        with replaced({module: round_to_nearest(module.weight.detach(), FORMATS[name]).decode()}):
+            damage[name] = divergence_of(model.network, windows, opinion)
     return damage
 
 
@@ -130,8 +238,7 @@ def replaced(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
     before = {module: copy.deepcopy(module.weight.data) for module in weights}
     try:
         for module, weight in weights.items():
-            stored = module.weight.data
-            stored.copy_(weight.T if type(module).__name__ == "Conv1D" else weight)
+            overwrite_weight(module, weight)
         yield
     finally:
         for module, weight in before.items():

@@ -3,17 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
+from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import metadata_bytes, parameter_shapes, predicted_bytes
 from pocketlm.model.anatomy import Anatomy, anatomy_of, ffn_width
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import SPACE, PruneWidth
-from pocketlm.steps.quantize import Quantize, embedding_name, format_for
+from pocketlm.steps.quantize import Quantize, check_formats, embedding_name, format_name
 from pocketlm.tensors.formats import FORMATS
 
 DROP_AT_MOST = 8  # blocks; measuring what the removal of one more would cost takes several forward passes
+MIDDLE_BITS = 4.5  # from here on formats are nearly free; below, what they cost grows fast
 MULTIPLE = 32  # FFN widths are multiples of this, so that every block format fits
 
 
@@ -55,11 +59,34 @@ class Sizes:
         """The groups, each once."""
         return list(dict.fromkeys(self.groups.values()))
 
-    def allowed(self, group: str) -> list[str]:
-        """Return the formats whose blocks divide the rows of a group, largest first; F16 where none does."""
-        rows = {self.shapes[name][1] for name, other in self.groups.items() if other == group}
-        names = [form.name for form in FORMATS.values() if all(form.fits(columns) for columns in rows)]
+    def allowed(self, group: str, shape: Shape | None = None) -> list[str]:
+        """Return the formats whose blocks divide the rows of a group, largest first; F16 where none does.
+
+        Binary and ternary formats are left out: weights that were not trained for them break.
+        """
+        shapes = self.shapes_at(shape or self.original)
+        rows = {shapes[name][1] for name, other in self.groups.items() if other == group and name in shapes}
+        names = [
+            form.name
+            for form in FORMATS.values()
+            if len(form.levels) > 3 and all(form.fits(columns) for columns in rows)
+        ]
         return sorted(names, key=lambda name: -FORMATS[name].bits) or ["F16"]
+
+    def middle(self, group: str) -> str:
+        """Return the smallest format of at least MIDDLE_BITS that fits a group, else the largest."""
+        names = self.allowed(group)
+        return next((name for name in reversed(names) if name != "F16" and FORMATS[name].bits >= MIDDLE_BITS), names[0])
+
+    def units(self, shape: Shape) -> dict[str, list[str]]:
+        """Return the tensors that get one format together, by a name such as `3.ffn_in` or `embedding`."""
+        units: dict[str, list[str]] = {}
+        for name in self.shapes_at(shape):
+            if name in self.groups:
+                inner = name.removeprefix(f"{self.anatomy.blocks}.")
+                block = "" if inner == name else inner.partition(".")[0] + "."
+                units.setdefault(block + self.groups[name], []).append(name)
+        return units
 
     def shapes_at(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape in a model of another shape."""
@@ -80,24 +107,14 @@ class Sizes:
         return result
 
     def total(self, shape: Shape, formats: Mapping[str, str]) -> int:
-        """Return the exact bytes of the file for a shape and a format per group."""
-        by_name = {name: formats[group] for name, group in self.groups.items() if formats[group] != "F16"}
+        """Return the exact bytes of the file for a shape and formats by group or pattern, as in `Quantize`."""
+        by_name = {name: format_name(formats, name, group) for name, group in self.groups.items()}
         return predicted_bytes(self.metadata, self.family, self.shapes_at(shape), by_name)
 
     @property
     def total_f16(self) -> int:
         """The bytes of the original as an F16 file, which 100 % stands for."""
         return self.total(self.original, dict.fromkeys(self.group_names, "F16"))
-
-    def by_group(self, shape: Shape) -> tuple[int, dict[str, dict[str, int]]]:
-        """Return the bytes of everything but the groups, and the bytes of each group in each allowed format."""
-        smallest = {group: self.allowed(group)[-1] for group in self.group_names}
-        base = self.total(shape, smallest)
-        table = {
-            group: {name: self.total(shape, smallest | {group: name}) - base for name in self.allowed(group)}
-            for group in self.group_names
-        }
-        return base, table
 
 
 def sizes_of(model: LanguageModel) -> Sizes:
@@ -146,7 +163,19 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
                 shape = Shape(shape.blocks, step.ffn)
             case Quantize():
                 formats = step.formats
-    for name, group in sizes.groups.items():
-        columns = sizes.shapes_at(shape)[name][1] if name in sizes.shapes_at(shape) else MULTIPLE
-        format_for(formats, group, columns)
+    shapes = sizes.shapes_at(shape)
+    check_formats({name: (group, shapes[name][1]) for name, group in sizes.groups.items() if name in shapes}, formats)
     return sizes.total(shape, formats)
+
+
+def bits_budget(sizes: Sizes, bits: float) -> Budget:
+    """Return the budget of a file whose matrices take so many bits per weight on average, scales included.
+
+    Raises:
+        BadInputError: The number of bits is not positive.
+    """
+    if bits <= 0:
+        raise BadInputError(f"--bits {bits:g} is nothing. Give bits per weight such as 4.25")
+    weights = sum(prod(sizes.shapes[name]) for name in sizes.groups)
+    rest = sizes.total_f16 - 2 * weights
+    return Budget(f"{bits:g} bits per weight", rest + int(weights * bits / 8))

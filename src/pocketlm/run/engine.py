@@ -40,13 +40,14 @@ class Engine:
         version: The engine's version, for reports.
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None, context: int = 2048) -> None:
+    def __init__(self, path: str | Path, threads: int | None = None, context: int = 2048, cache: str = "f16") -> None:
         """Load `path`.
 
         Args:
             path: A GGUF file (the first part of a split one).
             threads: CPU threads; those of torch if None.
             context: Longest window in tokens.
+            cache: How keys and values are cached: f16, q8_0 or q4_0.
 
         Raises:
             BadInputError: The file is missing, damaged, or of an architecture that the engine does not know.
@@ -74,6 +75,8 @@ class Engine:
         self.trained_context: int = self._llama.llama_model_n_ctx_train(self._model)
         context_parameters = self._llama.llama_context_default_params()
         context_parameters.n_ctx = context
+        if cache != "f16":
+            llamacpp.set_cache_type(context_parameters, cache)
         self._batch = min(context, _LARGEST_BATCH)
         context_parameters.n_batch = context_parameters.n_ubatch = self._batch
         self._context = self._llama.llama_init_from_model(self._model, context_parameters)

@@ -182,6 +182,28 @@ def _prove_layouts(loaded: ctypes.CDLL) -> None:
     loaded.llama_batch_free(batch)
 
 
+CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # of keys and values, with ggml's numbers
+
+
+def set_cache_type(parameters: ContextParameters, name: str) -> None:
+    """Let keys and values be cached as `name`, one of CACHE_TYPES.
+
+    The two fields are found by their documented defaults: both F16, right behind the two null pointers of the
+    evaluation callback, and nowhere else.
+
+    Raises:
+        PocketlmError: The fields are not where they were in every version so far.
+    """
+    defaults = library().llama_context_default_params()
+    numbers = (c_int32 * (ctypes.sizeof(ContextParameters) // 4)).from_buffer_copy(defaults)
+    pattern = [0, 0, 0, 0, CACHE_TYPES["f16"], CACHE_TYPES["f16"]]
+    places = [i for i in range(4, 64) if numbers[i : i + 6] == pattern]
+    if len(places) != 1:
+        raise _incompatible("the cache's types are not where they were")
+    fields = (c_int32 * len(numbers)).from_buffer(parameters)
+    fields[places[0] + 4] = fields[places[0] + 5] = CACHE_TYPES[name]
+
+
 @cache
 def _formats() -> dict[str, tuple[int, int]]:
     # Asked for the name of a type that it does not have, the engine reads past its table: ask only for those

@@ -1,23 +1,27 @@
 """Store every matrix in a number format, block by block, each block seeing the errors of the ones before."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, read_weight
+from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import HEAD, Layer, sweep
+from pocketlm.steps.learned_rounding import learn_rounding
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.elimination import gptq, output_errors, ridge
-from pocketlm.tensors.formats import FORMATS, Format, Packed, Quantized, pack, round_to_nearest
+from pocketlm.tensors.formats import FORMATS, Format, Packed, Quantized, find_format, is_known, pack, round_to_nearest
 
 # The tied embedding is also read row by row, where every column counts alike: so much of the mean diagonal of the
 # head's Gram matrix is added to its diagonal.
 LOOKUP_WEIGHT = 0.1
+ERROR_ROWS = 1024  # of a matrix, on which its output error is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +30,13 @@ class Quantize:
 
     step: Literal["quantize"] = "quantize"
     formats: dict[str, str]
-    """Format name per group: embedding, head, query_key, value, attention_out, ffn_in, ffn_out."""
+    """Format name per group (embedding, head, query_key, value, attention_out, ffn_in, ffn_out) or per pattern of
+    parameter names (`model.layers.0.*`); of several that match a tensor the last one counts."""
     method: Literal["gptq", "rtn"] = "gptq"
     """GPTQ, or round-to-nearest with a scale search."""
+    learned_rounding: int = 0
+    """Iterations of learned rounding per block, from those codes on."""
+    seed: int = 0
 
 
 Choose = Callable[[Tensor, Tensor, Format], Quantized]
@@ -63,81 +71,138 @@ def quantize(
     Raises:
         BadInputError: A format is unknown or does not fit a tensor's row length.
     """
-    _check_formats(model, config.formats)
-    method = METHODS[config.method]
+    check_formats(_tensors(model), config.formats)
     tied = model.network.config.tie_word_embeddings
     packed: dict[str, Packed] = {}
     errors: dict[str, list[float]] = {}
     total = model.network.config.num_hidden_layers
     for layer in sweep(model.network, windows, head=True):
-        for (reads, form), edges in _by_input_and_format(layer, config.formats, tied).items():
-            # Linears that read the same space share its statistics, so their rows are quantized as one matrix.
-            linears = [layer.module.get_submodule(edge.path) for edge in edges]
-            weight = torch.cat([read_weight(linear) for linear in linears])
-            gram = layer.gram[reads]
-            if edges[0] is HEAD and tied:
-                gram = gram + LOOKUP_WEIGHT * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-            chosen = method(weight, gram, form)
-            start = 0
-            for edge, linear in zip(edges, linears, strict=True):
-                rows = slice(start, start := start + len(read_weight(linear)))
-                part = Quantized(form, chosen.codes[rows], chosen.scales[rows])
-                group = _group(edge, tied)
-                errors.setdefault(group, []).append(_relative_error(weight[rows], part.decode(), gram))
-                name = embedding_name(model) if group == "embedding" else layer.parameter_name(edge)
-                packed[name] = pack(part)
-                _overwrite(linear, part.decode())
+        before = {edge: read_weight(linear).clone() for edge, linear in layer.linears()}
+        chosen = _choose(layer, model, config)
+        if config.learned_rounding and layer.states:
+            linears = {layer.module.get_submodule(edge.path): part for edge, part in chosen.items()}
+            learned = learn_rounding(layer, linears, config.learned_rounding, config.seed)
+            chosen = {edge: learned[layer.module.get_submodule(edge.path)] for edge in chosen}
+        for edge, part in chosen.items():
+            error = _relative_error(before[edge], part.decode(), gram_of(layer, edge, model.network))
+            errors.setdefault(_group(edge, tied), []).append(error)
+            packed[_name(layer, edge, model)] = pack(part)
+            overwrite_weight(layer.module.get_submodule(edge.path), part.decode())
         progress(layer.index + 1, total + 1)
     if not tied:
         _quantize_lookup(model, config, packed, errors)
     means = {group: sum(values) / len(values) for group, values in errors.items()}
-    kinds = ", ".join(f"{group} {config.formats[group]}" for group in errors)
+    kinds = ", ".join(f"{form} ({count})" for form, count in Counter(p.format.name for p in packed.values()).items())
     return model, packed, StepReport("quantize", f"{config.method} into {kinds}", {"output_error": means})
 
 
-def _check_formats(model: LanguageModel, formats: dict[str, str]) -> None:
-    """Refuse a recipe before the work, not when the sweep comes to the tensor that it does not fit."""
-    network = model.network
-    block = blocks_of(network)[0]
-    for edge in anatomy_of(network).edges:
-        format_for(formats, edge.group, read_weight(block.get_submodule(edge.path)).shape[1])
-    for group in ("embedding",) if network.config.tie_word_embeddings else ("embedding", "head"):
-        format_for(formats, group, network.config.hidden_size)
+def _choose(layer: Layer, model: LanguageModel, config: Quantize) -> dict[Edge, Quantized]:
+    """Choose the codes of a layer's linears.
+
+    Those that read the same space share its statistics, so their rows are quantized as one matrix.
+    """
+    chosen = {}
+    for (_, form), edges in _by_input_and_format(layer, model, config.formats).items():
+        weights = [read_weight(layer.module.get_submodule(edge.path)) for edge in edges]
+        together = torch.cat(weights) if len(weights) > 1 else weights[0]
+        whole = METHODS[config.method](together, gram_of(layer, edges[0], model.network), form)
+        start = 0
+        for edge, weight in zip(edges, weights, strict=True):
+            chosen[edge] = whole.rows(slice(start, start := start + len(weight)))
+    return chosen
+
+
+def gram_of(layer: Layer, edge: Edge, network: torch.nn.Module) -> Tensor:
+    """Return the second moments that an edge's columns are weighed with."""
+    gram = layer.gram[edge.reads]
+    if edge is HEAD and network.config.tie_word_embeddings:
+        return gram + LOOKUP_WEIGHT * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    return gram
+
+
+def edges_by_group(layer: Layer, network: torch.nn.Module) -> dict[str, list[Edge]]:
+    """Return the edges of a layer by the group that they belong to."""
+    groups: dict[str, list[Edge]] = {}
+    for edge in layer.edges:
+        groups.setdefault(_group(edge, network.config.tie_word_embeddings), []).append(edge)
+    return groups
+
+
+def _tensors(model: LanguageModel) -> dict[str, tuple[str, int]]:
+    """Return the group and the row length of every matrix that can be quantized, by parameter name."""
+    network, anatomy = model.network, anatomy_of(model.network)
+    tied = network.config.tie_word_embeddings
+    found = {embedding_name(model): ("embedding", network.config.hidden_size)}
+    for index, block in enumerate(blocks_of(network)):
+        for edge in anatomy.edges:
+            columns = read_weight(block.get_submodule(edge.path)).shape[1]
+            found[f"{anatomy.blocks}.{index}.{edge.path}.weight"] = (edge.group, columns)
+    return found if tied else found | {f"{HEAD.path}.weight": (HEAD.group, network.config.hidden_size)}
+
+
+def check_formats(tensors: Mapping[str, tuple[str, int]], formats: Mapping[str, str]) -> None:
+    """Refuse formats before the work, not when the sweep comes to the tensor that they do not fit.
+
+    Args:
+        tensors: Group and row length by parameter name.
+        formats: As in `Quantize`.
+
+    Raises:
+        BadInputError: A tensor has no format, or one that is unknown or does not fit; a key matches nothing.
+    """
+    for name, (group, columns) in tensors.items():
+        form = format_name(formats, name, group)
+        if form is None:
+            raise BadInputError(
+                f"The recipe gives no format for `{group}`. Add it under `formats` ({', '.join(FORMATS)})"
+            )
+        if form != "F16" and not is_known(form):
+            raise BadInputError(
+                f"Unknown format `{form}` for `{group}`. Known: F16, {', '.join(FORMATS)}, "
+                "and for compressed-tensors names such as int4-g32, int8-row, fp8-row"
+            )
+        if form != "F16" and not find_format(form, columns).fits(columns):
+            block = find_format(form, columns).block
+            fitting = ", ".join(["F16", *(other for other in FORMATS if FORMATS[other].fits(columns))])
+            raise BadInputError(
+                f"{form} needs rows that divide by {block}; those of {name} have {columns} weights. "
+                f"Formats that fit: {fitting}"
+            )
+    for key in formats:
+        if not any(key == group or fnmatchcase(name, key) for name, (group, _) in tensors.items()):
+            raise BadInputError(
+                f"`{key}` is neither a group nor does any tensor's name match it. "
+                f"Groups: {', '.join(dict.fromkeys(group for group, _ in tensors.values()))}"
+            )
+
+
+def format_name(formats: Mapping[str, str], name: str, group: str) -> str | None:
+    """Return the format of a tensor, None where nothing matches it."""
+    matching = [form for key, form in formats.items() if key == group or fnmatchcase(name, key)]
+    return matching[-1] if matching else None
 
 
 def _group(edge: Edge, tied: bool) -> str:
     return "embedding" if edge is HEAD and tied else edge.group
 
 
-def _by_input_and_format(layer: Layer, formats: dict[str, str], tied: bool) -> dict[tuple[str, Format], list[Edge]]:
+def _name(layer: Layer, edge: Edge, model: LanguageModel) -> str:
+    tied = model.network.config.tie_word_embeddings
+    return embedding_name(model) if edge is HEAD and tied else layer.parameter_name(edge)
+
+
+def _by_input_and_format(
+    layer: Layer, model: LanguageModel, formats: Mapping[str, str]
+) -> dict[tuple[str, Format], list[Edge]]:
     """Return the edges of a layer that are quantized, those with the same input and format together."""
+    tied = model.network.config.tie_word_embeddings
     together: dict[tuple[str, Format], list[Edge]] = {}
-    for edge, linear in layer.linears():
-        form = format_for(formats, _group(edge, tied), read_weight(linear).shape[1])
-        if form is not None:
-            together.setdefault((edge.reads, form), []).append(edge)
+    for edge in layer.edges:
+        form = format_name(formats, _name(layer, edge, model), _group(edge, tied))
+        if form != "F16":
+            columns = read_weight(layer.module.get_submodule(edge.path)).shape[1]
+            together.setdefault((edge.reads, find_format(form, columns)), []).append(edge)
     return together
-
-
-def format_for(formats: dict[str, str], group: str, columns: int) -> Format | None:
-    """Return the format of a group, None where it stays 16-bit.
-
-    Raises:
-        BadInputError: The recipe does not name the group, the format is unknown, or it does not fit.
-    """
-    name = formats.get(group)
-    if name is None:
-        raise BadInputError(f"The recipe gives no format for `{group}`. Add it under `formats` ({', '.join(FORMATS)})")
-    if name == "F16":
-        return None
-    if name not in FORMATS:
-        raise BadInputError(f"Unknown format `{name}` for `{group}`. Known: F16, {', '.join(FORMATS)}")
-    if not FORMATS[name].fits(columns):
-        raise BadInputError(
-            f"{name} needs rows that divide by {FORMATS[name].block}; those of `{group}` have {columns} weights. "
-            "Use F16 for this group"
-        )
-    return FORMATS[name]
 
 
 def embedding_name(model: LanguageModel) -> str:
@@ -151,23 +216,19 @@ def _quantize_lookup(
 ) -> None:
     """Quantize an embedding that is only looked up: no inputs, so no statistics, so rounding."""
     module = model.network.get_input_embeddings()
-    form = format_for(config.formats, "embedding", module.weight.shape[1])
-    if form is None:
+    form = format_name(config.formats, embedding_name(model), "embedding")
+    if form == "F16":
         return
-    chosen = round_to_nearest(module.weight.detach(), form)
+    chosen = round_to_nearest(module.weight.detach(), find_format(form, module.weight.shape[1]))
     identity = torch.eye(module.weight.shape[1], device=module.weight.device)
     errors["embedding"] = [_relative_error(module.weight.detach(), chosen.decode(), identity)]
     packed[embedding_name(model)] = pack(chosen)
-    _overwrite(module, chosen.decode())
-
-
-@torch.no_grad()
-def _overwrite(module: torch.nn.Module, weight: Tensor) -> None:
-    # In place, so that a tied embedding and head stay one tensor.
-    target = module.weight.data
-    target.copy_(weight.T if type(module).__name__ == "Conv1D" else weight)
+    overwrite_weight(module, chosen.decode())
 
 
 def _relative_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:
-    whole = ((weight.float() @ gram) * weight.float()).sum()
-    return (output_errors(weight, decoded, gram).sum() / whole.clamp_min(1e-30)).item()
+    """Return the share of the output that is error, from a sample of the rows."""
+    rows = slice(None, None, max(1, len(weight) // ERROR_ROWS))
+    weight = weight[rows].float()
+    whole = output_errors(weight, torch.zeros_like(weight), gram).sum()
+    return (output_errors(weight, decoded[rows], gram).sum() / whole.clamp_min(1e-30)).item()

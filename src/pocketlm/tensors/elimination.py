@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from pocketlm.errors import PocketlmError
-from pocketlm.tensors.formats import Format, Quantized, fit_scales
-from pocketlm.tensors.formats.block import ratio, storable
+from pocketlm.tensors.formats import Format, Quantized, effective, fit_scales, fit_steps, inverse_scale
 
+GPTQ_ROWS = 16384  # rows whose codes are chosen together
 REFIT_ROWS = 1024  # rows whose normal equations are in memory together
 MOST_TENFOLDS = 8  # of damping, after which a Gram matrix is not one
 
 Replace = Callable[[Tensor, int], Tensor]
-"""`replace(column, c) -> column`: the cheap version of column `c` of a block, (rows,)."""
+"""`replace(columns, c) -> columns`: the cheap version of the columns from `c` of a group on, (vector, rows)."""
 
-Choose = Callable[[Tensor, Tensor, int], Replace]
-"""`choose(block, factor, start) -> replace`: look at a block of columns before they are replaced."""
+Choose = Callable[[Tensor, int], Replace]
+"""`choose(rest, start) -> replace`: look at all columns from `start` on, (columns, rows), before a group goes."""
 
 
 def ridge(gram: Tensor, damping: float = 0.01) -> Tensor:
@@ -45,13 +45,13 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
     Raises:
         PocketlmError: The matrix has NaN or infinite entries.
     """
+    # Factored from the last column backwards, G + λI = R Rᵀ with R upper-triangular, and U is its inverse: one
+    # factorisation and one triangular inverse instead of two factorisations around a full inverse.
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for growth in range(MOST_TENFOLDS):
-        lower, failed = torch.linalg.cholesky_ex(gram + ridge(gram, damping * 10**growth) * eye)
+        lower, failed = torch.linalg.cholesky_ex((gram + ridge(gram, damping * 10**growth) * eye).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
     raise PocketlmError(
         "The inputs of a layer overflow or are not numbers, so it cannot be quantized. "
         "Check that the model answers sensibly before it is compressed"
@@ -59,122 +59,194 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
 
 
 @torch.no_grad()
-def eliminate(weight: Tensor, factor: Tensor, choose: Choose, block: int) -> Tensor:
+def eliminate(weight: Tensor, factor: Tensor, choose: Choose, group: int, vector: int = 1) -> Tensor:
     """Replace every column of `weight`, keeping W X as close as possible to what it was.
 
     The recursion of GPTQ (https://arxiv.org/abs/2210.17323, algorithm 1) and SparseGPT
-    (https://arxiv.org/abs/2301.00774, algorithm 1). The result does not depend on `block` where `choose` does not.
+    (https://arxiv.org/abs/2301.00774, algorithm 1), here for `vector` columns at a time. The result does not depend on
+    `group` where `choose` does not.
 
     Args:
         weight: (rows, columns) float32.
         factor: (columns, columns), from `inverse_factor`.
-        choose: What "cheap" means; called once per block with the block as the errors so far have left it,
-            (rows, block), the factor's corner for it, and the index of its first column.
-        block: Columns between two updates of everything to the right.
+        choose: What "cheap" means; called before each group with all columns from there on as the errors so far have
+            left them.
+        group: Columns between two updates of everything to the right.
+        vector: Neighbouring columns that are replaced together.
     """
     # Columns are rows here: each one is then contiguous in memory, which is what the inner loop touches.
     work = weight.T.contiguous().clone()
-    for start in range(0, len(work), block):
-        stop = min(start + block, len(work))
-        corner = factor[start:stop, start:stop]
-        replace = choose(work[start:stop].T, corner, start)
+    for start in range(0, len(work), group):
+        stop = min(start + group, len(work))
+        replace = choose(work[start:], start)
+        # What a column still lacks is added when its turn comes: one product with the errors before it.
         errors = torch.empty_like(work[start:stop])
-        for c in range(stop - start):
-            column = work[start + c]
-            cheap = replace(column, c)
-            errors[c] = (column - cheap) / corner[c, c]
-            work[start + c + 1 : stop].addr_(corner[c, c + 1 :], errors[c], alpha=-1)
-            work[start + c] = cheap
+        corner = factor[start:stop, start:stop]
+        for c in range(0, stop - start, vector):
+            after = c + vector
+            columns = work[start + c : start + after]
+            if c:
+                columns.addmm_(corner[:c, c:after].T, errors[:c], alpha=-1)
+            cheap = replace(columns, c)
+            missing = columns - cheap
+            if vector == 1:
+                errors[c] = missing[0] / corner[c, c]
+            else:
+                errors[c:after] = torch.linalg.solve_triangular(corner[c:after, c:after].T, missing, upper=False)
+            columns.copy_(cheap)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return work.T.contiguous()
 
 
-def group_order(importance: Tensor, group: int) -> Tensor:
-    """Return the column order of activation ordering that leaves every group of columns in one piece.
+def group_order(importance: Tensor, *sizes: int) -> Tensor:
+    """Return the column order of activation ordering that leaves groups of columns in one piece, at several levels.
 
-    Groups by their largest importance, columns by importance inside their group, both descending.
+    Spans by their largest importance, inside them groups, inside those columns, all descending.
 
     Args:
         importance: (columns,), the diagonal of the Gram matrix.
-        group: Columns that share a scale and so must stay neighbours.
+        sizes: Columns that must stay neighbours, from the largest to the smallest, each a multiple of the next.
     """
-    grouped = importance.reshape(-1, group)
-    inside = grouped.argsort(dim=1, descending=True, stable=True)
-    columns = inside + group * torch.arange(len(grouped), device=importance.device)[:, None]
-    return columns[grouped.amax(1).argsort(descending=True, stable=True)].reshape(-1)
+    order = torch.arange(len(importance), device=importance.device)[None]
+    for size in (*sizes, 1):
+        pieces = order.unflatten(1, (-1, size))
+        ranks = importance[pieces].amax(2).argsort(dim=1, descending=True, stable=True)
+        order = pieces.gather(1, ranks[:, :, None].expand_as(pieces)).flatten(0, 1)
+    return order.flatten()
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, gram: Tensor, form: Format, damping: float = 0.01) -> Quantized:
+def gptq(
+    weight: Tensor,
+    gram: Tensor,
+    form: Format,
+    damping: float = 0.01,
+    drift: Tensor | None = None,
+) -> Quantized:
     """Choose codes column by column so that the rounding errors cancel in the layer's output.
 
-    GPTQ (https://arxiv.org/abs/2210.17323) with activation order kept inside blocks, a searched scale per block
-    taken from the already compensated weights, and at the end all scales of a row re-solved together in the Gram
-    matrix's metric.
+    GPTQ (https://arxiv.org/abs/2210.17323) with activation order kept inside groups, searched scales taken from the
+    already compensated weights, and at the end all scales of a row re-solved together in the Gram matrix's metric.
 
     Args:
         weight: (rows, columns).
         gram: (columns, columns) float32, the sum of x xᵀ over calibration tokens.
-        form: Any block format.
+        form: Any format.
         damping: As in `inverse_factor`.
+        drift: (columns, columns), the sum of (x̃ - x) xᵀ, where x̃ is what the layer reads in the original model: the
+            target is then the original's output, as in GPTAQ (https://arxiv.org/abs/2504.02692).
     """
-    weight = weight.float()
-    rows, columns = weight.shape
-    order = group_order(gram.diagonal(), form.block)
+    sizes = dict.fromkeys((form.span, form.group, form.vector))
+    order = group_order(gram.diagonal(), *(size for size in sizes if size > 1))
     factor = inverse_factor(gram[order][:, order], damping)
-    table = form.table()
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(rows, columns // form.block, device=weight.device)
+    parts = []
+    for rows in weight.split(GPTQ_ROWS):  # each row is quantized on its own: a large embedding goes in parts
+        target = rows.float() if drift is None else aimed(rows.float(), gram, drift, damping)
+        parts.append(refit_scales(target, _gptq_rows(target, factor, order, form), gram, damping))
+    fields = ("codes", "scales", "steps")
+    return Quantized(form, *(torch.cat([getattr(part, name) for part in parts]) for name in fields))
 
-    def choose(block: Tensor, corner: Tensor, start: int) -> Replace:
-        # An error in column c costs e² / U_cc² after the columns to its right have absorbed what they can.
-        scale = fit_scales(block.contiguous(), corner.diagonal().square().reciprocal(), form)
-        scales[:, order[start] // form.block] = scale
-        places = order[start : start + form.block]
+
+def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format) -> Quantized:
+    rows, columns = weight.shape
+    # An error in column c costs e² / U_cc² after the columns to its right have absorbed what they can.
+    costs = factor.diagonal().square().reciprocal()
+    levels = torch.empty(columns, rows, device=weight.device)
+    scales = torch.empty(rows, columns // form.span, form.scales, device=weight.device)
+    steps = torch.ones(rows, columns // form.group, 2 if form.offset else 1, dtype=torch.int16, device=weight.device)
+
+    def choose(rest: Tensor, start: int) -> Replace:
+        span, group = order[start] // form.span, order[start] // form.group
+        if start % form.span == 0:
+            # Inside a span, groups lie in processing order here and by place in `steps`.
+            spread = costs[start : start + form.span].expand(rows, -1)
+            scales[:, span] = fit_scales(rest[: form.span].T.contiguous(), spread, form)
+        spread = costs[start : start + form.group].expand(rows, -1)
+        steps[:, group] = fit_steps(rest[: form.group].T.contiguous(), spread, form, scales[:, span])
+        a, b = effective(form, scales[:, span, None], steps[:, group, None].expand(-1, form.span // form.group, -1))
+        a, b = a[:, :1].T.contiguous(), None if b is None else b[:, :1].T.contiguous()
+        inverse = inverse_scale(a)
 
         def replace(column: Tensor, c: int) -> Tensor:
-            code = form.nearest(ratio(column, scale))
-            codes[places[c]] = code
-            return table[code.long()] * scale
+            ratio = (column if b is None else column - b) * inverse
+            level = form.snap(ratio) if form.vector == 1 else form.snap(ratio.T).T
+            levels[start + c : start + c + form.vector] = level
+            return level * a if b is None else level * a + b
 
         return replace
 
-    eliminate(weight[:, order], factor, choose, form.block)
-    return refit_scales(weight, Quantized(form, codes.T.contiguous(), scales), gram, damping)
+    eliminate(weight[:, order], factor, choose, form.group, form.vector)
+    return Quantized(form, form.codes_of(levels.T[:, order.argsort()]), scales, steps)
+
+
+def aimed(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> Tensor:
+    """Return the weights that, on the inputs there are, come closest to W on the inputs there should have been.
+
+    The least-squares answer of min ‖W X̃ - V X‖² + λ‖W - V‖² is V = W + W D (G + λI)⁻¹ with D = Σ (x̃ - x) xᵀ.
+    """
+    factor = inverse_factor(gram, damping)
+    return weight + (weight @ drift) @ (factor.T @ factor)
 
 
 @torch.no_grad()
 def refit_scales(weight: Tensor, quantized: Quantized, gram: Tensor, damping: float = 0.01) -> Quantized:
-    """Re-solve the scales of each row by least squares on the layer's output, codes fixed.
+    """Re-solve the stored scales of each row by least squares on the layer's output, codes and steps fixed.
 
-    With Q the row's levels spread over its blocks, s = (QᵀGQ)⁻¹QᵀGw minimises (w - Qs)ᵀG(w - Qs). Rows that fp16
-    rounding makes worse keep the scales they had.
+    Weights are linear in the scales: with Q their coefficients, s = (QᵀGQ)⁻¹QᵀGw minimises (w - Qs)ᵀG(w - Qs). Rows
+    that rounding the scales makes worse keep the scales they had.
 
     Args:
         weight: (rows, columns) float32, what should have been stored.
-        quantized: Codes and scales to start from.
+        quantized: Codes, scales and steps to start from.
         gram: (columns, columns) float32.
         damping: Share of the mean diagonal added to the diagonal, as when the codes were chosen.
     """
-    form, block = quantized.format, quantized.format.block
+    form = quantized.format
     metric = gram + ridge(gram, damping) * torch.eye(len(gram), device=gram.device)
-    table = form.table()
-    fitted = []
-    for codes, rows in zip(quantized.codes.split(REFIT_ROWS), weight.split(REFIT_ROWS), strict=True):
-        by_block = table[codes.long()].unflatten(1, (-1, block))
-        normal, target = [], []
-        for g in range(by_block.shape[1]):
-            reach = by_block[:, g] @ metric[g * block : (g + 1) * block]  # levels seen through the metric
-            normal.append((reach.unflatten(1, (-1, block)) * by_block).sum(2))
-            target.append((reach * rows).sum(1))
-        equations = torch.stack(normal, 1)  # (rows, blocks, blocks)
-        diagonal = equations.diagonal(dim1=1, dim2=2)
-        diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True).clamp_min(1e-20))
-        fitted.append(torch.linalg.solve_ex(equations, torch.stack(target, 1))[0])
-    scales = storable(torch.nan_to_num(torch.cat(fitted), nan=0.0))
-    refit = Quantized(form, quantized.codes, scales)
+    fitted = torch.cat(
+        [
+            _best_scales(weight[start : start + REFIT_ROWS], quantized.rows(slice(start, start + REFIT_ROWS)), metric)
+            for start in range(0, len(weight), REFIT_ROWS)
+        ]
+    )
+    fitted = form.storable(torch.nan_to_num(fitted, nan=0.0))[0]
+    refit = Quantized(form, quantized.codes, fitted, quantized.steps)
     better = output_errors(weight, refit.decode(), metric) < output_errors(weight, quantized.decode(), metric)
-    return Quantized(form, quantized.codes, torch.where(better[:, None], scales, quantized.scales))
+    return Quantized(
+        form, quantized.codes, torch.where(better[:, None, None], fitted, quantized.scales), quantized.steps
+    )
+
+
+def coefficients(quantized: Quantized) -> Tensor:
+    """Return what each stored scale is multiplied with in each weight, (rows, columns, scales) float32."""
+    form = quantized.format
+    steps = quantized.steps.float().repeat_interleave(form.group, 1)
+    levels = form.table()[quantized.codes.long()]
+    first = levels * steps[..., 0]
+    match form.offset:
+        case "":
+            return first[..., None]
+        case "zero":
+            return (first + steps[..., 1])[..., None]
+        case "minimum":
+            return torch.stack([first, steps[..., 1]], -1)
+
+
+def _best_scales(weight: Tensor, quantized: Quantized, metric: Tensor) -> Tensor:
+    span = quantized.format.span
+    basis = coefficients(quantized)
+    per_span = basis.unflatten(1, (-1, span))  # (rows, spans, span, scales)
+    normal, target = [], []
+    for start in range(0, len(metric), span):
+        for kind in range(basis.shape[2]):
+            reach = basis[:, start : start + span, kind] @ metric[start : start + span]  # seen through the metric
+            normal.append((reach.unflatten(1, (-1, span, 1)) * per_span).sum(2).flatten(1))
+            target.append((reach * weight).sum(1))
+    equations = torch.stack(normal, 1)  # (rows, spans * scales, spans * scales)
+    diagonal = equations.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True).clamp_min(1e-20))
+    solved = torch.linalg.solve_ex(equations, torch.stack(target, 1))[0]
+    return solved.unflatten(1, (-1, basis.shape[2]))
 
 
 def output_errors(weight: Tensor, cheap: Tensor, gram: Tensor) -> Tensor:

@@ -1,52 +1,90 @@
-"""A block format: `block` weights in a row share one fp16 scale, and each weight is a level times that scale.
+"""What a number format is: codes for levels, groups of weights that share a scale, blocks of bytes.
 
-row    |■■■■ block ■■■■|■■■■ block ■■■■|...        weight = levels[code] * scale
-bytes  |d|codes........|d|codes........|...        d: the scale as fp16
+    weight = a * level[code] + b          a, b: one of each per group
+
+    block   |--------------------------- packed together ---------------------------|
+    span    |------ shares stored scales ------|------ shares stored scales ------|      scales: d, or d and e
+    group   |-- shares a, b --|-- shares a, b --|-- ...                                  a = d * step, b = e * step
+
+In the simple formats block, span and group are the same and all steps are 1. The K-types have spans of 256 with
+groups of 16 or 32. Formats with an `offset` have b: its own scale e ("minimum"), or d once more ("zero", an integer
+zero point). Formats with a `codebook` allow only some vectors of levels.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# How far from "the extreme weight sits exactly on the extreme level" the scale search looks. Below 1 the extreme
-# weights are clipped so that the many small ones get a finer grid.
-SEARCH = (0.72, 0.80, 0.86, 0.91, 0.955, 1.0, 1.05, 1.1)
-# Bound on rows searched together, so that a 49,152-row embedding does not need gigabytes.
-ROWS_AT_ONCE = 4096
+from pocketlm.tensors.formats.codebook import Codebook
+
 FP16_MAX = 65504.0
-# A block whose largest weight is below this rounds to zero in every format; dividing by it could overflow.
-NEGLIGIBLE = 1e-20
-# With more levels than this the grid is so fine that clipping never pays.
-SEARCHED_LEVELS = 64
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def storable_fp16(scales: Tensor) -> Tensor:
+    """Round scales to finite fp16 numbers."""
+    return scales.clamp(-FP16_MAX, FP16_MAX).half().float()
 
 
 @dataclass(frozen=True)
 class Format:
-    """One block format.
+    """One number format.
 
     Attributes:
-        name: Its name in GGUF, such as `Q4_0`.
-        block: Weights that share a scale; a row's length must divide by it.
-        block_bytes: Bytes of one block, scale included.
-        levels: What each code stands for in units of the scale, ascending.
-        pack_codes: (blocks, block) uint8 codes to (blocks, block_bytes - 2) uint8.
-        unpack_codes: The inverse.
+        name: Its name, in GGUF where GGUF has it, such as `Q4_0`.
+        block: Weights that are packed together; a row's length must divide by it.
+        block_bytes: Bytes of one block, scales included.
+        levels: What each code stands for, ascending.
+        pack: From (blocks, block) uint8 codes, (blocks, spans, scales) float32 and (blocks, groups, scales) int16
+            steps to (blocks, block_bytes) uint8.
+        unpack: The inverse.
+        span: Weights that share stored scales; `block` where 0.
+        group: Weights that share steps; `span` where 0.
+        steps: What a step may be; (1,) where there are none.
+        offset: Whether weights have an added b, and which scale it is counted in.
+        offset_steps: What the step of the offset may be.
+        storable: Rounds scales to what the file can hold, perhaps in several ways, nearest first.
+        signed: Whether a scale may be negative.
+        codebook: Which vectors of levels exist; all where None.
     """
 
     name: str
     block: int
     block_bytes: int
     levels: tuple[float, ...]
-    pack_codes: Callable[[Tensor], Tensor]
-    unpack_codes: Callable[[Tensor], Tensor]
+    pack: Callable[[Tensor, Tensor, Tensor], Tensor]
+    unpack: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    span: int = 0
+    group: int = 0
+    steps: tuple[int, ...] = (1,)
+    offset: Literal["", "minimum", "zero"] = ""
+    offset_steps: tuple[int, ...] = (1,)
+    storable: Callable[[Tensor], tuple[Tensor, ...]] = lambda scales: (storable_fp16(scales),)
+    signed: bool = True
+    codebook: Codebook | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "span", self.span or self.block)
+        object.__setattr__(self, "group", self.group or self.span)
 
     @property
     def bits(self) -> float:
         """Bits per weight, scales included."""
         return 8 * self.block_bytes / self.block
+
+    @property
+    def vector(self) -> int:
+        """How many neighbouring weights are chosen together."""
+        return self.codebook.length if self.codebook else 1
+
+    @property
+    def scales(self) -> int:
+        """Stored scales per span."""
+        return 2 if self.offset == "minimum" else 1
 
     def fits(self, columns: int) -> bool:
         """Whether rows of this length can be stored."""
@@ -65,32 +103,59 @@ class Format:
         """Whether the levels are consecutive integers, so that rounding finds the nearest."""
         return len(self.levels) - 1 == self.levels[-1] - self.levels[0]
 
-    def nearest(self, ratios: Tensor) -> Tensor:
-        """Return the code (uint8) of the level nearest to each weight / scale, of any shape."""
+    def nearest(self, ratios: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Return the code (uint8) of the level nearest to each (weight - b) / a.
+
+        Args:
+            ratios: Of any shape; the last dimension divides by `vector`.
+            importance: The weight of each squared error; only where weights are chosen together does it matter.
+        """
+        if self.codebook:
+            return self.codebook.nearest(ratios, importance)
         if self.consecutive:
             low = self.levels[0]
             return ratios.round().clamp_(low, self.levels[-1]).sub_(low).to(torch.uint8)
-        return _codes_by_half_steps(self.levels)[_half_steps(ratios, self.levels)]
+        if _has_half_steps(self.levels):
+            return _codes_by_half_steps(self.levels)[_half_steps(ratios, self.levels)]
+        return torch.bucketize(ratios, _middles(self.levels)).to(torch.uint8)
 
-    def snap(self, ratios: Tensor) -> Tensor:
-        """Return the nearest level itself (float32) for each weight / scale."""
+    def codes_of(self, levels: Tensor) -> Tensor:
+        """Return the codes (uint8) of numbers that are levels."""
         if self.consecutive:
+            return (levels - self.levels[0]).to(torch.uint8)
+        return torch.bucketize(levels, _middles(self.levels)).to(torch.uint8)
+
+    def snap(self, ratios: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Return the nearest level itself (float32) for each (weight - b) / a."""
+        if self.consecutive and not self.codebook:
             return ratios.round().clamp_(self.levels[0], self.levels[-1])
-        return _levels_by_half_steps(self.levels)[_half_steps(ratios, self.levels)]
+        if not self.codebook and _has_half_steps(self.levels):
+            return _levels_by_half_steps(self.levels)[_half_steps(ratios, self.levels)]
+        return self.table()[self.nearest(ratios, importance).long()]
 
 
 # Integer levels have their midpoints on half integers, so the half step that a ratio falls in decides its level: one
 # look-up instead of a search among the midpoints.
+@cache
+def _has_half_steps(levels: tuple[float, ...]) -> bool:
+    return all(level == round(level) for level in levels) and levels[-1] - levels[0] < 1000
+
+
 def _half_steps(ratios: Tensor, levels: tuple[float, ...]) -> Tensor:
     low, high = 2 * levels[0], 2 * levels[-1]
     return (ratios * 2).ceil_().clamp_(low, high).sub_(low).to(torch.int32)
 
 
 @cache
-def _codes_by_half_steps(levels: tuple[float, ...]) -> Tensor:
+def _middles(levels: tuple[float, ...]) -> Tensor:
     table = torch.tensor(levels, dtype=torch.float32)
+    return (table[1:] + table[:-1]) / 2
+
+
+@cache
+def _codes_by_half_steps(levels: tuple[float, ...]) -> Tensor:
     places = torch.arange(2 * levels[0], 2 * levels[-1] + 1) / 2
-    return torch.bucketize(places, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(places, _middles(levels)).to(torch.uint8)
 
 
 @cache
@@ -105,17 +170,44 @@ class Quantized:
     Attributes:
         format: The format.
         codes: (rows, columns) uint8.
-        scales: (rows, columns / block) float32, each exactly an fp16 number.
+        scales: (rows, spans, scales) float32, each a number that the file can hold.
+        steps: (rows, groups, 1 or 2) int16: the multiplier of a, then that of b where the format has an offset.
     """
 
     format: Format
     codes: Tensor
     scales: Tensor
+    steps: Tensor
 
     def decode(self) -> Tensor:
         """Return the weights, (rows, columns) float32, bit for bit as the engine decodes them."""
-        levels = self.format.table()[self.codes.long()]
-        return (levels.unflatten(1, (-1, self.format.block)) * self.scales[:, :, None]).flatten(1)
+        form = self.format
+        a, b = effective(form, self.scales, self.steps)
+        levels = form.table()[self.codes.long()].unflatten(1, (-1, form.group))
+        weights = levels * a[:, :, None]
+        return (weights if b is None else weights + b[:, :, None]).flatten(1)
+
+    def rows(self, rows: slice) -> "Quantized":
+        """Return some of the rows."""
+        return Quantized(self.format, self.codes[rows], self.scales[rows], self.steps[rows])
+
+
+def effective(form: Format, scales: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a and b of every group, (rows, groups) float32 each; b is None where the format has no offset.
+
+    Args:
+        form: The format.
+        scales: (rows, spans, scales).
+        steps: (rows, groups, 1 or 2).
+    """
+    spread = scales.repeat_interleave(form.span // form.group, dim=1)
+    a = spread[..., 0] * steps[..., 0]
+    return a, spread[..., -1] * steps[..., 1] if form.offset else None
+
+
+def inverse_scale(a: Tensor) -> Tensor:
+    """Return 1 / a; where a is zero every code decodes alike, and the inverse is zero too."""
+    return torch.where(a == 0, 0.0, a.reciprocal()).clamp_(-_LARGEST, _LARGEST)
 
 
 @dataclass(frozen=True)
@@ -134,88 +226,24 @@ class Packed:
 
 
 def pack(quantized: Quantized) -> Packed:
-    """Lay codes and scales out as bytes."""
+    """Lay codes, scales and steps out as bytes."""
     form, (rows, columns) = quantized.format, quantized.codes.shape
-    scales = quantized.scales.reshape(-1, 1).half().view(torch.uint8)
-    codes = form.pack_codes(quantized.codes.reshape(-1, form.block))
-    return Packed(form, torch.cat([scales, codes], 1).reshape(rows, -1), (rows, columns))
+    blocks = rows * columns // form.block
+    data = form.pack(
+        quantized.codes.reshape(blocks, -1),
+        quantized.scales.reshape(blocks, -1, quantized.scales.shape[-1]),
+        quantized.steps.reshape(blocks, -1, quantized.steps.shape[-1]),
+    )
+    return Packed(form, data.reshape(rows, -1), (rows, columns))
 
 
 def unpack(packed: Packed) -> Quantized:
-    """Read codes and scales back from bytes."""
+    """Read codes, scales and steps back from bytes."""
     form, (rows, columns) = packed.format, packed.shape
-    blocks = packed.rows.reshape(-1, form.block_bytes)
-    scales = blocks[:, :2].contiguous().view(torch.float16).float()
-    codes = form.unpack_codes(blocks[:, 2:])
-    return Quantized(form, codes.reshape(rows, columns), scales.reshape(rows, -1))
-
-
-def storable(scales: Tensor) -> Tensor:
-    """Round scales to what the file can hold: fp16, finite."""
-    return scales.clamp(-FP16_MAX, FP16_MAX).half().float()
-
-
-@torch.no_grad()
-def fit_scales(weights: Tensor, importance: Tensor, form: Format) -> Tensor:
-    """Return one scale per row for blocks of weights, by search and closed-form refit.
-
-    For each candidate scale the codes are taken by rounding, then the scale that is best for those codes,
-    s = Σ h w l / Σ h l², is computed; the candidate whose refitted error Σ h (w - s l)² is lowest wins. Both
-    signs are tried where the levels are lopsided, so that the extreme weight can sit on the longer side.
-    (The search of ggml's quantizers, there over a different grid.)
-
-    Args:
-        weights: (rows, block) float32.
-        importance: (block,) or (rows, block), non-negative; the weight h of each squared error.
-        form: The format; weights has its block length.
-
-    Returns:
-        (rows,) float32, each exactly an fp16 number.
-    """
-    if len(weights) > ROWS_AT_ONCE:
-        parts = zip(weights.split(ROWS_AT_ONCE), importance.expand_as(weights).split(ROWS_AT_ONCE), strict=True)
-        return torch.cat([fit_scales(part, weight, form) for part, weight in parts])
-    table = form.table()
-    peak = weights.gather(1, weights.abs().argmax(1, keepdim=True))
-    peak = torch.where(peak.abs() < NEGLIGIBLE, 0.0, peak)
-    ends = (table[0], table[-1]) if table[0] != -table[-1] else (table[0],)
-    tiny = torch.finfo(torch.float32).tiny
-    best_score = weights.new_full((len(weights), 1), -1.0)
-    best = torch.zeros_like(peak)
-    weighted = weights * importance
-    importance = importance.expand_as(weights)
-    for end in ends:
-        for factor in SEARCH if len(form.levels) <= SEARCHED_LEVELS else (1.0,):
-            levels = form.snap(weights * ratio(end, factor * peak))
-            cross = (weighted * levels).sum(1, keepdim=True)
-            norm = (importance * levels.square_()).sum(1, keepdim=True).clamp_min_(tiny)
-            score = cross.square() / norm
-            better = score > best_score
-            best_score = torch.where(better, score, best_score)
-            best = torch.where(better, cross / norm, best)
-    return storable(best.squeeze(1))
-
-
-def ratio(weights: Tensor, scales: Tensor) -> Tensor:
-    """Divide weights by scales; where a scale is zero every code decodes to zero, and the ratio is zero too."""
-    return torch.where(scales == 0, 0.0, weights / scales)
-
-
-@torch.no_grad()
-def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = None) -> Quantized:
-    """Quantize each block on its own: scale by search, codes by rounding.
-
-    Args:
-        weight: (rows, columns).
-        form: The format.
-        importance: (columns,) weight of each column's squared error; all equal where None.
-    """
-    rows, columns = weight.shape
-    blocks = weight.float().reshape(-1, form.block)
-    if importance is None:
-        spread = torch.ones_like(blocks[:1])
-    else:
-        spread = importance.float().reshape(1, -1, form.block).expand(rows, -1, -1).reshape(blocks.shape)
-    scales = fit_scales(blocks, spread.expand_as(blocks), form)
-    codes = form.nearest(ratio(blocks, scales[:, None]))
-    return Quantized(form, codes.reshape(rows, columns), scales.reshape(rows, -1))
+    codes, scales, steps = form.unpack(packed.rows.reshape(-1, form.block_bytes))
+    return Quantized(
+        form,
+        codes.reshape(rows, columns),
+        scales.reshape(rows, columns // form.span, -1),
+        steps.reshape(rows, columns // form.group, -1),
+    )

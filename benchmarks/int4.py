@@ -1,0 +1,138 @@
+"""Int4 in groups of 32, body only: pocketlm's GPTQ beside llm-compressor's and auto-round, on the same windows.
+
+    python benchmarks/int4.py MODEL --windows WINDOWS.safetensors --measure FILE... --out benchmarks/results/int4.md \
+        [--llm-compressor PYTHON] [--auto-round PYTHON [--iters 200]]
+
+All take 4.5 bits per weight (a 16-bit scale per 32 weights); embedding and head stay as they are. PYTHON is the
+interpreter of an environment that has the peer (benchmarks/peers/README.md). Each runs alone, one after the other, as
+a process of its own that times the quantizing (the model is loaded already) and reads its own peak memory. Quality is
+read in llama.cpp from F16 files of the decoded weights.
+"""
+
+import argparse
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from pocketlm.artefact import versions
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.device import machine
+from pocketlm.model.language_model import LanguageModel, save
+from pocketlm.model.source import load
+from pocketlm.model.text import pack_windows, read_corpus
+from pocketlm.proof import measure_quality
+from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.terminal import Screen
+
+import torch  # isort: skip
+
+OURS = {
+    "pocketlm GPTQ Q4_0": {"form": "Q4_0"},
+    "pocketlm GPTQ IQ4_NL": {"form": "IQ4_NL"},
+}
+
+
+def body_in(form: str) -> dict[str, str]:
+    """Return the formats that leave only the body quantized."""
+    groups = ("query_key", "value", "attention_out", "ffn_in", "ffn_out")
+    return dict.fromkeys(groups, form) | {"embedding": "F16"}
+
+
+def quantize_here(args: argparse.Namespace) -> None:
+    """Quantize in this process and report; run as a subprocess of its own."""
+    model: LanguageModel = load(args.model)
+    windows = load_file(args.windows)["windows"]
+    began = time.monotonic()
+    model, _, _ = quantize(model, Quantize(formats=body_in(args.form)), windows)
+    seconds = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    save(model, args.out, dtype=torch.float32)
+    (args.out / "results.json").write_text(json.dumps({"seconds": round(seconds, 1), "peak_mb": round(peak)}))
+
+
+def run_all(args: argparse.Namespace, jobs: dict[str, list[str]]) -> tuple[list[dict], list[str]]:
+    """Run each job in a process of its own, then measure all; return rows of figures and the texts' names."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, Screen() as screen:
+        folder = Path(temporary)
+        files = {"original": folder / "original.gguf"}
+        write_gguf(load(args.model), {}, files["original"])
+        for number, (name, command) in enumerate(jobs.items()):
+            screen.progress(name, 0, 1)
+            out = folder / str(number)
+            subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+            rows.append({"name": name, **json.loads((out / "results.json").read_text())})
+            files[name] = folder / f"{number}.gguf"
+            write_gguf(load(str(out)), {}, files[name])
+        tokenizer = load(args.model).tokenizer
+        texts = [text.stem for text in args.measure]
+        for text in args.measure:
+            windows = pack_windows(read_corpus([text]).documents, tokenizer, args.count)
+            qualities = measure_quality(files, windows, screen.progress).qualities
+            for row in rows:
+                row[text.stem] = {key: vars(getattr(qualities[row["name"]], key)) for key in ("kl", "ratio")}
+    return rows, texts
+
+
+def main() -> None:
+    """Run all, measure all, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--windows", type=Path, required=True)
+    parser.add_argument("--measure", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--llm-compressor")
+    parser.add_argument("--auto-round")
+    parser.add_argument("--iters", default="200")
+    parser.add_argument("--count", type=int, default=6, help="windows of 512 tokens to measure on, per text")
+    parser.add_argument("--form", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.form:
+        quantize_here(args)
+        return
+    peers = Path(__file__).parent / "peers"
+    same = ["--model", args.model, "--windows", str(args.windows)]
+    jobs = {
+        name: [sys.executable, __file__, args.model, "--windows", str(args.windows), "--form", settings["form"]]
+        for name, settings in OURS.items()
+    }
+    if args.llm_compressor:
+        jobs["llm-compressor GPTQ"] = [args.llm_compressor, str(peers / "llm_compressor.py"), *same]
+    if args.auto_round:
+        iters = ["--iters", args.iters]
+        jobs[f"auto-round {args.iters} iterations"] = [args.auto_round, str(peers / "auto_round.py"), *same, *iters]
+    rows, texts = run_all(args, jobs)
+    here = machine(args.out.parent)
+    lines = [
+        "# Int4, groups of 32, body only",
+        "",
+        f"`{shlex.join(['python', *sys.argv])}`",
+        "",
+        f"{here.cpu}, {here.cores} cores; torch {versions()['torch']}. "
+        "Seconds of quantizing, peak memory of the process.",
+        "",
+        "| | seconds | peak MB | " + " | ".join(f"KL {text} | perplexity ratio {text}" for text in texts) + " |",
+        "|---" * (3 + 2 * len(texts)) + "|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row[text][key]['value']:.4f} [{row[text][key]['low']:.4f}, {row[text][key]['high']:.4f}]"
+            for text in texts
+            for key in ("kl", "ratio")
+        ]
+        lines.append(f"| {row['name']} | {row['seconds']:.0f} | {row['peak_mb']:.0f} | " + " | ".join(cells) + " |")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join([*lines, ""]))
+    args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The other export: integer and FP8 weights as a Hugging Face folder, for transformers and vLLM instead of llama.cpp.
+
+model ─> text ─> quantize ─> compressed-tensors folder ─> measure the decoded weights
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pocketlm.artefact import new_folder
+from pocketlm.cache import remove_leftovers
+from pocketlm.export.compressed_tensors import predicted_bytes, write_compressed_tensors
+from pocketlm.export.gguf import write_gguf
+from pocketlm.fit import Fit
+from pocketlm.measure.quality import Quality
+from pocketlm.model.source import load
+from pocketlm.plan.recipe import Recipe, to_yaml
+from pocketlm.plan.sizes import sizes_of
+from pocketlm.preflight import check_resources
+from pocketlm.proof import measure_quality, original_file
+from pocketlm.report.write import write_manifest
+from pocketlm.stages import Progress, gather_texts, run_recipe, silent
+from pocketlm.steps.quantize import Quantize, format_name
+
+
+@dataclass(frozen=True)
+class IntegerFolder:
+    """What was made.
+
+    Attributes:
+        predicted_bytes: Of the tensors.
+        actual_bytes: Of the safetensors file, whose header comes on top.
+        quality: The original and the decoded weights, both read in llama.cpp as F16 files.
+    """
+
+    predicted_bytes: int
+    actual_bytes: int
+    quality: dict[str, Quality]
+
+
+def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
+    """Quantize the linears of a model's blocks into one integer or FP8 format; embedding and head stay 16-bit.
+
+    Writes `job.out`, whole or not at all: the folder `model` that transformers loads, the recipe, and the quality.
+
+    Raises:
+        BadInputError: The format is unknown, or its groups do not divide a row.
+        MissingExtraError: compressed-tensors is not installed.
+    """
+    remove_leftovers()
+    with new_folder(job.out, job.force) as folder:
+        model = load(job.model)
+        sizes = sizes_of(model)
+        own = {group: "F16" if group in ("embedding", "head") else job.format for group in sizes.group_names}
+        step = Quantize(formats=own | dict(job.fixed), method=job.method)
+        recipe = Recipe(steps=(step,), seed=job.seed)
+        names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
+        predicted = predicted_bytes(sizes.shapes, {name: form for name, form in names.items() if form != "F16"})
+        check_resources(model, job.out)
+        texts = gather_texts(model, list(job.data), job.seed, progress)
+        compressed = run_recipe(model, recipe, texts, progress)
+        write_compressed_tensors(compressed.model, compressed.packed, folder / "model")
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            decoded = Path(beside) / "decoded.gguf"
+            write_gguf(compressed.model, {}, decoded)
+            files = {"original": original_file(model), "compressed": decoded}
+            quality = measure_quality(files, texts.test.windows, progress).qualities
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        (folder / "quality.json").write_text(json.dumps({name: asdict(each) for name, each in quality.items()}))
+        actual = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+        write_manifest(folder)
+    return IntegerFolder(predicted, actual, quality)

@@ -1,0 +1,145 @@
+"""What every training loop shares: batches, the learning-rate schedule, and the gradient of one distillation step."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pocketlm.errors import PocketlmError
+from pocketlm.model.anatomy import blocks_of
+from pocketlm.model.compute import fast_forward
+from pocketlm.model.judge import POSITIONS_AT_ONCE
+from pocketlm.model.sweep import final_hidden
+from pocketlm.tensors.divergence import kl_divergence
+
+CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
+
+
+def cosine(step: int, steps: int, warm_up: float) -> float:
+    """Return the learning rate's factor at `step`: a linear rise, then a cosine down to a tenth."""
+    rise = max(1, round(warm_up * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def batches(windows: Tensor, per_step: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Yield `steps` batches of windows; every pass over the text has a new order, all decided by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < per_step:
+            order += torch.randperm(len(windows), generator=generator).tolist()
+        batch, order = order[:per_step], order[per_step:]
+        yield windows[batch]
+
+
+@contextmanager
+def recomputing(network: nn.Module) -> Iterator[None]:
+    """While open, no block of a large network keeps its activations: the backward pass runs it again."""
+    large = sum(parameter.numel() for parameter in network.parameters()) > CHECKPOINT_PARAMETERS
+    changed = list(blocks_of(network)) if large else []
+    for block in changed:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in changed:
+            del block.forward
+
+
+def distillation_step(teacher: nn.Module, student: nn.Module, batch: Tensor) -> float:
+    """Add the gradient of KL(teacher ‖ student) on one batch to the student; return the loss in nats per token.
+
+    The head runs some positions at a time on a detached copy of the hidden states: each chunk's logits are gone after
+    its backward pass.
+    """
+    truth = final_hidden(teacher, batch).flatten(0, 1)
+    with recomputing(student), fast_forward(batch.device):
+        hidden = student.base_model(input_ids=batch, use_cache=False).last_hidden_state.flatten(0, 1)
+        leaf = hidden.detach().requires_grad_()
+        total = 0.0
+        for start in range(0, len(leaf), POSITIONS_AT_ONCE):
+            chunk = slice(start, start + POSITIONS_AT_ONCE)
+            with torch.no_grad():
+                target = teacher.lm_head(truth[chunk])
+            loss = kl_divergence(target, student.lm_head(leaf[chunk])).sum() / len(leaf)
+            loss.backward()
+            total += loss.item()
+        hidden.backward(leaf.grad)
+    return total
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of a training.
+
+    Attributes:
+        best: The snapshot with the lowest held-out KL.
+        held_out_kl: (step, nats per token) at the start and at each evaluation.
+        losses: Nats per token of each step.
+        tokens_per_second: Evaluations included.
+    """
+
+    best: Any
+    held_out_kl: list[tuple[int, float]]
+    losses: list[float]
+    tokens_per_second: float
+
+    @property
+    def lowest(self) -> float:
+        """The held-out KL of the best snapshot."""
+        return min(kl for _, kl in self.held_out_kl)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The figures for a report."""
+        figures = {"losses": self.losses, "held_out_kl": self.held_out_kl}
+        return figures | {"tokens_per_second": round(self.tokens_per_second, 1)}
+
+
+def train(
+    windows: Iterator[Tensor],
+    steps: int,
+    learn: Callable[[Tensor], float],
+    held_out_kl: Callable[[], float],
+    snapshot: Callable[[], Any],
+    evaluations: int,
+    progress: Callable[[int, int, float], None],
+) -> Training:
+    """Run a training and keep its best state; the state before it is one of the candidates.
+
+    Args:
+        windows: `steps` batches of (windows, length) token ids.
+        steps: How many there are.
+        learn: Does one step on a batch and returns its loss.
+        held_out_kl: Measures the present state.
+        snapshot: Copies the present state.
+        evaluations: How often to measure, evenly spread, the last time at the end.
+        progress: Called after each step with steps done, steps in all, and the loss.
+
+    Raises:
+        PocketlmError: The loss is not a number.
+    """
+    measured, losses, tokens, began = [(0, held_out_kl())], [], 0, time.monotonic()
+    best = snapshot()
+    evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    for step, batch in enumerate(windows, 1):
+        loss = learn(batch)
+        if not math.isfinite(loss):
+            raise PocketlmError(f"The loss became {loss} at step {step}. Use a lower learning rate")
+        losses.append(loss)
+        tokens += batch.numel()
+        if step in evaluate_at:
+            measured.append((step, held_out_kl()))
+            if measured[-1][1] < min(kl for _, kl in measured[:-1]):
+                best = snapshot()
+        progress(step, steps, loss)
+    return Training(best, measured, losses, tokens / (time.monotonic() - began))

@@ -1,0 +1,126 @@
+"""Which format each tensor gets: the exact least of the expected damages under a byte budget.
+
+A unit is what must share a format (the query and key rows of one block, say) and its options are formats with their
+bytes and measured damages. Choosing one option per unit is a multiple-choice knapsack; HiGHS solves it exactly.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pocketlm.errors import ImpossibleBudgetError
+from pocketlm.model.gguf_file import padded, tensor_bytes
+from pocketlm.plan.sizes import Shape, Sizes
+from pocketlm.steps.quantize import format_name
+from pocketlm.tensors.formats import FORMATS
+
+
+@dataclass(frozen=True)
+class Option:
+    """A format for a unit.
+
+    Attributes:
+        format: Its name.
+        bytes: Of all the unit's tensors in the file.
+        damage: Expected KL in nats per token of storing this unit alone in the format.
+    """
+
+    format: str
+    bytes: int
+    damage: float
+
+
+def solve(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]:
+    """Return one option per unit: the least total damage whose bytes fit the budget.
+
+    Args:
+        options: By unit.
+        budget: Bytes for all units together.
+
+    Raises:
+        ImpossibleBudgetError: Even the smallest options do not fit.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    least = sum(min(option.bytes for option in choices) for choices in options.values())
+    if least > budget:
+        raise ImpossibleBudgetError(f"The tensors need {least:,} bytes at least, {budget:,} are left for them")
+    flat = [(unit, option) for unit, choices in options.items() for option in worthwhile(choices)]
+    rows = {unit: row for row, unit in enumerate(options)}
+    one_each = csr_matrix(
+        (np.ones(len(flat)), ([rows[unit] for unit, _ in flat], range(len(flat)))), (len(rows), len(flat))
+    )
+    sizes = np.array([option.bytes for _, option in flat], dtype=float)
+    damages = np.array([option.damage for _, option in flat])
+    found = milp(
+        damages / max(damages.max(), 1e-30),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / budget, -np.inf, 1)],
+        options={"mip_rel_gap": 1e-4, "time_limit": 20},
+    )
+    return {unit: option for (unit, option), taken in zip(flat, found.x, strict=True) if taken > 0.5}
+
+
+def worthwhile(options: list[Option]) -> list[Option]:
+    """Return the options that no other one beats in both bytes and damage, smallest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.damage)):
+        if not kept or option.damage < kept[-1].damage:
+            kept.append(option)
+    return kept
+
+
+def unit_options(
+    sizes: Sizes, shape: Shape, damages: Mapping[str, Mapping[str, float]], fixed: Mapping[str, str]
+) -> tuple[int, dict[str, list[Option]]]:
+    """Return the bytes of everything that is not in a unit, and the options of each unit.
+
+    Args:
+        sizes: Of the model.
+        shape: Which the model has when it is quantized.
+        damages: By unit and format.
+        fixed: Formats that a person has fixed, by group or pattern.
+    """
+    options, shapes = {}, sizes.shapes_at(shape)
+    for unit, names in sizes.units(shape).items():
+        allowed = {
+            form: kl
+            for form, kl in damages[unit].items()
+            if form == "F16" or all(FORMATS[form].fits(shapes[name][1]) for name in names)
+        }
+        wanted = format_name(fixed, names[0], sizes.groups[names[0]])
+        if wanted is not None:
+            allowed = {wanted: damages[unit].get(wanted, 0.0)}
+        options[unit] = [
+            Option(name, sum(padded(tensor_bytes(name, shapes[tensor])) for tensor in names), damage)
+            for name, damage in allowed.items()
+        ]
+    everything = {name: options[unit][0].format for unit, names in sizes.units(shape).items() for name in names}
+    base = sizes.total(shape, everything) - sum(choices[0].bytes for choices in options.values())
+    return base, options
+
+
+def by_group(options: Mapping[str, list[Option]]) -> dict[str, list[Option]]:
+    """Return the options of whole groups, all of whose units have one format: a small problem for a first look."""
+    groups: dict[str, dict[str, Option]] = {}
+    for unit, choices in options.items():
+        group = groups.setdefault(unit.rpartition(".")[2], {})
+        for option in choices:
+            sofar = group.get(option.format, Option(option.format, 0, 0.0))
+            total = sofar.bytes + option.bytes, sofar.damage + option.damage
+            group[option.format] = Option(option.format, *total)
+    return {group: list(formats.values()) for group, formats in groups.items()}
+
+
+def as_formats(sizes: Sizes, shape: Shape, chosen: Mapping[str, Option]) -> dict[str, str]:
+    """Return a choice as a recipe's `formats`: the commonest format of each group, then the tensors that differ."""
+    by_name = {name: chosen[unit].format for unit, names in sizes.units(shape).items() for name in names}
+    counts: dict[str, Counter[str]] = {}
+    for name, form in by_name.items():
+        counts.setdefault(sizes.groups[name], Counter())[form] += 1
+    common = {group: count.most_common(1)[0][0] for group, count in counts.items()}
+    return common | {name: form for name, form in by_name.items() if form != common[sizes.groups[name]]}

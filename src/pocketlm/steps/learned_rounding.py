@@ -1,0 +1,111 @@
+"""Learned rounding, block by block: codes and scales that make the block's output what it was."""
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.model.compute import fast_forward
+from pocketlm.model.learning import cosine
+from pocketlm.model.sweep import Layer, run_block
+from pocketlm.steps.learner import Learner
+from pocketlm.tensors.formats import Quantized
+
+CODE_RATE = 0.03  # in gaps between two levels
+SCALE_RATE = 5e-4  # relative to the scale
+WINDOWS_PER_STEP = 2
+
+
+def learn_rounding(
+    layer: Layer, starts: dict[nn.Module, Quantized], iterations: int, seed: int
+) -> dict[nn.Module, Quantized]:
+    """Return codes and scales with a lower error of the block's output than those to start from.
+
+    As in SignRound (https://arxiv.org/abs/2309.05516) rounding passes gradients straight through, the loss is the mean
+    squared error of the block's output, and the iterate with the lowest loss is kept; here the start is GPTQ's codes,
+    and the iterates are compared on all windows.
+
+    Args:
+        layer: A block with the weights it had; its weights are changed.
+        starts: What each of its linears would store.
+        iterations: Steps of AdamW.
+        seed: Of the order of windows.
+    """
+    windows = [
+        (states[i : i + 1], _of_window(keywords, i, len(states)))
+        for states, keywords in zip(layer.states, layer.keywords, strict=True)
+        for i in range(len(states))
+    ]
+    with torch.no_grad():
+        targets = [run_block(layer.module, states, keywords).float() for states, keywords in windows]
+    with torch.enable_grad():
+        learners = {linear: Learner(linear, start, codes_too=True) for linear, start in starts.items()}
+        return _learn(layer.module, windows, targets, learners, iterations, seed)
+
+
+def _learn(
+    block: nn.Module,
+    windows: list[tuple[Tensor, dict]],
+    targets: list[Tensor],
+    learners: dict[nn.Module, Learner],
+    iterations: int,
+    seed: int,
+) -> dict[nn.Module, Quantized]:
+    parameters = list(block.parameters())
+    wanted = [parameter.requires_grad for parameter in parameters]
+    block.requires_grad_(False)
+    for linear in learners:
+        linear.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [learner.factor for learner in learners.values()], "lr": SCALE_RATE},
+            {"params": [learner.latent for learner in learners.values()], "lr": CODE_RATE},
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, iterations, 0.05))
+    generator = torch.Generator().manual_seed(seed)
+
+    def show() -> dict[nn.Module, Quantized]:
+        for learner in learners.values():
+            learner.show()
+        return {linear: learner.quantized() for linear, learner in learners.items()}
+
+    @torch.no_grad()
+    def loss_on_all() -> float:
+        errors = [
+            (run_block(block, states, keywords).float() - target).square().mean()
+            for (states, keywords), target in zip(windows, targets, strict=True)
+        ]
+        return torch.stack(errors).mean().item()
+
+    best, lowest = show(), loss_on_all()
+    for step in range(1, iterations + 1):
+        for pick in torch.randint(len(windows), (WINDOWS_PER_STEP,), generator=generator).tolist():
+            states, keywords = windows[pick]
+            with fast_forward(states.device):
+                out = block(states, **keywords)
+            out = out[0] if isinstance(out, tuple) else out
+            (out.float() - targets[pick]).square().mean().backward()
+        for learner in learners.values():
+            learner.take_gradient()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        now = show()
+        if step in (iterations // 2, iterations) and (loss := loss_on_all()) < lowest:
+            best, lowest = now, loss
+    for parameter, value in zip(parameters, wanted, strict=True):
+        parameter.requires_grad_(value)
+    return best
+
+
+def _of_window(keywords: dict, index: int, count: int) -> dict:
+    """Return a batch's keyword arguments for one of its windows: what is there per window is cut."""
+
+    def cut(value: object) -> object:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == count and count > 1:
+            return value[index : index + 1]
+        return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
+
+    return {name: cut(value) for name, value in keywords.items()}

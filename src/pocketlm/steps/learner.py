@@ -1,0 +1,66 @@
+"""A quantized matrix that learns: gradients of its weights become gradients of the numbers that are stored."""
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.model.anatomy import overwrite_weight, read_weight
+from pocketlm.tensors.elimination import coefficients
+from pocketlm.tensors.formats import Quantized, effective, ratios
+
+ROUNDING_SLACK = 0.45  # of the gap between two levels: how near to a code's border a latent weight may start
+
+
+class Learner:
+    """One quantized matrix while it learns: stored numbers in, weights out, gradients back to the stored numbers."""
+
+    def __init__(self, module: nn.Module, start: Quantized, codes_too: bool) -> None:
+        self.module, self.start = module, start
+        self.gap = (start.format.levels[-1] - start.format.levels[0]) / (len(start.format.levels) - 1)
+        # Scales are trained as factors, so that one learning rate suits all of them.
+        self.factor = nn.Parameter(torch.ones_like(start.scales))
+        self.latent = nn.Parameter(self._latent()) if codes_too else None
+
+    @torch.no_grad()
+    def _latent(self) -> Tensor:
+        """Return the weights in gaps between levels, moved inside the cell of the code they have."""
+        level = self.start.format.table()[self.start.codes.long()]
+        wanted = self._ratios(read_weight(self.module).float())
+        slack = ROUNDING_SLACK * self.gap
+        return (level + (wanted - level).clamp(-slack, slack)) / self.gap
+
+    def _ratios(self, weight: Tensor) -> Tensor:
+        form = self.start.format
+        a, b = effective(form, self.start.scales, self.start.steps)
+        grouped = weight.unflatten(1, (-1, form.group))
+        return ratios(grouped, form, a[..., None], None if b is None else b[..., None]).flatten(1)
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """Return what would be stored now."""
+        form = self.start.format
+        scales = form.storable(self.start.scales * self.factor)[0]
+        codes = self.start.codes if self.latent is None else form.nearest(self.latent * self.gap)
+        return Quantized(form, codes, scales, self.start.steps)
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Give the network the weights that would be stored now."""
+        overwrite_weight(self.module, self.quantized().decode())
+
+    @torch.no_grad()
+    def take_gradient(self) -> None:
+        """Turn the weight's gradient into those of the stored numbers; rounding passes it straight through."""
+        form, now = self.start.format, self.quantized()
+        slope = read_gradient(self.module).float()
+        per_scale = (slope[..., None] * coefficients(now)).unflatten(1, (-1, form.span)).sum(2)
+        self.factor.grad = per_scale * self.start.scales
+        if self.latent is not None:
+            a, _ = effective(form, now.scales, now.steps)
+            self.latent.grad = slope * a.repeat_interleave(form.group, 1) * self.gap
+        self.module.weight.grad = None
+
+
+def read_gradient(module: nn.Module) -> Tensor:
+    """Return the gradient of a linear's weight as (out, in)."""
+    gradient = module.weight.grad
+    return gradient.T if module.weight.shape != read_weight(module).shape else gradient

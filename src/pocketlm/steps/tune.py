@@ -1,0 +1,125 @@
+"""Tune a quantized model end to end: what the file stores learns the original's next-token probabilities."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.errors import BadInputError
+from pocketlm.model.anatomy import overwrite_weight
+from pocketlm.model.judge import divergence_of, judge
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.learning import batches, cosine, distillation_step, train
+from pocketlm.steps.learner import Learner
+from pocketlm.steps.report import StepReport
+from pocketlm.tensors.formats import Packed, pack, unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What learns, for how long and how fast."""
+
+    step: Literal["tune"] = "tune"
+    tokens: int
+    """Tokens to train on; the text is repeated where there is less."""
+    train: Literal["scales", "weights"] = "scales"
+    """`scales` (and norms), as in DWQ; `weights` learns the codes too, as in quantization-aware training."""
+    scale_rate: float = 1e-3
+    """Learning rate of scales and norms, relative to their size."""
+    code_rate: float = 0.02
+    """Learning rate of latent weights, in gaps between two levels."""
+    windows_per_step: int = 4
+    warm_up: float = 0.1
+    evaluations: int = 4
+    """How often the held-out divergence is measured; the best of these checkpoints is kept."""
+    seed: int = 0
+
+
+def tune(
+    teacher: LanguageModel,
+    student: LanguageModel,
+    packed: Mapping[str, Packed],
+    config: Tune,
+    windows: Tensor,
+    held_out: Tensor,
+    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+) -> tuple[LanguageModel, dict[str, Packed], StepReport]:
+    """Train scales and norms, or the codes too, on KL(teacher ‖ student) over full next-token distributions.
+
+    Scales alone as in DWQ (mlx-lm) and EfficientQAT's end-to-end phase (https://arxiv.org/abs/2407.11062); with codes,
+    quantization-aware distillation with straight-through rounding. The state with the lowest held-out divergence is
+    kept, and the start is one of the candidates: tuning never makes the file worse on that text.
+
+    Args:
+        teacher: The original; not changed.
+        student: The unquantized weights of what is tuned, or the decoded ones; changed in place.
+        packed: What is stored now, by parameter name.
+        config: What learns, for how long and how fast.
+        windows: (windows, length) token ids to learn from.
+        held_out: (windows, length) token ids to choose the state by.
+        progress: Called after each step with steps done, steps in all, and the loss.
+
+    Raises:
+        BadInputError: There is no text, or nothing is quantized.
+        PocketlmError: The loss is not a number.
+    """
+    if min(config.tokens, config.windows_per_step, len(windows), len(held_out), len(packed)) < 1:
+        raise BadInputError(
+            "tune needs `tokens` and `windows_per_step` of at least 1, some text, and a quantized model"
+        )
+    network = student.network
+    learners = {
+        name: Learner(network.get_submodule(name.rpartition(".")[0]), unpack(tensor), config.train == "weights")
+        for name, tensor in packed.items()
+    }
+    norms = [value for name, value in network.named_parameters() if name not in packed and value.dim() == 1]
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in packed or parameter.dim() == 1)
+    steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
+    optimizer = _optimizer(list(learners.values()), norms, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, config.warm_up))
+    opinion = judge(teacher.network, held_out)
+    for learner in learners.values():
+        learner.show()
+
+    def learn(batch: Tensor) -> float:
+        loss = distillation_step(teacher.network, network, batch)
+        for learner in learners.values():
+            learner.take_gradient()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        for learner in learners.values():
+            learner.show()
+        return loss
+
+    done = train(
+        batches(windows, config.windows_per_step, steps, config.seed),
+        steps,
+        learn,
+        lambda: divergence_of(network, held_out, opinion),
+        lambda: ([learner.quantized() for learner in learners.values()], copy.deepcopy(norms)),
+        config.evaluations,
+        progress,
+    )
+    quantized, best_norms = done.best
+    for learner, best in zip(learners.values(), quantized, strict=True):
+        overwrite_weight(learner.module, best.decode())
+    for parameter, best in zip(norms, best_norms, strict=True):
+        parameter.data.copy_(best.data)
+    network.requires_grad_(True)
+    summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
+    stored = {name: pack(best) for name, best in zip(learners, quantized, strict=True)}
+    return student, stored, StepReport("tune", summary, done.details)
+
+
+def _optimizer(learners: list[Learner], norms: list[nn.Parameter], config: Tune) -> torch.optim.Optimizer:
+    slow = [learner.factor for learner in learners] + norms
+    groups = [{"params": slow, "lr": config.scale_rate}]
+    latents = [learner.latent for learner in learners if learner.latent is not None]
+    if latents:
+        groups.append({"params": latents, "lr": config.code_rate})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -1,0 +1,132 @@
+"""`pocketlm quantize` as a person calls it: what cannot be done is refused in one line, and plans are exact."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tests.tiny import tiny_folder
+
+
+def run(*arguments, cache):
+    environment = os.environ | {"POCKETLM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pocketlm", "quantize", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_folder("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    lines = [f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000)]
+    path.write_text("".join(lines))
+    return path
+
+
+def assert_refused(done, code, said):
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, "one line"
+    assert done.stdout == ""
+
+
+GOALS = "Give one of --size (such as 60MB), --bits (such as 4.25) and --format (such as q4_0)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), GOALS),
+        (("--size", "60%", "--bits", "4"), GOALS),
+        (("--format", "q4_0", "--size", "60%"), GOALS),
+        (("--bits", "4.5", "--format", "q4_0"), GOALS),
+        (("--bits", "4.5", "--format", "q4_0", "--size", "60%"), GOALS),
+        (("--bits", "0"), "--bits 0 is nothing"),
+        (("--size", "lots"), "Write it like 70MB"),
+        (("--size", "60%", "--tune", "soon"), "Write it like 30s"),
+        (("--format", "q9_9"), "Unknown format `Q9_9`"),
+        (("--format", "q4_k"), "Q4_K needs rows that divide by 256"),
+        (("--format", "q4_k"), "Formats that fit: F16, Q2_0, MXFP4, NVFP4, Q4_0"),
+        (("--format", "q4_0", "--tensor", "embedding"), "Cannot read `embedding`. Write it like embedding=Q8_0"),
+        (("--format", "q4_0", "--tensor", "=q8_0"), "Cannot read `=q8_0`"),
+        (("--format", "q4_0", "--tensor", "embedding="), "Cannot read `embedding=`"),
+        (("--format", "q4_0", "--tensor", "embeding=q8_0"), "`embeding` is neither a group nor does any tensor's name"),
+        (("--format", "q4_0", "--tensor", "value=q9_9"), "Unknown format `Q9_9` for `value`"),
+        (("--format", "q4_0", "--method", "magic"), "magic"),
+        (("--size", "60%", "--tensor", "embeding=q8_0"), "`embeding` is neither a group nor does any tensor's name"),
+        (("--size", "60%", "--tensor", "value=q9_9"), "Unknown format `Q9_9` for `value`"),
+        (("--size", "60%", "--tensor", "value=q4_k"), "Q4_K needs rows that divide by 256"),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_code(arguments, said, llama, text, tmp_path):
+    done = run(llama, *arguments, "--data", text, "-o", tmp_path / "out", "--dry-run", cache=tmp_path / "cache")
+    assert_refused(done, 2, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_budget_is_refused_with_a_budget_that_works(llama, text, tmp_path):
+    arguments = (llama, "--bits", "1.5", "--data", text, "-o", tmp_path / "out", "--dry-run")
+    assert_refused(run(*arguments, cache=tmp_path / "cache"), 3, "cannot be met")
+
+
+@pytest.fixture(scope="module")
+def planned(llama, text, tmp_path_factory):
+    """A plan in JSON, and the place it was made at."""
+    place = tmp_path_factory.mktemp("planned")
+    arguments = (llama, "--bits", "5", "--tensor", "value=q8_0", "--data", text, "-o", place / "out")
+    done = run(*arguments, "--dry-run", "--json", cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    assert not (place / "out").exists()
+    return json.loads(done.stdout), arguments, place
+
+
+def test_a_dry_run_prints_units_and_bytes(planned):
+    data, _, _ = planned
+    assert 0 < data["predicted_bytes"] <= data["budget_bytes"]
+    units = data["plan"]["units"]
+    groups = ("query_key", "value", "attention_out", "ffn_in", "ffn_out")
+    assert set(units) == {"embedding", *(f"{i}.{group}" for i in range(3) for group in groups)}
+    assert {units[f"{i}.value"][0] for i in range(3)} == {"Q8_0"}
+    assert sum(size for _, size, _ in units.values()) < data["predicted_bytes"] == data["plan"]["bytes"]
+    assert data["plan"]["drop"] == []
+    assert data["recipe"]["steps"][-1]["step"] == "quantize"
+
+
+def test_the_lines_of_a_plan_show_every_unit_once(planned):
+    data, arguments, place = planned
+    done = run(*arguments, "--dry-run", cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    predicted = f"{data['predicted_bytes']:,} bytes"
+    assert predicted in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("embedding", "value", "ffn_in"))]
+    sizes = sum(int(row[2].replace(",", "")) for row in rows)
+    units = data["plan"]["units"].items()
+    parts = ("embedding", "value", "ffn_in")
+    assert sizes == sum(size for unit, (_, size, _) in units if unit.rpartition(".")[2] in parts)
+    assert [row[1:2] + row[4:] for row in rows if row[0] == "value"] == [["Q8_0", "0-2"]]
+
+
+def test_one_format_for_all_needs_no_measurement(llama, text, tmp_path):
+    arguments = (llama, "--format", "q4_0", "--tensor", "embedding=q8_0", "--data", text, "-o", tmp_path / "out")
+    done = run(*arguments, "--dry-run", "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    (step,) = data["recipe"]["steps"]
+    assert set(step["formats"].values()) == {"Q4_0", "Q8_0"}
+    assert data["plan"] is None
+    assert data["budget_bytes"] == data["predicted_bytes"]
+
+
+@pytest.mark.slow
+def test_the_file_has_the_planned_bytes(planned):
+    data, arguments, place = planned
+    done = run(*arguments, "--json", cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    assert (place / "out" / "model.gguf").stat().st_size == data["predicted_bytes"]
+    assert all(check["passed"] for check in json.loads(done.stdout)["verification"])
