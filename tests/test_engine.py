@@ -22,8 +22,7 @@ needs_demo = pytest.mark.skipif(_spec is None, reason="the demo model is not ins
 GREETING = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.fixture(scope="module")
-def tiny():
+def random_network(head_dim):
     """A random Qwen 3 of two blocks in torch; its rotary layout is that of GGUF, so nothing is permuted."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -35,17 +34,15 @@ def tiny():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=1024,
         initializer_range=0.3,
     )
     return Qwen3ForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module")
-def tiny_file(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("engine") / "tiny.gguf"
-    config = tiny.config
+def written(network, path):
+    config = network.config
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
@@ -60,13 +57,23 @@ def tiny_file(tiny, tmp_path_factory):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for name, weight in tiny.state_dict().items():
+    for name, weight in network.state_dict().items():
         writer.add_tensor(names.get_name(name, (".weight",)), weight.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_network(16)
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tiny, tmp_path_factory):
+    return written(tiny, tmp_path_factory.mktemp("engine") / "tiny.gguf")
 
 
 def random_tokens(count):
@@ -109,6 +116,32 @@ def test_appending_more_than_a_batch_gives_the_last_logits_of_the_window(tiny_fi
         last = engine.logits(tokens)[-1]
         engine.forget()
         torch.testing.assert_close(engine.append(tokens), last, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("cache", "most"), [("q8_0", 5e-3), ("q4_0", 0.5)])
+def test_keys_and_values_may_be_cached_in_fewer_bits(cache, most, tmp_path):
+    path, tokens = written(random_network(32), tmp_path / "tiny.gguf"), random_tokens(200)
+
+    def logits(name):
+        with Engine(path, threads=1, context=256, cache=name) as engine:
+            return engine.logits(tokens).log_softmax(-1)
+
+    exact, coarse = logits("f16"), logits(cache)
+    divergence = (exact.exp() * (exact - coarse)).sum(-1).mean()
+    assert 1e-7 < divergence < most, "near, but not the same"
+
+
+def test_the_cache_types_of_the_parameters_are_found():
+    """Only the two fields change, wherever this version of the engine has them."""
+    from pocketlm.run.llamacpp import library, set_cache_type
+
+    before, after = (library().llama_context_default_params() for _ in range(2))
+    set_cache_type(after, "q4_0")
+    changed = [i for i, (a, b) in enumerate(zip(bytes(before), bytes(after), strict=True)) if a != b]
+    assert len(changed) == 2
+    assert changed[1] == changed[0] + 4
+    set_cache_type(after, "f16")
+    assert bytes(after) == bytes(before)
 
 
 def test_tokens_that_do_not_fit_are_refused(tiny_file):

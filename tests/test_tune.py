@@ -22,7 +22,7 @@ from pocketlm.tensors.formats import FORMATS, Format, Packed, Quantized, effecti
 from pocketlm.tensors.formats.integer import integer_format
 
 GENERATOR = torch.Generator().manual_seed(0)
-WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=GENERATOR) for rows in (16, 3))
+WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=GENERATOR) for rows in (40, 3))
 FORMS = [FORMATS[name] for name in ("Q4_0", "IQ4_NL", "Q5_1", "Q2_K", "Q6_K", "Q4_K", "IQ3_XXS")]
 FORMS += [integer_format("int3-g64-asym", 256)]
 every_form = pytest.mark.parametrize("form", FORMS, ids=[form.name for form in FORMS])
@@ -124,9 +124,9 @@ def same_bytes(one: dict[str, Packed], other: dict[str, Packed]) -> bool:
 def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(family: str, kind: str, tiny_model: Tiny):
     teacher = tiny_model(family)
     original = {name: value.clone() for name, value in teacher.network.state_dict().items()}
-    student, packed = quantized(tiny_model(family), "Q4_0")
-    opinion = judge(teacher.network, HELD_OUT)
-    before = divergence_of(student.network, HELD_OUT, opinion)
+    rounded, packed = quantized(tiny_model(family), "Q2_0")
+    student, opinion = tiny_model(family), judge(teacher.network, HELD_OUT)
+    before = divergence_of(rounded.network, HELD_OUT, opinion)
     config = Tune(tokens=30 * 4 * 32, train=kind, scale_rate=3e-3, evaluations=3)
     calls: list[tuple[int, int]] = []
     student, stored, report = tune(
@@ -152,8 +152,8 @@ def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(family: str, kin
 @pytest.mark.parametrize("kind", ["scales", "weights"])
 def test_tuning_that_does_not_help_is_undone(kind: str, tiny_model: Tiny):
     teacher = tiny_model("llama")
-    student, packed = quantized(tiny_model("llama"), "Q8_0")
-    before = {name: value.clone() for name, value in student.network.state_dict().items()}
+    rounded, packed = quantized(tiny_model("llama"), "Q8_0")
+    student, before = tiny_model("llama"), rounded.network.state_dict()
     config = Tune(tokens=4 * 4 * 32, train=kind, scale_rate=0.5, code_rate=20.0, evaluations=2)
     student, stored, report = tune(teacher, student, packed, config, WINDOWS, HELD_OUT)
     curve = dict(report.details["held_out_kl"])
@@ -165,8 +165,8 @@ def test_tuning_that_does_not_help_is_undone(kind: str, tiny_model: Tiny):
 def test_norms_are_restored_with_the_best_state(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
     """The best state is in the middle: neither the norms of the start nor those of the end."""
     teacher = tiny_model("llama")
-    monkeypatch.setattr("pocketlm.steps.tune.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 100.0)
-    student, packed = quantized(tiny_model("llama"), "Q4_0")
+    monkeypatch.setattr("pocketlm.steps.tune.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 1000.0)
+    student, packed = quantized(tiny_model("llama"), "Q2_0")
     norm = "model.layers.1.input_layernorm.weight"
     start = student.network.get_parameter(norm).detach().clone()
     config = Tune(tokens=30 * 4 * 32, scale_rate=3e-3, evaluations=3)

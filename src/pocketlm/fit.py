@@ -19,7 +19,7 @@ from pocketlm.plan.budget import Budget, parse_size
 from pocketlm.plan.decide import Wanted, tokens_in, uniform_recipe
 from pocketlm.plan.recipe import Recipe, read_recipe, to_yaml
 from pocketlm.plan.search import Plan, check_budget
-from pocketlm.plan.sizes import Sizes, bits_budget, recipe_bytes, sizes_of
+from pocketlm.plan.sizes import Sizes, bits_budget, check_fixed, recipe_bytes, sizes_of
 from pocketlm.preflight import check_resources
 from pocketlm.proof import prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
@@ -108,8 +108,9 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     if job.format:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
+    check_fixed(sizes, dict(job.fixed))
     if budget and not recipe:
-        check_budget(sizes, budget)
+        check_budget(sizes, budget, job.prune)
     check_resources(model, job.out)
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:
@@ -132,7 +133,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
 
 def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
     """Return the bytes that the file may have: as asked, or those of all matrices at an average of bits."""
-    if job.bits:
+    if job.bits is not None:
         return bits_budget(sizes, job.bits)
     whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
     return parse_size(job.size, whole) if job.size else None

@@ -74,8 +74,10 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
     length = min(WINDOW, getattr(model.network.config, "max_position_embeddings", WINDOW))
 
     def produce(folder: Path) -> dict:
-        progress("the model writes calibration text", 0, 1)
-        samples = [] if data else sample_documents(model, SAMPLES, seed)
+        samples = []
+        if not data:
+            progress("the model writes calibration text", 0, 1)
+            samples = sample_documents(model, SAMPLES, seed)
         documents = samples + corpus.split("calibration")
         windows = {
             "calibration": pack_windows(documents, model.tokenizer, LEARNING_WINDOWS, length),

@@ -146,23 +146,23 @@ def blocks_of(network: nn.Module) -> nn.ModuleList:
     return network.get_submodule(anatomy_of(network).blocks)
 
 
-def _transposed(module: nn.Module) -> bool:
-    # GPT-2's Conv1D is a linear that stores its weight as (in, out).
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear stores its weight as (in, out), as GPT-2's Conv1D does."""
     return type(module).__name__ == "Conv1D"
 
 
 def read_weight(module: nn.Module) -> Tensor:
     """Return the weight of a linear as (out, in)."""
-    return module.weight.detach().T if _transposed(module) else module.weight.detach()
+    return module.weight.detach().T if is_transposed(module) else module.weight.detach()
 
 
 @torch.no_grad()
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Replace the weight of a linear by `weight`, (out, in), in the dtype it has; the shape may change."""
     weight = weight.to(module.weight.dtype)
-    module.weight = nn.Parameter((weight.T if _transposed(module) else weight).contiguous())
+    module.weight = nn.Parameter((weight.T if is_transposed(module) else weight).contiguous())
     outputs, inputs = weight.shape
-    if _transposed(module):
+    if is_transposed(module):
         module.nf, module.nx = outputs, inputs
     else:
         module.out_features, module.in_features = outputs, inputs
@@ -171,7 +171,7 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 @torch.no_grad()
 def overwrite_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a linear or an embedding other weights, (out, in), in place: tied ones change together."""
-    module.weight.copy_(weight.T if _transposed(module) else weight)
+    module.weight.copy_(weight.T if is_transposed(module) else weight)
 
 
 @torch.no_grad()

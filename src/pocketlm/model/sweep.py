@@ -119,7 +119,8 @@ def second_moment(x: Tensor) -> Tensor:
         for start in range(0, x.shape[1], PANEL):  # the matrix is symmetric: only what is right of the panel's start
             rows = slice(start, start + PANEL)
             moment[rows, start:] = x[:, rows].T @ x[:, start:]
-            moment[start:, rows] = moment[rows, start:].T
+            after = slice(start + PANEL, None)
+            moment[after, rows] = moment[rows, after].T
         return moment
 
 

@@ -16,6 +16,9 @@ from pocketlm.plan.sizes import Shape, Sizes
 from pocketlm.steps.quantize import format_name
 from pocketlm.tensors.formats import FORMATS
 
+# HiGHS may miss a bound by a millionth of it; the file may not.
+TOLERANCE = 3e-6
+
 
 @dataclass(frozen=True)
 class Option:
@@ -59,7 +62,7 @@ def solve(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]
         damages / max(damages.max(), 1e-30),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / budget, -np.inf, 1)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / budget, -np.inf, 1 - TOLERANCE)],
         options={"mip_rel_gap": 1e-4, "time_limit": 20},
     )
     return {unit: option for (unit, option), taken in zip(flat, found.x, strict=True) if taken > 0.5}
@@ -92,15 +95,16 @@ def unit_options(
             for form, kl in damages[unit].items()
             if form == "F16" or all(FORMATS[form].fits(shapes[name][1]) for name in names)
         }
-        wanted = format_name(fixed, names[0], sizes.groups[names[0]])
-        if wanted is not None:
-            allowed = {wanted: damages[unit].get(wanted, 0.0)}
+        wanted = {name: format_name(fixed, name, sizes.groups[name]) for name in names}
+        if all(wanted.values()):
+            only = wanted[names[0]]
+            allowed = {only: damages[unit].get(only, 0.0)}
         options[unit] = [
-            Option(name, sum(padded(tensor_bytes(name, shapes[tensor])) for tensor in names), damage)
-            for name, damage in allowed.items()
+            Option(form, sum(padded(tensor_bytes(wanted[name] or form, shapes[name])) for name in names), damage)
+            for form, damage in allowed.items()
         ]
     everything = {name: options[unit][0].format for unit, names in sizes.units(shape).items() for name in names}
-    base = sizes.total(shape, everything) - sum(choices[0].bytes for choices in options.values())
+    base = sizes.total(shape, everything | fixed) - sum(choices[0].bytes for choices in options.values())
     return base, options
 
 

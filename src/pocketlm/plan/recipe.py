@@ -55,7 +55,7 @@ def from_dict(data: object, where: str) -> Recipe:
         raise BadInputError(f"{where}: {place}: {first['msg']}. See docs/recipes.md for what a recipe holds") from error
     names = [step.step for step in recipe.steps]
     last = names[:-1] if names[-1:] == ["tune"] else names
-    if names.count("quantize") != 1 or names.count("tune") > 1 or last[-1:] != ["quantize"]:
+    if names.count("quantize") != 1 or "tune" in last or last[-1:] != ["quantize"]:
         raise BadInputError(
             f"{where}: a recipe ends with one `quantize` step, which one `tune` may follow; "
             f"this one has: {', '.join(names) or 'none'}"

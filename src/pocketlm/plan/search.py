@@ -48,13 +48,13 @@ class Plan:
     units: dict[str, tuple[str, int, float]]
 
 
-def check_budget(sizes: Sizes, budget: Budget) -> None:
+def check_budget(sizes: Sizes, budget: Budget, prune: bool = True) -> None:
     """Refuse a budget that no plan meets, with the range that can be met.
 
     Raises:
         ImpossibleBudgetError: The budget is below the smallest file.
     """
-    least, most = budget_range(sizes)
+    least, most = budget_range(sizes, prune)
     if budget.bytes < least:
         raise ImpossibleBudgetError(
             f"{budget.text} ({budget.bytes:,} bytes) cannot be met: files of this model go from "
@@ -121,7 +121,7 @@ def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, s
     return Plan(
         shape=shape,
         drop=_dropped(sizes, damages, shape),
-        formats=as_formats(sizes, shape, chosen),
+        formats=as_formats(sizes, shape, chosen) | dict(fixed or {}),
         bytes=base + sum(option.bytes for option in chosen.values()),
         damage=shape_damage(sizes, damages, shape) + sum(option.damage for option in chosen.values()),
         units={unit: (option.format, option.bytes, option.damage) for unit, option in chosen.items()},

@@ -141,11 +141,12 @@ def smallest_shape(sizes: Sizes) -> Shape:
     return Shape(blocks, min(ffn, sizes.original.ffn))
 
 
-def budget_range(sizes: Sizes) -> tuple[int, int]:
-    """Return the bytes of the smallest and of the largest file that `fit` makes."""
-    least = {group: sizes.allowed(group)[-1] for group in sizes.group_names}
+def budget_range(sizes: Sizes, prune: bool = True) -> tuple[int, int]:
+    """Return the bytes of the smallest and of the largest file there can be, with pruning or by formats alone."""
+    shape = smallest_shape(sizes) if prune else sizes.original
+    least = {group: sizes.allowed(group, shape)[-1] for group in sizes.group_names}
     most = {group: sizes.allowed(group)[0] for group in sizes.group_names}
-    return sizes.total(smallest_shape(sizes), least), sizes.total(sizes.original, most)
+    return sizes.total(shape, least), sizes.total(sizes.original, most)
 
 
 def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
@@ -166,6 +167,16 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
     shapes = sizes.shapes_at(shape)
     check_formats({name: (group, shapes[name][1]) for name, group in sizes.groups.items() if name in shapes}, formats)
     return sizes.total(shape, formats)
+
+
+def check_fixed(sizes: Sizes, fixed: Mapping[str, str]) -> None:
+    """Refuse formats that a person fixed before anything is measured.
+
+    Raises:
+        BadInputError: A pattern matches nothing, a format is unknown or does not fit.
+    """
+    tensors = {name: (group, sizes.shapes[name][1]) for name, group in sizes.groups.items()}
+    check_formats(tensors, dict.fromkeys(sizes.group_names, "F16") | dict(fixed))
 
 
 def bits_budget(sizes: Sizes, bits: float) -> Budget:

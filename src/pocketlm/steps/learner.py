@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pocketlm.model.anatomy import overwrite_weight, read_weight
+from pocketlm.model.anatomy import is_transposed, overwrite_weight, read_weight
 from pocketlm.tensors.elimination import coefficients
 from pocketlm.tensors.formats import Quantized, effective, ratios
 
@@ -63,4 +63,4 @@ class Learner:
 def read_gradient(module: nn.Module) -> Tensor:
     """Return the gradient of a linear's weight as (out, in)."""
     gradient = module.weight.grad
-    return gradient.T if module.weight.shape != read_weight(module).shape else gradient
+    return gradient.T.contiguous() if is_transposed(module) else gradient

@@ -79,7 +79,7 @@ def quantize(
     for layer in sweep(model.network, windows, head=True):
         before = {edge: read_weight(linear).clone() for edge, linear in layer.linears()}
         chosen = _choose(layer, model, config)
-        if config.learned_rounding and layer.states:
+        if config.learned_rounding and layer.states and chosen:
             linears = {layer.module.get_submodule(edge.path): part for edge, part in chosen.items()}
             learned = learn_rounding(layer, linears, config.learned_rounding, config.seed)
             chosen = {edge: learned[layer.module.get_submodule(edge.path)] for edge in chosen}

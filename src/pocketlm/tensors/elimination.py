@@ -138,6 +138,7 @@ def gptq(
     """
     sizes = dict.fromkeys((form.span, form.group, form.vector))
     order = group_order(gram.diagonal(), *(size for size in sizes if size > 1))
+    order = order.reshape(-1, form.vector).sort(1).values.flatten()  # a codebook's vectors keep their order
     factor = inverse_factor(gram[order][:, order], damping)
     parts = []
     for rows in weight.split(GPTQ_ROWS):  # each row is quantized on its own: a large embedding goes in parts
@@ -169,8 +170,12 @@ def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format) -> Q
 
         def replace(column: Tensor, c: int) -> Tensor:
             ratio = (column if b is None else column - b) * inverse
-            level = form.snap(ratio) if form.vector == 1 else form.snap(ratio.T).T
-            levels[start + c : start + c + form.vector] = level
+            places = slice(start + c, start + c + form.vector)
+            if form.vector == 1:
+                level = form.snap(ratio)
+            else:
+                level = form.snap(ratio.T.contiguous(), costs[places].expand(rows, -1)).T
+            levels[places] = level
             return level * a if b is None else level * a + b
 
         return replace
