@@ -16,9 +16,6 @@ from pocketlm.plan.sizes import Shape, Sizes
 from pocketlm.steps.quantize import format_name
 from pocketlm.tensors.formats import FORMATS
 
-# HiGHS may miss a bound by a millionth of it; the file may not.
-TOLERANCE = 3e-6
-
 
 @dataclass(frozen=True)
 class Option:
@@ -52,20 +49,34 @@ def solve(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]
     if least > budget:
         raise ImpossibleBudgetError(f"The tensors need {least:,} bytes at least, {budget:,} are left for them")
     flat = [(unit, option) for unit, choices in options.items() for option in worthwhile(choices)]
+    smallest = {unit: worthwhile(choices)[0] for unit, choices in options.items()}
     rows = {unit: row for row, unit in enumerate(options)}
     one_each = csr_matrix(
         (np.ones(len(flat)), ([rows[unit] for unit, _ in flat], range(len(flat)))), (len(rows), len(flat))
     )
-    sizes = np.array([option.bytes for _, option in flat], dtype=float)
+    extra = np.array([option.bytes - smallest[unit].bytes for unit, option in flat], dtype=float)
     damages = np.array([option.damage for _, option in flat])
-    found = milp(
-        damages / max(damages.max(), 1e-30),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / budget, -np.inf, 1 - TOLERANCE)],
-        options={"mip_rel_gap": 1e-4, "time_limit": 20},
-    )
-    return {unit: option for (unit, option), taken in zip(flat, found.x, strict=True) if taken > 0.5}
+    slack = budget - sum(option.bytes for option in smallest.values())
+    limit = slack
+    while limit > 0:
+        found = milp(
+            damages / max(damages.max(), 1e-30),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(extra[None] / slack, -np.inf, limit / slack),
+            ],
+            options={"mip_rel_gap": 1e-4, "time_limit": 20},
+        )
+        if found.x is None:
+            break
+        taken = found.x > 0.5
+        over = int(extra[taken].sum()) - slack
+        if over <= 0:
+            return {unit: option for (unit, option), chosen in zip(flat, taken, strict=True) if chosen}
+        limit -= over  # HiGHS may miss a bound by a millionth of it; the file may not
+    return smallest
 
 
 def worthwhile(options: list[Option]) -> list[Option]:
