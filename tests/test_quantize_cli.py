@@ -131,3 +131,34 @@ def test_the_file_has_the_planned_bytes(planned):
     assert done.returncode == 0, done.stderr
     assert (place / "out" / "model.gguf").stat().st_size == data["predicted_bytes"]
     assert all(check["passed"] for check in json.loads(done.stdout)["verification"])
+
+
+@pytest.mark.slow
+def test_an_integer_format_gives_a_folder_that_transformers_loads(llama, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "int4"
+    done = run(llama, "--format", "int4-g32", "--data", text, "-o", out, "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    network = AutoModelForCausalLM.from_pretrained(out / "model", dtype="float32")
+    assert network.config.quantization_config.quant_method == "compressed-tensors"
+    assert facts["predicted_bytes"] < facts["actual_bytes"] < facts["predicted_bytes"] + 20_000, "a header on top"
+    assert 0 < facts["quality"]["compressed"]["kl"]["value"] < 1
+    assert {file.name for file in out.iterdir()} == {"model", "recipe.yaml", "quality.json", "manifest.json"}
+
+
+@pytest.mark.slow
+def test_a_tuned_file_is_made_whole(llama, text, tmp_path):
+    out = tmp_path / "tuned"
+    done = run(
+        llama, "--bits", "4.6", "--tune", "2s", "--data", text, "-o", out, "--json", cache=tmp_path / "cache"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [stage["name"] for stage in report["stages"]] == ["original", "quantize", "tune"]
+    assert report["stages"][-1]["details"]["held out kl"][0][1] > 0
+    assert (
+        report["budget"]["predicted_bytes"] == report["budget"]["actual_bytes"] == (out / "model.gguf").stat().st_size
+    )
+    assert any(note.startswith("Recommended type of the cache") for note in report["notes"])

@@ -115,7 +115,8 @@ def check_turn_ends(ended: int, asked: int, original_ended: int) -> Check:
     Args:
         ended: Answers of the exported file that ended before the limit.
         asked: How many there were.
-        original_ended: The same for the original, which may never end a turn either.
+        original_ended: The same for the original. Where it rarely ends a turn itself, its ends are chance, and that
+            the exported file has none proves nothing.
     """
     detail = f"{ended} of {asked} answers ended by themselves; {original_ended} of the original's"
-    return Check("a chat turn ends by itself", ended > 0 or original_ended == 0, detail)
+    return Check("a chat turn ends by itself", ended > 0 or original_ended <= asked // 2, detail)

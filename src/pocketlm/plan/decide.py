@@ -60,8 +60,7 @@ def measure_formats(
     model: LanguageModel, calibration: Tokens, validation: Tokens, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Return the damage of every unit in every format; it does not depend on the budget."""
-    windows = validation.first(JUDGING_WINDOWS)
-    return format_damage(model, sizes_of(model), calibration.first(FORMAT_WINDOWS), windows, progress)
+    return format_damage(model, sizes_of(model), calibration.first(FORMAT_WINDOWS), validation.windows, progress)
 
 
 def measure_damages(

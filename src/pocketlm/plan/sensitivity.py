@@ -20,6 +20,7 @@ from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
 
 UNIT_WINDOWS = 1  # of the text that damages are measured on, for one unit alone
+GROUP_WINDOWS = 2  # and for all units of a group
 SAMPLED_ROWS = 128  # of a matrix, from which the output errors of all formats are estimated
 CANDIDATES = 5  # after each round only so many of the cheapest blocks are tried again
 Progress = Callable[[str, int, int], None]
@@ -108,15 +109,16 @@ def format_damage(
         model: The original; unchanged afterwards.
         sizes: Its size arithmetic.
         calibration: (windows, length) token ids to take statistics on.
-        windows: (windows, length) token ids to measure the KL on; units alone are measured on UNIT_WINDOWS of them.
+        windows: (windows, length) token ids to measure the KL on: units alone on UNIT_WINDOWS of them, groups on
+            GROUP_WINDOWS, everything at once on all.
         progress: Called with what is done, how much and of how much.
 
     Returns:
         Nats per token by unit (see `Sizes.units`) and format.
     """
     network = model.network
-    few = windows[:UNIT_WINDOWS]
-    opinion, opinion_on_few = judge(network, windows), judge(network, few)
+    few, some = windows[:UNIT_WINDOWS], windows[:GROUP_WINDOWS]
+    opinion, opinion_on_few, opinion_on_some = (judge(network, text) for text in (windows, few, some))
     blocks, start = list(blocks_of(network)), rehearse(network, few)
     (states,), keywords = start.hidden, [per_batch[0] for per_batch in start.keywords]
     names = {group: sizes.allowed(group) for group in sizes.group_names if sizes.allowed(group) != ["F16"]}
@@ -133,7 +135,7 @@ def format_damage(
                 measured[group][unit] = (
                     _kl_from(states, *rest, network, opinion_on_few)
                     if rest
-                    else divergence_of(network, windows, opinion)
+                    else divergence_of(network, some, opinion_on_some)
                 )
             in_middle[group] |= _chosen_by_gptq(layer, edges, network, sizes.middle(group))
             if layer.index in (0, len(blocks) // 2, len(blocks)):
@@ -145,17 +147,18 @@ def format_damage(
     together = {}
     for group, weights in in_middle.items():
         with replaced(weights):
-            together[group] = divergence_of(network, windows, opinion)
+            together[group] = divergence_of(network, some, opinion_on_some)
     with replaced({linear: weight for weights in in_middle.values() for linear, weight in weights.items()}):
-        # Damages do not quite add up: all groups at once cost something else than the sum.
+        # Damages do not quite add up, and a little text is easier or harder than all of it.
         joint = divergence_of(network, windows, opinion) / max(sum(together.values()), 1e-30)
     damage = {unit: {"F16": 0.0} for unit in sizes.units(sizes.original)}
     for group, units in measured.items():
+        alone = {unit: joint * kl for unit, kl in units.items()}
         damage |= _carried_over(
-            units, errors[group], _coarsest(names[group]), sizes.middle(group), joint * together[group]
+            alone, errors[group], _coarsest(names[group]), sizes.middle(group), joint * together[group]
         )
     if not measured.get("embedding", True):
-        damage["embedding"] = _lookup_damage(model, names["embedding"], windows, opinion)
+        damage["embedding"] = _lookup_damage(model, names["embedding"], some, opinion_on_some)
     return damage
 
 
