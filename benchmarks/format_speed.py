@@ -8,13 +8,12 @@ its matrices in one format after another, and times prompt reading and generatio
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from common import command_line
 
 from pocketlm.artefact import versions
 from pocketlm.export.gguf import write_gguf
@@ -83,7 +82,7 @@ def main() -> None:
     lines = [
         "# Speed of each number format in llama.cpp",
         "",
-        f"`{shlex.join(['python', *sys.argv])}`",
+        f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores, {speeds.threads} threads; {speeds.engine}; torch {versions()['torch']}.",
         "A random Llama of 180M weights, everything in one format; tokens/s ± deviation, and relative to F16.",

@@ -12,13 +12,13 @@ read in llama.cpp from F16 files of the decoded weights.
 import argparse
 import json
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from common import command_line
 from safetensors.torch import load_file
 
 from pocketlm.artefact import versions
@@ -113,7 +113,7 @@ def main() -> None:
     lines = [
         "# Int4, groups of 32, body only",
         "",
-        f"`{shlex.join(['python', *sys.argv])}`",
+        f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores; torch {versions()['torch']}. "
         "Seconds of quantizing, peak memory of the process.",

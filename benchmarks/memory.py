@@ -8,7 +8,6 @@ in a process of its own with `pocketlm quantize`'s steps (text, statistics, GPTQ
 
 import argparse
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from common import command_line
 
 from pocketlm.export.gguf import write_gguf
 from pocketlm.fit import Fit, load_for, prepare
@@ -78,7 +78,7 @@ def main() -> None:
     lines = [
         "# Peak memory of quantizing a 1B model",
         "",
-        f"`{shlex.join(['python', *sys.argv])}`",
+        f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores. {made.stdout.strip()}, GPTQ into {args.format.upper()}: "
         f"{done.stdout.strip()}",

@@ -11,12 +11,12 @@ MODEL is a Hugging Face folder. Files of text calibrate, other files measure. Fo
 import argparse
 import json
 import platform
-import shlex
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+
+from common import command_line
 
 from pocketlm.artefact import versions
 from pocketlm.export.gguf import write_gguf
@@ -175,7 +175,7 @@ def main() -> None:
     head = [
         "# Bytes against damage",
         "",
-        f"`{shlex.join(['python', *sys.argv])}`",
+        f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores; " + ", ".join(f"{name} {which}" for name, which in versions().items()),
         f"{platform.system()}. {args.windows} windows of {LENGTH} tokens per text, read in llama.cpp from the files; ",
