@@ -7,13 +7,12 @@ its matrices in one format after another, and times prompt reading and generatio
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import command_line
+from common import command_line, write_results
 
 from pocketlm.artefact import versions
 from pocketlm.export.gguf import write_gguf
@@ -97,9 +96,7 @@ def main() -> None:
             f"| {prefill['mean']:.0f} ± {prefill['deviation']:.0f} | {decode['mean']:.1f} ± {decode['deviation']:.1f} "
             f"| {prefill['mean'] / base['prefill']['mean']:.2f} | {decode['mean'] / base['decode']['mean']:.2f} |"
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join([*lines, ""]))
-    args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    write_results(args.out, lines, rows)
     print("\n".join(lines))
 
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import command_line
+from common import command_line, write_results
 from safetensors.torch import load_file
 
 from pocketlm.artefact import versions
@@ -128,9 +128,7 @@ def main() -> None:
             for key in ("kl", "ratio")
         ]
         lines.append(f"| {row['name']} | {row['seconds']:.0f} | {row['peak_mb']:.0f} | " + " | ".join(cells) + " |")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join([*lines, ""]))
-    args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    write_results(args.out, lines, rows)
     print("\n".join(lines))
 
 

@@ -9,14 +9,13 @@ MODEL is a Hugging Face folder. Files of text calibrate, other files measure. Fo
 """
 
 import argparse
-import json
 import platform
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from common import command_line
+from common import command_line, write_results
 
 from pocketlm.artefact import versions
 from pocketlm.export.gguf import write_gguf
@@ -182,9 +181,7 @@ def main() -> None:
         "in brackets 95 % intervals (bootstrap over windows, paired). Seconds leave out what earlier files kept.",
         "",
     ]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join([*head, *table(rows, texts), "", f"![curve]({args.out.stem}.svg)", ""]))
-    args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    write_results(args.out, [*head, *table(rows, texts), "", f"![curve]({args.out.stem}.svg)"], rows)
     picture(rows, texts, args.out.with_suffix(".svg"))
     print("\n".join(table(rows, texts)))
 

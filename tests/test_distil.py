@@ -132,7 +132,7 @@ def test_training_that_goes_wrong_at_the_end_keeps_its_best_checkpoint(
     tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
     teacher = tiny_model("llama")
-    monkeypatch.setattr("pocketlm.steps.distil.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 300.0)
+    monkeypatch.setattr("pocketlm.model.learning.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 300.0)
     config = Distil(windows_per_step=2, tokens=30 * 64, learning_rate=3e-4, evaluations=3)
     student, report = distil(teacher, damaged(teacher), config, WINDOWS, HELD_OUT)
     curve = dict(report.details["held_out_kl"])

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 
 RECIPE = """
@@ -22,17 +22,6 @@ steps:
 seed: 0
 """
 STAGES = ("text", "original", "prune_depth", "prune_width", "distil", "quantize", "plain")
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "pocketlm", *map(str, arguments)]
-
-
-def run(*arguments, cache, **options):
-    environment = os.environ | {"POCKETLM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment, check=False, timeout=300, **options
-    )
 
 
 def sha256(path):
@@ -63,7 +52,7 @@ def text(tmp_path_factory):
 def uninterrupted(llama, recipe, text, tmp_path_factory):
     """One run of the whole recipe: its folder and its cache."""
     place = tmp_path_factory.mktemp("uninterrupted")
-    done = run("fit", llama, "--recipe", recipe, "--data", text, "-o", place / "out", cache=place / "cache")
+    done = pocketlm("fit", llama, "--recipe", recipe, "--data", text, "-o", place / "out", cache=place / "cache")
     assert done.returncode == 0, done.stderr
     return place / "out", place / "cache"
 
@@ -74,7 +63,7 @@ def test_every_family_fits_a_budget(family, text, tmp_path):
     folder = tiny_folder(family, tmp_path / family)
     out = tmp_path / "out"
     arguments = ("fit", folder, "--size", "60%", "--data", text, "-o", out, "--json")
-    done = run(*arguments, cache=tmp_path / "cache")
+    done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     size = (out / "model.gguf").stat().st_size
@@ -113,7 +102,8 @@ def test_the_folder_is_whole(uninterrupted):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_from_an_empty_cache(uninterrupted, llama, recipe, text, tmp_path):
-    done = run("fit", llama, "--recipe", recipe, "--data", text, "-o", tmp_path / "again", cache=tmp_path / "cache")
+    arguments = ("fit", llama, "--recipe", recipe, "--data", text, "-o", tmp_path / "again")
+    done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert sha256(tmp_path / "again" / "model.gguf") == sha256(uninterrupted[0] / "model.gguf")
 
@@ -124,9 +114,8 @@ def test_a_run_killed_in_any_stage_ends_in_the_same_file(stage, uninterrupted, l
     """SIGKILL as soon as the stage has begun, then the same command again."""
     cache, out = tmp_path / "cache", tmp_path / "out"
     arguments = ("fit", llama, "--recipe", recipe, "--data", text, "-o", out)
-    environment = os.environ | {"POCKETLM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(*arguments), env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
     while not list(cache.glob(f".{stage}-*.partial")) and process.poll() is None:
@@ -135,7 +124,7 @@ def test_a_run_killed_in_any_stage_ends_in_the_same_file(stage, uninterrupted, l
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, f"the run was over before {stage} was seen"
     assert not out.exists()
-    done = run(*arguments, cache=cache)
+    done = pocketlm(*arguments, cache=cache)
     assert done.returncode == 0, done.stderr
     assert sha256(out / "model.gguf") == sha256(uninterrupted[0] / "model.gguf")
     assert not list(cache.glob(".*.partial"))
@@ -145,7 +134,7 @@ def test_a_run_killed_in_any_stage_ends_in_the_same_file(stage, uninterrupted, l
 def test_a_finished_run_is_reused(uninterrupted, llama, recipe, text, tmp_path):
     _, cache = uninterrupted
     arguments = ("fit", llama, "--recipe", recipe, "--data", text, "-o", tmp_path / "again", "--json")
-    done = run(*arguments, cache=cache)
+    done = pocketlm(*arguments, cache=cache)
     report = json.loads(done.stdout)
     assert {stage["reused"] for stage in report["stages"]} == {True}
     assert sha256(tmp_path / "again" / "model.gguf") == sha256(uninterrupted[0] / "model.gguf")
@@ -154,7 +143,7 @@ def test_a_finished_run_is_reused(uninterrupted, llama, recipe, text, tmp_path):
 @pytest.mark.slow
 def test_a_dry_run_predicts_and_writes_nothing(llama, text, tmp_path):
     arguments = ("fit", llama, "--size", "60%", "--data", text, "-o", tmp_path / "out", "--dry-run", "--json")
-    done = run(*arguments, cache=tmp_path / "cache")
+    done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert 0 < plan["predicted_bytes"] <= plan["budget_bytes"]
@@ -162,7 +151,7 @@ def test_a_dry_run_predicts_and_writes_nothing(llama, text, tmp_path):
 
 
 def test_an_impossible_budget_is_refused_with_the_range(llama, tmp_path):
-    done = run("fit", llama, "--size", "1kB", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    done = pocketlm("fit", llama, "--size", "1kB", "-o", tmp_path / "out", cache=tmp_path / "cache")
     assert done.returncode == 3
     assert "cannot be met" in done.stderr
     assert "--size" in done.stderr
@@ -173,7 +162,7 @@ def test_an_impossible_budget_is_refused_with_the_range(llama, tmp_path):
 def test_an_output_folder_that_exists_needs_force(llama, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep me")
-    done = run("fit", llama, "--size", "60%", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    done = pocketlm("fit", llama, "--size", "60%", "-o", tmp_path / "out", cache=tmp_path / "cache")
     assert done.returncode == 2
     assert "--force" in done.stderr
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
@@ -199,7 +188,7 @@ def test_bad_input_gets_one_message_and_its_code(arguments, code, said, llama, t
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("naïve café".encode("latin-1"))
     names = {"LLAMA": llama, "EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt"}
-    done = run(*(names.get(word, word) for word in arguments), cache=tmp_path / "cache", cwd=tmp_path)
+    done = pocketlm(*(names.get(word, word) for word in arguments), cache=tmp_path / "cache", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -207,7 +196,7 @@ def test_bad_input_gets_one_message_and_its_code(arguments, code, said, llama, t
 
 
 def test_inspect_says_what_is_inside(llama, tmp_path):
-    done = run("inspect", llama, "--json", cache=tmp_path / "cache")
+    done = pocketlm("inspect", llama, "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert sum(part["bytes"] for part in found["parts"]) == found["bytes"]
@@ -216,7 +205,7 @@ def test_inspect_says_what_is_inside(llama, tmp_path):
 
 def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tmp_path):
     arguments = ("evaluate", llama, "--reference", llama, "--data", text, "--json")
-    done = run(*arguments, cache=tmp_path / "cache")
+    done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     model = json.loads(done.stdout)["model"]
     assert model["kl"]["value"] == pytest.approx(0, abs=1e-6)
@@ -225,16 +214,16 @@ def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tm
 
 
 def test_doctor_and_clean(tmp_path):
-    done = run("doctor", "--json", cache=tmp_path / "cache")
+    done = pocketlm("doctor", "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cache writable"] is True
     kept = tmp_path / "cache" / "plan-1234"
     kept.mkdir(parents=True)
     (kept / "done.json").write_text("{}")
-    shown = run("clean", cache=tmp_path / "cache")
+    shown = pocketlm("clean", cache=tmp_path / "cache")
     assert "plan-1234" in shown.stdout
     assert kept.exists()
-    assert run("clean", "--yes", cache=tmp_path / "cache").returncode == 0
+    assert pocketlm("clean", "--yes", cache=tmp_path / "cache").returncode == 0
     assert not kept.exists()
 
 

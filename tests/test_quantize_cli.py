@@ -1,18 +1,14 @@
 """`pocketlm quantize` as a person calls it: what cannot be done is refused in one line, and plans are exact."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
 
 
 def run(*arguments, cache):
-    environment = os.environ | {"POCKETLM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pocketlm", "quantize", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    return pocketlm("quantize", *arguments, cache=cache)
 
 
 @pytest.fixture(scope="module")

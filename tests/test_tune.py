@@ -165,7 +165,7 @@ def test_tuning_that_does_not_help_is_undone(kind: str, tiny_model: Tiny):
 def test_norms_are_restored_with_the_best_state(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
     """The best state is in the middle: neither the norms of the start nor those of the end."""
     teacher = tiny_model("llama")
-    monkeypatch.setattr("pocketlm.steps.tune.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 1000.0)
+    monkeypatch.setattr("pocketlm.model.learning.cosine", lambda step, steps, warm_up: 1.0 if step < 20 else 1000.0)
     student, packed = quantized(tiny_model("llama"), "Q2_0")
     norm = "model.layers.1.input_layernorm.weight"
     start = student.network.get_parameter(norm).detach().clone()

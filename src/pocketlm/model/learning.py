@@ -30,6 +30,25 @@ def cosine(step: int, steps: int, warm_up: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def updates(groups: list[dict[str, Any]], steps: int, warm_up: float) -> Callable[[], None]:
+    """Return what to call after each of `steps` gradients: AdamW with the cosine schedule; gradients are freed.
+
+    Args:
+        groups: `params` and their peak `lr`, as torch's optimizers take them.
+        steps: How many there will be.
+        warm_up: Share of the steps over which the learning rate rises.
+    """
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, warm_up))
+
+    def update() -> None:
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
 def batches(windows: Tensor, per_step: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Yield `steps` batches of windows; every pass over the text has a new order, all decided by the seed."""
     generator = torch.Generator().manual_seed(seed)

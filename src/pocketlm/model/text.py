@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +62,12 @@ class Corpus:
 
         A document's content alone decides where it belongs, and its place.
         """
-        places = {document: _place_of(document) for document in self.documents}
-        mixed = sorted(self.documents, key=lambda document: places[document] * 1e6 % 1)
-        return [document for document in mixed if _split_of(places[document]) == wanted]
+        mixed = sorted(self.documents, key=lambda document: self._places[document] * 1e6 % 1)
+        return [document for document in mixed if _split_of(self._places[document]) == wanted]
+
+    @cached_property
+    def _places(self) -> dict[str, float]:
+        return {document: _place_of(document) for document in self.documents}
 
     def tokens(self, wanted: str, tokenizer: "PreTrainedTokenizerFast", limit: int, length: int = WINDOW) -> Tokens:
         """Return up to `limit` windows of one split.

@@ -73,10 +73,10 @@ def measure_damages(
     progress: Progress,
 ) -> Damages:
     """Add to the damages of formats those of pruning, where nearly free formats do not meet the budget."""
-    windows = validation.first(JUDGING_WINDOWS)
     nearly_free = sizes.total(sizes.original, {group: sizes.middle(group) for group in sizes.group_names})
     if not wanted.prune or nearly_free <= wanted.budget.bytes:
         return Damages((), {}, formats)
+    windows = validation.first(JUDGING_WINDOWS)
     opinion = judge(model.network, windows)
     floor = smallest_shape(sizes)
     fractions = (7 / 8, 3 / 4, 1 / 2)

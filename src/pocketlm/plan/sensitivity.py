@@ -1,6 +1,5 @@
 """Measured damage: what each thing that a plan may do costs in KL to the original, on text held out for choosing."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import Layer, rehearse, run_block, sweep
 from pocketlm.plan.sizes import Sizes
 from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
-from pocketlm.steps.quantize import edges_by_group, gram_of
-from pocketlm.tensors.elimination import gptq, ridge
+from pocketlm.steps.quantize import choose_codes, edges_by_group, gram_of
+from pocketlm.tensors.elimination import ridge
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
 
@@ -130,14 +129,14 @@ def format_damage(
         for group, edges in edges_by_group(layer, network).items():
             if group not in names:
                 continue
-            with replaced(_chosen_by_gptq(layer, edges, network, _coarsest(names[group]))):
+            with replaced(_stored(layer, model, group, _coarsest(names[group]))):
                 unit = f"{layer.index}.{group}" if rest else group
                 measured[group][unit] = (
                     _kl_from(states, *rest, network, opinion_on_few)
                     if rest
                     else divergence_of(network, some, opinion_on_some)
                 )
-            in_middle[group] |= _chosen_by_gptq(layer, edges, network, sizes.middle(group))
+            in_middle[group] |= _stored(layer, model, group, sizes.middle(group))
             if layer.index in (0, len(blocks) // 2, len(blocks)):
                 for name in names[group]:
                     errors[group][name] += _sampled_error(layer, edges, network, name)
@@ -177,13 +176,11 @@ def _kl_from(
     return opinion.divergence(norm(states).flatten(0, 1), network.lm_head.weight)
 
 
-def _chosen_by_gptq(layer: Layer, edges: list[Edge], network: nn.Module, form: str) -> dict[nn.Module, Tensor]:
-    """Return the weights of some edges of a layer as a format would store them."""
-    linears = {edge: layer.module.get_submodule(edge.path) for edge in edges}
-    return {
-        linear: gptq(read_weight(linear), gram_of(layer, edge, network), FORMATS[form]).decode().bfloat16()
-        for edge, linear in linears.items()
-    }
+def _stored(layer: Layer, model: LanguageModel, group: str, form: str) -> dict[nn.Module, Tensor]:
+    """Return the weights of a layer's group as a format would store them, codes by GPTQ."""
+    formats = {"*": "F16", group: form}
+    chosen = choose_codes(layer, model, formats)
+    return {layer.module.get_submodule(edge.path): part.decode().bfloat16() for edge, part in chosen.items()}
 
 
 def _sampled_error(layer: Layer, edges: list[Edge], network: nn.Module, form: str) -> float:
@@ -242,7 +239,7 @@ def _lookup_damage(model: LanguageModel, names: list[str], windows: Tensor, opin
 @contextmanager
 def replaced(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
     """While open, linears and embeddings have other weights, (out, in); tied ones change together."""
-    before = {module: copy.deepcopy(module.weight.data) for module in weights}
+    before = {module: module.weight.data.clone() for module in weights}
     try:
         for module, weight in weights.items():
             overwrite_weight(module, weight)

@@ -64,8 +64,7 @@ class Sizes:
 
         Binary and ternary formats are left out: weights that were not trained for them break.
         """
-        shapes = self.shapes_at(shape or self.original)
-        rows = {shapes[name][1] for name, other in self.groups.items() if other == group and name in shapes}
+        rows = {columns for other, columns in self.tensors(shape or self.original).values() if other == group}
         names = [
             form.name
             for form in FORMATS.values()
@@ -105,6 +104,11 @@ class Sizes:
                     size = (size[0], shape.ffn)
             result[name] = size
         return result
+
+    def tensors(self, shape: Shape) -> dict[str, tuple[str, int]]:
+        """Return the group and the row length of each matrix that can be quantized, by parameter name."""
+        shapes = self.shapes_at(shape)
+        return {name: (group, shapes[name][1]) for name, group in self.groups.items() if name in shapes}
 
     def total(self, shape: Shape, formats: Mapping[str, str]) -> int:
         """Return the exact bytes of the file for a shape and formats by group or pattern, as in `Quantize`."""
@@ -164,8 +168,7 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
                 shape = Shape(shape.blocks, step.ffn)
             case Quantize():
                 formats = step.formats
-    shapes = sizes.shapes_at(shape)
-    check_formats({name: (group, shapes[name][1]) for name, group in sizes.groups.items() if name in shapes}, formats)
+    check_formats(sizes.tensors(shape), formats)
     return sizes.total(shape, formats)
 
 
@@ -175,8 +178,7 @@ def check_fixed(sizes: Sizes, fixed: Mapping[str, str]) -> None:
     Raises:
         BadInputError: A pattern matches nothing, a format is unknown or does not fit.
     """
-    tensors = {name: (group, sizes.shapes[name][1]) for name, group in sizes.groups.items()}
-    check_formats(tensors, dict.fromkeys(sizes.group_names, "F16") | dict(fixed))
+    check_formats(sizes.tensors(sizes.original), dict.fromkeys(sizes.group_names, "F16") | dict(fixed))
 
 
 def bits_budget(sizes: Sizes, bits: float) -> Budget:

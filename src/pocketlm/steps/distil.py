@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import Training, batches, cosine, distillation_step, train
+from pocketlm.model.learning import Training, batches, distillation_step, train, updates
 from pocketlm.steps.report import StepReport
 
 
@@ -66,16 +65,13 @@ def distil(
     network = student.network
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, config.warm_up))
+    update = updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
     opinion = judge(teacher.network, held_out)
 
     def learn(batch: Tensor) -> float:
         loss = distillation_step(teacher.network, network, batch)
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         return loss
 
     done = train(

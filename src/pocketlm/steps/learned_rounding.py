@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from pocketlm.model.compute import fast_forward
-from pocketlm.model.learning import cosine
+from pocketlm.model.learning import updates
 from pocketlm.model.sweep import Layer, run_block
-from pocketlm.steps.learner import Learner
+from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.tensors.formats import Quantized
 
 CODE_RATE = 0.03  # in gaps between two levels
 SCALE_RATE = 5e-4  # relative to the scale
+WARM_UP = 0.05  # of the iterations
 WINDOWS_PER_STEP = 2
 
 
@@ -54,22 +54,11 @@ def _learn(
     block.requires_grad_(False)
     for linear in learners:
         linear.weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [learner.factor for learner in learners.values()], "lr": SCALE_RATE},
-            {"params": [learner.latent for learner in learners.values()], "lr": CODE_RATE},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, iterations, 0.05))
+    update = updates(learning_groups(list(learners.values()), SCALE_RATE, CODE_RATE), iterations, WARM_UP)
     generator = torch.Generator().manual_seed(seed)
 
     def show() -> dict[nn.Module, Quantized]:
-        for learner in learners.values():
-            learner.show()
-        return {linear: learner.quantized() for linear, learner in learners.items()}
+        return {linear: learner.show() for linear, learner in learners.items()}
 
     @torch.no_grad()
     def loss_on_all() -> float:
@@ -83,15 +72,10 @@ def _learn(
     for step in range(1, iterations + 1):
         for pick in torch.randint(len(windows), (WINDOWS_PER_STEP,), generator=generator).tolist():
             states, keywords = windows[pick]
-            with fast_forward(states.device):
-                out = block(states, **keywords)
-            out = out[0] if isinstance(out, tuple) else out
-            (out.float() - targets[pick]).square().mean().backward()
+            (run_block(block, states, keywords).float() - targets[pick]).square().mean().backward()
         for learner in learners.values():
             learner.take_gradient()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         now = show()
         if step in (iterations // 2, iterations) and (loss := loss_on_all()) < lowest:
             best, lowest = now, loss

@@ -1,5 +1,7 @@
 """A quantized matrix that learns: gradients of its weights become gradients of the numbers that are stored."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class Learner:
         form = self.start.format
         a, b = effective(form, self.start.scales, self.start.steps)
         grouped = weight.unflatten(1, (-1, form.group))
-        return ratios(grouped, form, a[..., None], None if b is None else b[..., None]).flatten(1)
+        return ratios(grouped, a[..., None], None if b is None else b[..., None]).flatten(1)
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
@@ -43,9 +45,11 @@ class Learner:
         return Quantized(form, codes, scales, self.start.steps)
 
     @torch.no_grad()
-    def show(self) -> None:
-        """Give the network the weights that would be stored now."""
-        overwrite_weight(self.module, self.quantized().decode())
+    def show(self) -> Quantized:
+        """Give the network the weights that would be stored now, and return them."""
+        now = self.quantized()
+        overwrite_weight(self.module, now.decode())
+        return now
 
     @torch.no_grad()
     def take_gradient(self) -> None:
@@ -58,6 +62,13 @@ class Learner:
             a, _ = effective(form, now.scales, now.steps)
             self.latent.grad = slope * a.repeat_interleave(form.group, 1) * self.gap
         self.module.weight.grad = None
+
+
+def learning_groups(learners: list[Learner], scale_rate: float, code_rate: float) -> list[dict[str, Any]]:
+    """Return what the learners train and how fast, as torch's optimizers take it."""
+    latents = [learner.latent for learner in learners if learner.latent is not None]
+    scales = {"params": [learner.factor for learner in learners], "lr": scale_rate}
+    return [scales, {"params": latents, "lr": code_rate}] if latents else [scales]
 
 
 def read_gradient(module: nn.Module) -> Tensor:

@@ -77,17 +77,19 @@ def quantize(
     errors: dict[str, list[float]] = {}
     total = model.network.config.num_hidden_layers
     for layer in sweep(model.network, windows, head=True):
-        before = {edge: read_weight(linear).clone() for edge, linear in layer.linears()}
-        chosen = _choose(layer, model, config)
+        before = {edge: read_weight(linear) for edge, linear in layer.linears()}
+        chosen = choose_codes(layer, model, config.formats, config.method)
         if config.learned_rounding and layer.states and chosen:
+            before = {edge: weight.clone() for edge, weight in before.items()}  # learning overwrites them
             linears = {layer.module.get_submodule(edge.path): part for edge, part in chosen.items()}
             learned = learn_rounding(layer, linears, config.learned_rounding, config.seed)
             chosen = {edge: learned[layer.module.get_submodule(edge.path)] for edge in chosen}
         for edge, part in chosen.items():
-            error = _relative_error(before[edge], part.decode(), gram_of(layer, edge, model.network))
+            decoded = part.decode()
+            error = _relative_error(before[edge], decoded, gram_of(layer, edge, model.network))
             errors.setdefault(_group(edge, tied), []).append(error)
             packed[_name(layer, edge, model)] = pack(part)
-            overwrite_weight(layer.module.get_submodule(edge.path), part.decode())
+            overwrite_weight(layer.module.get_submodule(edge.path), decoded)
         progress(layer.index + 1, total + 1)
     if not tied:
         _quantize_lookup(model, config, packed, errors)
@@ -96,16 +98,18 @@ def quantize(
     return model, packed, StepReport("quantize", f"{config.method} into {kinds}", {"output_error": means})
 
 
-def _choose(layer: Layer, model: LanguageModel, config: Quantize) -> dict[Edge, Quantized]:
-    """Choose the codes of a layer's linears.
+def choose_codes(
+    layer: Layer, model: LanguageModel, formats: Mapping[str, str], method: str = "gptq"
+) -> dict[Edge, Quantized]:
+    """Choose the codes of a layer's linears, those that stay 16-bit left out; nothing is changed.
 
     Those that read the same space share its statistics, so their rows are quantized as one matrix.
     """
     chosen = {}
-    for (_, form), edges in _by_input_and_format(layer, model, config.formats).items():
+    for (_, form), edges in _by_input_and_format(layer, model, formats).items():
         weights = [read_weight(layer.module.get_submodule(edge.path)) for edge in edges]
         together = torch.cat(weights) if len(weights) > 1 else weights[0]
-        whole = METHODS[config.method](together, gram_of(layer, edges[0], model.network), form)
+        whole = METHODS[method](together, gram_of(layer, edges[0], model.network), form)
         start = 0
         for edge, weight in zip(edges, weights, strict=True):
             chosen[edge] = whole.rows(slice(start, start := start + len(weight)))
@@ -220,10 +224,11 @@ def _quantize_lookup(
     if form == "F16":
         return
     chosen = round_to_nearest(module.weight.detach(), find_format(form, module.weight.shape[1]))
+    decoded = chosen.decode()
     identity = torch.eye(module.weight.shape[1], device=module.weight.device)
-    errors["embedding"] = [_relative_error(module.weight.detach(), chosen.decode(), identity)]
+    errors["embedding"] = [_relative_error(module.weight.detach(), decoded, identity)]
     packed[embedding_name(model)] = pack(chosen)
-    overwrite_weight(module, chosen.decode())
+    overwrite_weight(module, decoded)
 
 
 def _relative_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:

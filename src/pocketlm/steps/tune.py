@@ -5,15 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import batches, cosine, distillation_step, train
-from pocketlm.steps.learner import Learner
+from pocketlm.model.learning import batches, distillation_step, train, updates
+from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.formats import Packed, pack, unpack
 
@@ -79,8 +78,8 @@ def tune(
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in packed or parameter.dim() == 1)
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
-    optimizer = _optimizer(list(learners.values()), norms, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, config.warm_up))
+    groups = learning_groups(list(learners.values()), config.scale_rate, config.code_rate)
+    update = updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
     opinion = judge(teacher.network, held_out)
     for learner in learners.values():
         learner.show()
@@ -89,9 +88,7 @@ def tune(
         loss = distillation_step(teacher.network, network, batch)
         for learner in learners.values():
             learner.take_gradient()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         for learner in learners.values():
             learner.show()
         return loss
@@ -114,12 +111,3 @@ def tune(
     summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
     stored = {name: pack(best) for name, best in zip(learners, quantized, strict=True)}
     return student, stored, StepReport("tune", summary, done.details)
-
-
-def _optimizer(learners: list[Learner], norms: list[nn.Parameter], config: Tune) -> torch.optim.Optimizer:
-    slow = [learner.factor for learner in learners] + norms
-    groups = [{"params": slow, "lr": config.scale_rate}]
-    latents = [learner.latent for learner in learners if learner.latent is not None]
-    if latents:
-        groups.append({"params": latents, "lr": config.code_rate})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

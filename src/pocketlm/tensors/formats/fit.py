@@ -11,7 +11,7 @@ steps near those it wants, then the scales that are best for these levels and st
 import torch
 from torch import Tensor
 
-from pocketlm.tensors.formats.block import Format, Quantized
+from pocketlm.tensors.formats.block import Format, Quantized, inverse_scale
 
 # How far from "the extreme weight sits exactly on the extreme level" the search looks. Below 1 the extreme weights
 # are clipped so that the many small ones get a finer grid.
@@ -57,7 +57,7 @@ def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = N
         scales, wanted = _fit_spans(spans, spread, form)
         groups, spread = spans.reshape(-1, form.group), spread.reshape(-1, form.group)
         steps = fit_steps(groups, spread, form, _of_each_group(form, scales), wanted)
-        codes = form.nearest(ratios(groups, form, *_of_groups(scales, steps)), spread)
+        codes = form.nearest(ratios(groups, *_of_groups(scales, steps)), spread)
         parts.append((codes, scales, steps))
     codes, scales, steps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Quantized(
@@ -74,7 +74,7 @@ def _of_groups(scales: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
     return spread[:, :1] * steps[:, :1], spread[:, -1:] * steps[:, 1:] if steps.shape[1] > 1 else None
 
 
-def ratios(weights: Tensor, form: Format, a: Tensor, b: Tensor | None) -> Tensor:
+def ratios(weights: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
     """Return (w - b) / a, in units of the levels; where a is zero every code decodes alike, and the ratio is zero."""
     if b is not None:
         weights = weights - b
@@ -148,7 +148,7 @@ def _of_each_group(form: Format, scales: Tensor) -> Tensor:
 def _levels(weights: Tensor, importance: Tensor, form: Format, scales: Tensor, steps: Tensor) -> Tensor:
     a, b = _of_groups(scales, steps)
     heavy = importance.reshape(-1, form.group)
-    return form.snap(ratios(weights.reshape(-1, form.group), form, a, b), heavy).reshape(weights.shape)
+    return form.snap(ratios(weights.reshape(-1, form.group), a, b), heavy).reshape(weights.shape)
 
 
 def _squared(
@@ -269,7 +269,7 @@ def _symmetric(groups: Tensor, importance: Tensor, form: Format) -> Tensor:
     coarse = len(form.storable(peak)) > 1
 
     def offer(a: Tensor) -> None:
-        levels = form.snap(ratios(groups, form, a, None), importance)
+        levels = form.snap(ratios(groups, a, None), importance)
         if not coarse:
             norm = (importance * levels).mul_(levels).sum(1, keepdim=True).clamp_min_(_TINY)
             a = (weighted * levels).sum(1, keepdim=True) / norm
@@ -304,7 +304,7 @@ def _affine(groups: Tensor, importance: Tensor, form: Format) -> tuple[Tensor, T
         if form.offset == "zero":
             zero = _closest(b, a, form.offset_steps)
             b = a * zero
-        levels = form.snap((groups - b).mul_(torch.where(a == 0, 0.0, 1 / a)))
+        levels = form.snap((groups - b).mul_(inverse_scale(a)))
         if zero is not None:
             levels = levels + zero
         heavy = importance * levels
