@@ -1,0 +1,31 @@
+"""A file of every format loads in the engine, which then says what torch says on the decoded weights."""
+
+import pytest
+import torch
+
+from pocketlm.export.gguf import write_gguf
+from pocketlm.export.verify import check_choices, check_weights
+from pocketlm.run.engine import Engine
+from pocketlm.run.llamacpp import decode_row
+from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.tensors.formats import FORMATS
+
+GROUPS = ("embedding", "query_key", "value", "attention_out", "ffn_in", "ffn_out")
+SHAPE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}  # rows of 256 and more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_in_one_format_gives_the_logits_of_its_decoded_weights(name, tiny_model, tmp_path, exact):
+    model = tiny_model("llama", **SHAPE)
+    windows = torch.randint(4, 380, (2, 64), generator=torch.Generator().manual_seed(0))
+    model, packed, _ = quantize(model, Quantize(formats=dict.fromkeys(GROUPS, name), method="rtn"), windows)
+    assert {tensor.format.name for tensor in packed.values()} == {name}
+    assert len(packed) == 1 + 7 * SHAPE["num_hidden_layers"]
+    path = tmp_path / "model.gguf"
+    write_gguf(model, packed, path)
+    weights = check_weights(path, model, packed, decode_row)
+    assert weights.passed, weights.detail
+    with Engine(path, context=64) as engine:
+        choices = check_choices(model, windows, engine.logits)
+    assert choices.passed, choices.detail
