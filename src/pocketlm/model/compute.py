@@ -1,9 +1,19 @@
 """Where and in which precision forward passes run."""
 
-from contextlib import AbstractContextManager
+import copy
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor, nn
+
+# For `mallopt` of glibc (malloc.h): never trim the heap, grow it by 64 MB, take no mappings; and the defaults.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+REUSING = ((TRIM_THRESHOLD, -1), (TOP_PAD, 1 << 26), (MMAP_MAX, 0))
+DEFAULTS = ((TRIM_THRESHOLD, 1 << 17), (TOP_PAD, 1 << 17), (MMAP_MAX, 1 << 16))
 
 
 @cache
@@ -18,3 +28,42 @@ def fast_forward(device: torch.device) -> AbstractContextManager:
     """Return the autocast context of forward passes: weights keep the precision they are stored in."""
     dtype = forward_dtype(device.type)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+
+def as_forward(tensor: Tensor) -> Tensor:
+    """Return a tensor in the precision of forward passes."""
+    return tensor.to(forward_dtype(tensor.device.type))
+
+
+def fast_copy(network: nn.Module) -> nn.Module:
+    """Return a copy for forward passes only, which computes the same faster: its linears need no conversion each time.
+
+    What `fast_forward` would round for every pass is stored rounded; embeddings and norms keep their precision.
+    """
+    copied = copy.deepcopy(network).requires_grad_(False)
+    tied = {id(copied.get_input_embeddings().weight)}
+    for module in copied.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding) and id(weight) not in tied:
+            weight.data = as_forward(weight.data)
+    return copied
+
+
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """While open, what is freed stays in the process, for the next tensor of a training step.
+
+    glibc gives every large tensor pages of its own and hands them back at once; that they are zeroed again each time
+    took about 40 % of a training step. Elsewhere nothing is changed.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    known = libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    for name, value in REUSING if known else ():
+        libc.mallopt(name, value)
+    try:
+        yield
+    finally:
+        for name, value in DEFAULTS if known else ():
+            libc.mallopt(name, value)
+        if known:
+            libc.malloc_trim(0)

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import PocketlmError
 from pocketlm.model.anatomy import blocks_of
-from pocketlm.model.compute import fast_forward
-from pocketlm.model.judge import POSITIONS_AT_ONCE
+from pocketlm.model.compute import as_forward, fast_forward, reusing_memory
 from pocketlm.model.sweep import final_hidden
-from pocketlm.tensors.divergence import kl_divergence
+from pocketlm.tensors.divergence import kl_with_gradient
 
+POSITIONS_AT_ONCE = 512  # logits of so many positions are in memory together, whatever the vocabulary
 CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
 
 
@@ -77,23 +77,39 @@ def recomputing(network: nn.Module) -> Iterator[None]:
 def distillation_step(teacher: nn.Module, student: nn.Module, batch: Tensor) -> float:
     """Add the gradient of KL(teacher ‖ student) on one batch to the student; return the loss in nats per token.
 
-    The head runs some positions at a time on a detached copy of the hidden states: each chunk's logits are gone after
-    its backward pass.
+    The head runs some positions at a time on a detached copy of the hidden states: logits of the whole batch are never
+    in memory.
     """
     truth = final_hidden(teacher, batch).flatten(0, 1)
     with recomputing(student), fast_forward(batch.device):
-        hidden = student.base_model(input_ids=batch, use_cache=False).last_hidden_state.flatten(0, 1)
-        leaf = hidden.detach().requires_grad_()
-        total = 0.0
-        for start in range(0, len(leaf), POSITIONS_AT_ONCE):
-            chunk = slice(start, start + POSITIONS_AT_ONCE)
-            with torch.no_grad():
-                target = teacher.lm_head(truth[chunk])
-            loss = kl_divergence(target, student.lm_head(leaf[chunk])).sum() / len(leaf)
-            loss.backward()
-            total += loss.item()
-        hidden.backward(leaf.grad)
-    return total
+        hidden = student.base_model(input_ids=batch, use_cache=False).last_hidden_state
+    loss, slope = _through_head(truth, teacher.lm_head, hidden.detach().flatten(0, 1), student.lm_head)
+    hidden.backward(slope.view_as(hidden))
+    return loss
+
+
+@torch.no_grad()
+def _through_head(truth: Tensor, teacher: nn.Linear, hidden: Tensor, student: nn.Linear) -> tuple[float, Tensor]:
+    """Return the mean KL of two heads' probabilities and its gradient by `hidden`, (tokens, width).
+
+    The student's head is given its gradient, unless it does not learn.
+    """
+    reference, head = as_forward(teacher.weight), as_forward(student.weight)
+    total, slope, slope_of_head = 0.0, torch.empty_like(hidden), None
+    for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+        chunk = slice(start, start + POSITIONS_AT_ONCE)
+        states = as_forward(hidden[chunk])
+        divergence, by_logits = kl_with_gradient(as_forward(truth[chunk]) @ reference.T, states @ head.T)
+        by_logits = as_forward(by_logits.div_(len(hidden)))
+        slope[chunk] = by_logits @ head
+        if student.weight.requires_grad:
+            part = by_logits.T @ states
+            slope_of_head = part.float() if slope_of_head is None else slope_of_head.add_(part)
+        total += divergence.sum().item()
+    if slope_of_head is not None:
+        weight = student.weight
+        weight.grad = slope_of_head if weight.grad is None else weight.grad.add_(slope_of_head)
+    return total / len(hidden), slope
 
 
 @dataclass(frozen=True)
@@ -150,15 +166,16 @@ def train(
     measured, losses, tokens, began = [(0, held_out_kl())], [], 0, time.monotonic()
     best = snapshot()
     evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    for step, batch in enumerate(windows, 1):
-        loss = learn(batch)
-        if not math.isfinite(loss):
-            raise PocketlmError(f"The loss became {loss} at step {step}. Use a lower learning rate")
-        losses.append(loss)
-        tokens += batch.numel()
-        if step in evaluate_at:
-            measured.append((step, held_out_kl()))
-            if measured[-1][1] < min(kl for _, kl in measured[:-1]):
-                best = snapshot()
-        progress(step, steps, loss)
+    with reusing_memory():
+        for step, batch in enumerate(windows, 1):
+            loss = learn(batch)
+            if not math.isfinite(loss):
+                raise PocketlmError(f"The loss became {loss} at step {step}. Use a lower learning rate")
+            losses.append(loss)
+            tokens += batch.numel()
+            if step in evaluate_at:
+                measured.append((step, held_out_kl()))
+                if measured[-1][1] < min(kl for _, kl in measured[:-1]):
+                    best = snapshot()
+            progress(step, steps, loss)
     return Training(best, measured, losses, tokens / (time.monotonic() - began))

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.compute import fast_copy
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Training, batches, distillation_step, train, updates
@@ -66,10 +67,10 @@ def distil(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
     update = updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
-    opinion = judge(teacher.network, held_out)
+    opinion, original = judge(teacher.network, held_out), fast_copy(teacher.network)
 
     def learn(batch: Tensor) -> float:
-        loss = distillation_step(teacher.network, network, batch)
+        loss = distillation_step(original, network, batch)
         nn.utils.clip_grad_norm_(trained, 1.0)
         update()
         return loss

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.anatomy import overwrite_weight
+from pocketlm.model.compute import fast_copy
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import batches, distillation_step, train, updates
@@ -80,12 +81,12 @@ def tune(
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
     groups = learning_groups(list(learners.values()), config.scale_rate, config.code_rate)
     update = updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
-    opinion = judge(teacher.network, held_out)
+    opinion, original = judge(teacher.network, held_out), fast_copy(teacher.network)
     for learner in learners.values():
         learner.show()
 
     def learn(batch: Tensor) -> float:
-        loss = distillation_step(teacher.network, network, batch)
+        loss = distillation_step(original, network, batch)
         for learner in learners.values():
             learner.take_gradient()
         update()
