@@ -85,6 +85,43 @@ def test_later_layers_see_the_errors_of_earlier_ones(family: str, tiny_model: Ti
     assert (before[last] - after[last]).norm() > 0.01 * before[last].norm()
 
 
+@torch.no_grad()
+def read_by(network: nn.Module, path: str) -> Tensor:
+    """Return what a linear reads, (tokens, width) float64, from plain forward passes."""
+    seen = []
+    handle = network.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2).double())
+    )
+    for window in WINDOWS:
+        network(window[None], use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_the_drift_is_what_the_original_model_reads_there_less_what_is_read(family: str, tiny_model: Tiny):
+    network, original = tiny_model(family).network, tiny_model(family).network
+    generator = torch.Generator().manual_seed(1)
+    drifts, targets = {}, []
+    for layer in sweep(network, WINDOWS, head=True, original=True):
+        path = ".".join(filter(None, (layer.name, layer.edges[0].path)))
+        drifts[path] = layer.drift[layer.edges[0].reads]
+        targets = layer.targets or targets
+        for _, linear in layer.linears():
+            weight = read_weight(linear)
+            if layer.name:
+                write_weight(linear, weight + 0.1 * torch.randn(weight.shape, generator=generator))
+    first, *later = drifts
+    assert not drifts[first].any(), "before the first block nothing has changed"
+    for path in later:
+        now = read_by(network, path)
+        truth = (read_by(original, path) - now).T @ now
+        assert (drifts[path] - truth).norm() < 1e-4 * truth.norm()
+    normed = original.get_submodule(anatomy_of(original).final_norm)(torch.cat(targets).flatten(0, 1))
+    assert torch.allclose(normed.double(), read_by(original, HEAD.path), atol=1e-4)
+
+
 @pytest.mark.usefixtures("exact")
 @every_family
 def test_the_final_hidden_state_is_what_the_head_reads(family: str, tiny_model: Tiny):

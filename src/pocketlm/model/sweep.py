@@ -9,9 +9,10 @@ block as the body left it, so the next layer's statistics already contain this l
 states between two blocks are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ class Layer:
         edges: The linears to visit.
         gram: Per space that is read, (width, width) float32, the sum of x xᵀ over all tokens.
         tokens: How many tokens were summed.
+        drift: Per space, (width, width) float32, the sum of (x̃ - x) xᵀ where x̃ is what the original model has there;
+            empty unless asked for.
         states: What the block reads, one (windows, length, width) tensor per batch; empty for the head.
+        targets: What the block writes in the original model, likewise; empty unless asked for.
         keywords: What the model passes to the block beside it, per batch.
     """
 
@@ -47,7 +51,9 @@ class Layer:
     edges: tuple[Edge, ...]
     gram: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
+    drift: dict[str, Tensor] = field(default_factory=dict)
     states: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
     keywords: list[dict] = field(default_factory=list)
 
     def linears(self) -> Iterator[tuple[Edge, nn.Module]]:
@@ -75,7 +81,11 @@ class Rehearsal:
 
 @torch.no_grad()
 def sweep(
-    network: nn.Module, windows: Tensor, head: bool = False, spaces: tuple[str, ...] | None = None
+    network: nn.Module,
+    windows: Tensor,
+    head: bool = False,
+    spaces: tuple[str, ...] | None = None,
+    original: bool = False,
 ) -> Iterator[Layer]:
     """Yield the decoder blocks of a network in order, each with the statistics of its own inputs.
 
@@ -84,24 +94,33 @@ def sweep(
         windows: (windows, length) token ids.
         head: Whether to stop at the output head too, after the last block.
         spaces: Which spaces to take statistics of; all where None.
+        original: Whether to push the text through the unchanged blocks too, for `drift` and `targets`.
     """
     anatomy = anatomy_of(network)
     hidden_path = rehearse(network, windows)
     hidden = hidden_path.hidden
+    unchanged = list(hidden) if original else []
     for index, block in enumerate(blocks_of(network)):
         layer = Layer(f"{anatomy.blocks}.{index}", index, block, anatomy.edges, tokens=windows.numel())
         layer.states, layer.keywords = hidden, hidden_path.keywords[index]
-        with watching(layer, spaces or anatomy.inputs):
-            for states, keywords in zip(hidden, hidden_path.keywords[index], strict=True):
-                run_block(block, states, keywords)
+        for batch, keywords in enumerate(layer.keywords):
+            wanted = {}
+            if original:
+                with watching(layer, spaces or anatomy.inputs, wanted.__setitem__):
+                    layer.targets.append(run_block(block, unchanged[batch], keywords))
+            with watching(layer, spaces or anatomy.inputs, partial(_add_moments, layer, wanted)):
+                run_block(block, hidden[batch], keywords)
         yield layer
+        unchanged = layer.targets
         for batch, keywords in enumerate(hidden_path.keywords[index]):
             hidden[batch] = run_block(block, hidden[batch], keywords)
     if head:
         norm = network.get_submodule(anatomy.final_norm)
-        gram = sum(second_moment(norm(states)) for states in hidden)
-        index = len(blocks_of(network))
-        yield Layer("", index, network, (HEAD,), {HEAD.reads: gram}, windows.numel())
+        layer = Layer("", len(blocks_of(network)), network, (HEAD,), tokens=windows.numel())
+        for batch, states in enumerate(hidden):
+            wanted = {HEAD.reads: norm(unchanged[batch])} if original else {}
+            _add_moments(layer, wanted, HEAD.reads, norm(states))
+        yield layer
 
 
 def run_block(block: nn.Module, states: Tensor, keywords: dict) -> Tensor:
@@ -158,15 +177,14 @@ def rehearse(network: nn.Module, windows: Tensor) -> Rehearsal:
 
 
 @contextmanager
-def watching(layer: Layer, spaces: tuple[str, ...]) -> Iterator[None]:
-    """While open, sum x xᵀ for the given input spaces of a layer: once per space, not once per linear."""
+def watching(layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, call `see` with each of the given spaces of a layer and what is read there: once, not per linear."""
 
     def watch(edge: Edge) -> torch.utils.hooks.RemovableHandle:
-        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moment = second_moment(args[0])
-            layer.gram[edge.reads] = layer.gram[edge.reads] + moment if edge.reads in layer.gram else moment
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(edge.reads, args[0])
 
-        return layer.module.get_submodule(edge.path).register_forward_pre_hook(add)
+        return layer.module.get_submodule(edge.path).register_forward_pre_hook(look)
 
     first_readers = {edge.reads: edge for edge in reversed(layer.edges) if edge.reads in spaces}
     handles = [watch(edge) for edge in first_readers.values()]
@@ -175,6 +193,16 @@ def watching(layer: Layer, spaces: tuple[str, ...]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add_moments(layer: Layer, wanted: dict[str, Tensor], space: str, x: Tensor) -> None:
+    """Add what is read at a space, (..., width), to a layer's statistics; `wanted` has what should be read."""
+    layer.gram[space] = layer.gram.get(space, 0) + second_moment(x)
+    if space in wanted:
+        with torch.autocast(x.device.type, enabled=False):
+            read = x.flatten(0, -2).float()
+            away = wanted[space].flatten(0, -2).float() - read
+            layer.drift[space] = layer.drift.get(space, 0) + away.T @ read
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ def learn_rounding(
     """Return codes and scales with a lower error of the block's output than those to start from.
 
     As in SignRound (https://arxiv.org/abs/2309.05516) rounding passes gradients straight through, the loss is the mean
-    squared error of the block's output, and the iterate with the lowest loss is kept; here the start is GPTQ's codes,
-    and the iterates are compared on all windows.
+    squared error of the block's output (to the original model's where the sweep has that), and the iterate with the
+    lowest loss is kept; here the start is GPTQ's codes, and the iterates are compared on all windows.
 
     Args:
         layer: A block with the weights it had; its weights are changed.
@@ -35,7 +35,10 @@ def learn_rounding(
         for i in range(len(states))
     ]
     with torch.no_grad():
-        targets = [run_block(layer.module, states, keywords).float() for states, keywords in windows]
+        whole = [target.float().split(1) for target in layer.targets]
+        targets = [target for batch in whole for target in batch] or [
+            run_block(layer.module, states, keywords).float() for states, keywords in windows
+        ]
     with torch.enable_grad():
         learners = {linear: Learner(linear, start, codes_too=True) for linear, start in starts.items()}
         return _learn(layer.module, windows, targets, learners, iterations, seed)

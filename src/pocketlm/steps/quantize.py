@@ -32,21 +32,18 @@ class Quantize:
     formats: dict[str, str]
     """Format name per group (embedding, head, query_key, value, attention_out, ffn_in, ffn_out) or per pattern of
     parameter names (`model.layers.0.*`); of several that match a tensor the last one counts."""
-    method: Literal["gptq", "rtn"] = "gptq"
-    """GPTQ, or round-to-nearest with a scale search."""
+    method: Literal["gptq", "gptaq", "rtn"] = "gptq"
+    """GPTQ; GPTQ that aims at what the original model computes, so that later blocks make up for earlier ones; or
+    round-to-nearest with a scale search."""
     learned_rounding: int = 0
     """Iterations of learned rounding per block, from those codes on."""
     seed: int = 0
 
 
-Choose = Callable[[Tensor, Tensor, Format], Quantized]
-
-
-def _rtn(weight: Tensor, gram: Tensor, form: Format) -> Quantized:
-    return round_to_nearest(weight, form, gram.diagonal() + ridge(gram))
-
-
-METHODS: dict[str, Choose] = {"gptq": gptq, "rtn": _rtn}
+def _codes(method: str, weight: Tensor, gram: Tensor, drift: Tensor | None, form: Format) -> Quantized:
+    if method == "rtn":
+        return round_to_nearest(weight, form, gram.diagonal() + ridge(gram))
+    return gptq(weight, gram, form, drift=drift)
 
 
 def quantize(
@@ -76,7 +73,7 @@ def quantize(
     packed: dict[str, Packed] = {}
     errors: dict[str, list[float]] = {}
     total = model.network.config.num_hidden_layers
-    for layer in sweep(model.network, windows, head=True):
+    for layer in sweep(model.network, windows, head=True, original=config.method == "gptaq"):
         before = {edge: read_weight(linear) for edge, linear in layer.linears()}
         chosen = choose_codes(layer, model, config.formats, config.method)
         if config.learned_rounding and layer.states and chosen:
@@ -109,7 +106,8 @@ def choose_codes(
     for (_, form), edges in _by_input_and_format(layer, model, formats).items():
         weights = [read_weight(layer.module.get_submodule(edge.path)) for edge in edges]
         together = torch.cat(weights) if len(weights) > 1 else weights[0]
-        whole = METHODS[method](together, gram_of(layer, edges[0], model.network), form)
+        space = edges[0].reads
+        whole = _codes(method, together, gram_of(layer, edges[0], model.network), layer.drift.get(space), form)
         start = 0
         for edge, weight in zip(edges, weights, strict=True):
             chosen[edge] = whole.rows(slice(start, start := start + len(weight)))
