@@ -159,9 +159,6 @@ def owl(shares: Sequence[float], sparsity: float) -> list[float]:
     outliers = torch.tensor(shares, dtype=torch.float64)
     spread = (outliers.max() - outliers.min()).clamp_min(1e-30)
     change = (outliers.mean() - outliers) * (2 * REACH / spread)
-    room = min(1.0, *_room(-change.min().item(), sparsity), *_room(change.max().item(), 1 - sparsity))
-    return (sparsity + room * change).tolist()
-
-
-def _room(change: float, room: float) -> list[float]:
-    return [0.999 * room / change] if change > 0 else []
+    lowest, highest = -change.min().item(), change.max().item()
+    room = min(1.0, sparsity / max(lowest, 1e-30), 0.999 * (1 - sparsity) / max(highest, 1e-30))
+    return (sparsity + room * change).clamp_min(0).tolist()
