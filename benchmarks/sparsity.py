@@ -2,13 +2,14 @@
 
     python benchmarks/sparsity.py --model MODEL --calibrate FILE... --text FILE... --out benchmarks/results/sparsity.md
 
-Some text calibrates, other text measures. The network is measured in float32 with its weights as the step left them,
-rounded to bfloat16 as they are saved. Bytes are those of the tensors as bitmasks; a GGUF file stores zeros like any
-other number.
+Some text calibrates, other text measures. The network is measured with its weights rounded to bfloat16, as they are
+saved, and computes in bfloat16 where the hardware does. Bytes are those of the tensors as bitmasks; a GGUF file stores
+zeros like any other number.
 """
 
 import argparse
 import time
+from functools import cache
 from pathlib import Path
 
 from common import command_line, write_results
@@ -17,6 +18,7 @@ from pocketlm.artefact import versions
 from pocketlm.export.sparse_bitmask import linear_names, predicted_bytes
 from pocketlm.measure.device import machine
 from pocketlm.measure.quality import Logits, compare
+from pocketlm.model.compute import fast_forward
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
@@ -45,13 +47,15 @@ def arguments() -> argparse.Namespace:
 
 
 def logits_of(model: LanguageModel) -> Logits:
-    """Return a function from token ids to the logits of a network."""
+    """Return a function from token ids to the logits of a network, float32, each window's kept."""
 
+    @cache
     @torch.no_grad()
-    def logits(ids: list[int]) -> torch.Tensor:
-        return model.network(torch.tensor([ids]), use_cache=False).logits[0]
+    def logits(ids: tuple[int, ...]) -> torch.Tensor:
+        with fast_forward(model.device):
+            return model.network(torch.tensor([ids]), use_cache=False).logits[0].float()
 
-    return logits
+    return lambda ids: logits(tuple(ids))
 
 
 def bytes_of(model: LanguageModel) -> int:
@@ -61,7 +65,7 @@ def bytes_of(model: LanguageModel) -> int:
     return predicted_bytes({name: tuple(weight.shape) for name, weight in weights.items()}, zeros)
 
 
-def row_of(config: Sparsify, args: argparse.Namespace, dense: LanguageModel, screen: Screen) -> dict:
+def row_of(config: Sparsify, args: argparse.Namespace, dense: Logits, screen: Screen) -> dict:
     """Cut and measure; return the figures."""
     model = load(args.model)
     calibration, held_out = (
@@ -73,7 +77,7 @@ def row_of(config: Sparsify, args: argparse.Namespace, dense: LanguageModel, scr
     seconds = time.process_time() - began
     for parameter in model.network.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    models = {"dense": logits_of(dense), "cut": logits_of(model)}
+    models = {"dense": dense, "cut": logits_of(model)}
     qualities = compare(models, held_out, lambda i, n: screen.progress("measuring", i, n)).qualities
     figures = {key: vars(getattr(qualities["cut"], key)) for key in ("perplexity", "ratio", "kl", "agreement")}
     errors = report.details["output_error"]
@@ -118,10 +122,10 @@ def main() -> None:
     """Cut in every way, measure, write the table; a run that is cut off leaves the rows that it has."""
     args = arguments()
     dense = load(args.model)
-    rows: list[dict] = []
+    of_dense, rows = logits_of(dense), []
     with Screen() as screen:
         for config in CHOICES:
-            rows.append(row_of(config, args, dense, screen))
+            rows.append(row_of(config, args, of_dense, screen))
             write_results(args.out, page(rows, args, dense), rows)
     print("\n".join(page(rows, args, dense)))
 
