@@ -27,9 +27,10 @@ from pocketlm.terminal import Screen
 
 import torch  # isort: skip
 
+METHODS = ("sparsegpt", "wanda_absorbed", "wanda", "magnitude")
 CHOICES = [
-    *(Sparsify(sparsity=0.5, method=method) for method in ("sparsegpt", "wanda", "magnitude")),
-    *(Sparsify(pattern="2:4", method=method) for method in ("sparsegpt", "wanda", "magnitude")),
+    *(Sparsify(sparsity=0.5, method=method) for method in METHODS),
+    *(Sparsify(pattern="2:4", method=method) for method in METHODS),
     *(Sparsify(sparsity=0.5, method=method, allocation="owl") for method in ("sparsegpt", "wanda")),
 ]
 
@@ -40,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="to measure on")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--calibration-windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens, to measure on")
     parser.add_argument("--out", type=Path, required=True)
@@ -124,7 +126,7 @@ def main() -> None:
     dense = load(args.model)
     of_dense, rows = logits_of(dense), []
     with Screen() as screen:
-        for config in CHOICES:
+        for config in (choice for choice in CHOICES if choice.method in args.methods):
             rows.append(row_of(config, args, of_dense, screen))
             write_results(args.out, page(rows, args, dense), rows)
     print("\n".join(page(rows, args, dense)))

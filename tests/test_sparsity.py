@@ -132,6 +132,23 @@ def test_sparsegpt_is_the_paper_s(columns: int, share: float, n: int, m: int):
     assert torch.allclose(ours, by_sparsegpt(weight, x, share, n, m), atol=1e-10)
 
 
+@CASES
+def test_what_wanda_removes_can_be_absorbed(share: float, n: int, m: int):
+    """Wanda's mask; after every column those to its right are the least-squares answer to all that is gone."""
+    weight, x = weights(6, 48), inputs(200, 48)
+    ours = METHODS["wanda_absorbed"]([weight], x.T @ x, Sparsity(share, m))[0]
+    keep = by_wanda(weight, x, share, n, m) != 0
+    hessian = x.T @ x + 0.01 * (x.T @ x).diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    for row in range(6):
+        slow = weight[row].clone()
+        for c in range(48):
+            if not keep[row, c]:
+                inverse = torch.linalg.inv(hessian[c:, c:])
+                slow[c:] -= slow[c] / inverse[0, 0] * inverse[0]
+                slow[c] = 0
+        assert torch.allclose(ours[row], slow, atol=1e-10)
+
+
 def test_magnitude_removes_the_smallest_of_the_matrix():
     weight = weights(9, 48)
     threshold = weight.abs().flatten().sort().values[9 * 48 // 2]
@@ -163,7 +180,8 @@ def test_kept_weights_absorb_all_that_they_can():
 def test_exactly_so_many_weights_go(method: str, rows: int, columns: int, share: float):
     gram = inputs(60, columns).float()
     (pruned,) = METHODS[method]([weights(rows, columns).float()], gram.T @ gram, Sparsity(share))
-    expected = rows * round(share * columns) if method == "wanda" else round(share * rows * columns)
+    by_row = method.startswith("wanda")
+    expected = rows * round(share * columns) if by_row else round(share * rows * columns)
     assert (pruned == 0).sum() == expected
 
 
@@ -213,6 +231,7 @@ def test_more_knowledge_of_the_inputs_costs_less(sparsity: Sparsity):
         method: output_errors(weight, METHODS[method]([weight], seen, sparsity)[0], unseen).sum() for method in METHODS
     }
     assert errors["sparsegpt"] < 0.95 * errors["wanda"]
+    assert errors["wanda_absorbed"] < errors["wanda"]
     assert errors["wanda"] < 0.8 * errors["magnitude"]
 
 

@@ -1,11 +1,12 @@
 """Which connections of a matrix go, and what those that stay make of it.
 
-    method      a connection counts     compared over       what stays
-    magnitude   |w|                     the matrix          as it was
-    wanda       |w| · ‖x‖₂              each row            as it was
-    sparsegpt   w² / [H⁻¹]              128 columns         absorbs what goes, column by column
+    method          a connection counts     compared over       what stays
+    magnitude       |w|                     the matrix          as it was
+    wanda           |w| · ‖x‖₂              each row            as it was
+    wanda_absorbed  |w| · ‖x‖₂              each row            absorbs what goes, column by column
+    sparsegpt       w² / [H⁻¹]              128 columns         absorbs what goes, column by column
 
-With a pattern n:m all three compare inside every m neighbours of a row, of which n stay.
+With a pattern n:m all compare inside every m neighbours of a row, of which n stay.
 """
 
 import re
@@ -121,6 +122,25 @@ def sparsegpt(weight: Tensor, factor: Tensor, sparsity: Sparsity) -> Tensor:
     return eliminate(weight, factor, choose, width)
 
 
+def absorbed(weight: Tensor, keep: Tensor, factor: Tensor) -> Tensor:
+    """Return `weight` without what a mask chosen beforehand removes, each entry absorbed by the columns to its right.
+
+    Args:
+        weight: (rows, columns).
+        keep: (rows, columns) bool.
+        factor: (columns, columns), from `inverse_factor`.
+    """
+    columns_kept = keep.T.contiguous()
+    return eliminate(
+        weight, factor, lambda _, start: lambda columns, c: columns.where(columns_kept[start + c, None], 0), BLOCK
+    )
+
+
+def _each_absorbed(weights: Sequence[Tensor], gram: Tensor, sparsity: Sparsity) -> list[Tensor]:
+    factor, loudness = inverse_factor(gram), gram.diagonal().sqrt()
+    return [absorbed(weight, _keep(weight.abs() * loudness, sparsity, by_row=True), factor) for weight in weights]
+
+
 def _each_sparsegpt(weights: Sequence[Tensor], gram: Tensor, sparsity: Sparsity) -> list[Tensor]:
     factor = inverse_factor(gram)
     return [sparsegpt(weight, factor, sparsity) for weight in weights]
@@ -132,6 +152,7 @@ Prune = Callable[[Sequence[Tensor], Tensor, Sparsity], list[Tensor]]
 METHODS: dict[str, Prune] = {
     "magnitude": lambda weights, gram, sparsity: [magnitude(weight, sparsity) for weight in weights],
     "wanda": lambda weights, gram, sparsity: [wanda(weight, gram.diagonal().sqrt(), sparsity) for weight in weights],
+    "wanda_absorbed": _each_absorbed,
     "sparsegpt": _each_sparsegpt,
 }
 
