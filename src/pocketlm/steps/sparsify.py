@@ -29,7 +29,7 @@ class Sparsify:
     pattern: str | None = None
     """`n:m`: of every m neighbours in a row n stay, such as 2:4; without one, zeros lie anywhere."""
     method: Literal["magnitude", "wanda", "wanda_absorbed", "sparsegpt"] = "sparsegpt"
-    """`wanda_absorbed` is Wanda's choice with SparseGPT's updates: better at half zeros anywhere, worse in patterns."""
+    """`wanda_absorbed` is Wanda's choice with SparseGPT's updates: on a par at half zeros, worse in patterns."""
     allocation: Literal["uniform", "owl"] = "uniform"
     """Every block alike, or fewer zeros where a block has more outliers (OWL)."""
 
