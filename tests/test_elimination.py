@@ -414,7 +414,7 @@ def test_gptq_with_drift_comes_closer_to_the_originals_output(name: str):
         (original @ weight.T - now @ gptq(weight, gram_of(now), FORMATS[name], drift=each).decode().T).square().sum()
         for each in (None, drift)
     ]
-    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_refitting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch):

@@ -30,6 +30,7 @@ from pocketlm.steps.prepare import Prepare, prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.steps.sparsify import Sparsify, sparsify
 from pocketlm.steps.tune import Tune, tune
 from pocketlm.tensors.formats import Packed, find_format, unpack
 
@@ -190,7 +191,7 @@ def _reload(original: LanguageModel, finished: Finished) -> LanguageModel:
 def _change(
     original: LanguageModel,
     before: Finished,
-    step: PruneDepth | PruneWidth | Distil | Prepare,
+    step: PruneDepth | PruneWidth | Sparsify | Distil | Prepare,
     texts: Texts,
     progress: Progress,
     folder: Path,
@@ -202,6 +203,8 @@ def _change(
             model, report = prune_depth(model, step)
         case PruneWidth():
             model, report = prune_width(model, step, statistics, lambda i, n: progress("pruning FFNs", i, n))
+        case Sparsify():
+            model, report = sparsify(model, step, statistics, lambda i, n: progress("cutting connections", i, n))
         case Prepare():
             model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():

@@ -47,6 +47,7 @@ from pocketlm.tensors.formats.integer import (
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig
+    from transformers import PreTrainedConfig
 
 # vLLM computes each of these with one matrix, which has one format.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -67,16 +68,32 @@ def write_compressed_tensors(model: LanguageModel, packed: Mapping[str, Packed],
         BadInputError: The folder exists, or the model or a format cannot be expressed in compressed-tensors.
         MissingExtraError: The package compressed-tensors is not installed.
     """
-    if folder.exists():
-        raise BadInputError(f"{folder} exists already. Give another folder, or remove this one")
+    check_free(folder)
     config = copy.deepcopy(model.network.config)
-    config.architectures = [type(model.network).__name__]
-    config.dtype = DTYPE
     quantization = quantization_config(model, {name: each.format.name for name, each in packed.items()})
     config.quantization_config = quantization.model_dump(mode="json", exclude_none=True)
     if _needs_decoding(quantization):
         config.quantization_config["dequantize"] = True
-    tensors = _tensors(model, packed)
+    write_folder(model, config, _tensors(model, packed), folder)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that exists already."""
+    if folder.exists():
+        raise BadInputError(f"{folder} exists already. Give another folder, or remove this one")
+
+
+def write_folder(model: LanguageModel, config: "PreTrainedConfig", tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write a Hugging Face folder with these tensors; it appears under its name only when it is complete.
+
+    Args:
+        model: Whose tokenizer and generation settings go with it.
+        config: Of the model, with its `quantization_config`; changed.
+        tensors: By their names in the file.
+        folder: A folder that does not exist yet.
+    """
+    config.architectures = [type(model.network).__name__]
+    config.dtype = DTYPE
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         beside.mkdir(parents=True)

@@ -13,9 +13,11 @@ from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.sparsify import Sparsify
 from pocketlm.steps.tune import Tune
+from pocketlm.tensors.sparsity import sparsity_of
 
-Step = Annotated[PruneDepth | PruneWidth | Distil | Prepare | Quantize | Tune, Discriminator("step")]
+Step = Annotated[PruneDepth | PruneWidth | Sparsify | Distil | Prepare | Quantize | Tune, Discriminator("step")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Recipe:
     seed: int = 0
 
 
-for kind in (PruneDepth, PruneWidth, Distil, Prepare, Quantize, Tune, Recipe):
+for kind in (PruneDepth, PruneWidth, Sparsify, Distil, Prepare, Quantize, Tune, Recipe):
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt key is an error, not a default
 _adapter = TypeAdapter(Recipe)
 
@@ -60,7 +62,27 @@ def from_dict(data: object, where: str) -> Recipe:
             f"{where}: a recipe ends with one `quantize` step, which one `tune` may follow; "
             f"this one has: {', '.join(names) or 'none'}"
         )
+    _check_zeros_stay(recipe, where)
     return recipe
+
+
+def _check_zeros_stay(recipe: Recipe, where: str) -> None:
+    """Refuse a recipe that makes zeros and loses them again without a word."""
+    sparse = False
+    for step in recipe.steps:
+        match step:
+            case Sparsify():
+                sparsity_of(step.sparsity, step.pattern)
+                sparse = True
+            case Distil() | PruneWidth() | Tune(train="weights") if sparse:
+                raise BadInputError(
+                    f"{where}: `{step.step}` changes every weight, so the zeros of `sparsify` would be lost. "
+                    "Put it before `sparsify`; `tune` may follow with `train: scales`"
+                )
+            case Quantize(keep_zeros=False) if sparse:
+                raise BadInputError(
+                    f"{where}: `quantize` would lose the zeros of `sparsify`. Give it `keep_zeros: true`"
+                )
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -37,13 +37,17 @@ class Quantize:
     round-to-nearest with a scale search."""
     learned_rounding: int = 0
     """Iterations of learned rounding per block, from those codes on."""
+    keep_zeros: bool = False
+    """Weights of the blocks that are zero stay zero, as `sparsify` left them; not every format can hold them."""
     seed: int = 0
 
 
-def _codes(method: str, weight: Tensor, gram: Tensor, drift: Tensor | None, form: Format) -> Quantized:
-    if method == "rtn":
+def _codes(
+    method: str, weight: Tensor, gram: Tensor, form: Format, drift: Tensor | None, mask: Tensor | None
+) -> Quantized:
+    if method == "rtn":  # the nearest level to zero is zero where the format has it: a mask changes nothing
         return round_to_nearest(weight, form, gram.diagonal() + ridge(gram))
-    return gptq(weight, gram, form, drift=drift)
+    return gptq(weight, gram, form, drift=drift, mask=mask)
 
 
 def quantize(
@@ -69,13 +73,15 @@ def quantize(
         BadInputError: A format is unknown or does not fit a tensor's row length.
     """
     check_formats(_tensors(model), config.formats)
+    if config.keep_zeros:
+        _check_zeros(_tensors(model), config)
     tied = model.network.config.tie_word_embeddings
     packed: dict[str, Packed] = {}
     errors: dict[str, list[float]] = {}
     total = model.network.config.num_hidden_layers
     for layer in sweep(model.network, windows, head=True, original=config.method == "gptaq"):
         before = {edge: read_weight(linear) for edge, linear in layer.linears()}
-        chosen = choose_codes(layer, model, config.formats, config.method)
+        chosen = choose_codes(layer, model, config.formats, config.method, config.keep_zeros)
         if config.learned_rounding and layer.states and chosen:
             before = {edge: weight.clone() for edge, weight in before.items()}  # learning overwrites them
             linears = {layer.module.get_submodule(edge.path): part for edge, part in chosen.items()}
@@ -96,18 +102,20 @@ def quantize(
 
 
 def choose_codes(
-    layer: Layer, model: LanguageModel, formats: Mapping[str, str], method: str = "gptq"
+    layer: Layer, model: LanguageModel, formats: Mapping[str, str], method: str = "gptq", keep_zeros: bool = False
 ) -> dict[Edge, Quantized]:
     """Choose the codes of a layer's linears, those that stay 16-bit left out; nothing is changed.
 
-    Those that read the same space share its statistics, so their rows are quantized as one matrix.
+    Those that read the same space share its statistics, so their rows are quantized as one matrix. With `keep_zeros`
+    the weights of a block that are zero stay zero.
     """
     chosen = {}
     for (_, form), edges in _by_input_and_format(layer, model, formats).items():
         weights = [read_weight(layer.module.get_submodule(edge.path)) for edge in edges]
         together = torch.cat(weights) if len(weights) > 1 else weights[0]
-        space = edges[0].reads
-        whole = _codes(method, together, gram_of(layer, edges[0], model.network), layer.drift.get(space), form)
+        gram, drift = gram_of(layer, edges[0], model.network), layer.drift.get(edges[0].reads)
+        mask = together != 0 if keep_zeros and edges[0] is not HEAD else None
+        whole = _codes(method, together, gram, form, drift, mask)
         start = 0
         for edge, weight in zip(edges, weights, strict=True):
             chosen[edge] = whole.rows(slice(start, start := start + len(weight)))
@@ -176,6 +184,24 @@ def check_formats(tensors: Mapping[str, tuple[str, int]], formats: Mapping[str, 
                 f"`{key}` is neither a group nor does any tensor's name match it. "
                 f"Groups: {', '.join(dict.fromkeys(group for group, _ in tensors.values()))}"
             )
+
+
+def _check_zeros(tensors: Mapping[str, tuple[str, int]], config: Quantize) -> None:
+    """Refuse, before the work, what cannot keep zeros.
+
+    Raises:
+        BadInputError: A matrix of a block has a format without an exact zero, or codes would be learned.
+    """
+    if config.learned_rounding:
+        raise BadInputError("Learned rounding does not keep zeros. Leave out `learned_rounding` or `keep_zeros`")
+    for name, (group, columns) in tensors.items():
+        form = format_name(config.formats, name, group)
+        if group in ("embedding", "head") or form == "F16" or find_format(form, columns).has_zero:
+            continue
+        fitting = ", ".join(other for other, each in FORMATS.items() if each.fits(columns) and each.has_zero)
+        raise BadInputError(
+            f"{form} has no exact zero: those of {name} would be lost. Formats that keep them: F16, {fitting}"
+        )
 
 
 def format_name(formats: Mapping[str, str], name: str, group: str) -> str | None:

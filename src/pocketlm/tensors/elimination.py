@@ -125,6 +125,7 @@ def gptq(
     form: Format,
     damping: float = 0.01,
     drift: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Quantized:
     """Choose codes column by column so that the rounding errors cancel in the layer's output.
 
@@ -138,20 +139,29 @@ def gptq(
         damping: As in `inverse_factor`.
         drift: (columns, columns), the sum of (x̃ - x) xᵀ, where x̃ is what the layer reads in the original model: the
             target is then nearer to the original's output, as in GPTAQ (https://arxiv.org/abs/2504.02692).
+        mask: (rows, columns) bool, which weights may be other than zero; the columns to the right absorb what that
+            costs. Only for formats that have an exact zero.
     """
+    if mask is not None and not form.has_zero:
+        raise ValueError(f"{form.name} has no code that decodes to zero")
     sizes = dict.fromkeys((form.span, form.group, form.vector))
     order = group_order(gram.diagonal(), *(size for size in sizes if size > 1))
     order = order.reshape(-1, form.vector).sort(1).values.flatten()  # a codebook's vectors keep their order
     factor = inverse_factor(gram[order][:, order], damping)
     parts = []
-    for rows in weight.split(GPTQ_ROWS):  # each row is quantized on its own: a large embedding goes in parts
-        target = rows.float() if drift is None else aimed(rows.float(), gram, DRIFT_SHARE * drift, damping)
-        parts.append(refit_scales(target, _gptq_rows(target, factor, order, form), gram, damping))
+    for start in range(0, len(weight), GPTQ_ROWS):  # each row is quantized on its own: a large embedding goes in parts
+        rows = slice(start, start + GPTQ_ROWS)
+        target = weight[rows].float()
+        if drift is not None:
+            target = aimed(target, gram, DRIFT_SHARE * drift, damping)
+        kept = None if mask is None else mask[rows][:, order].T.contiguous()
+        parts.append(refit_scales(target, _gptq_rows(target, factor, order, form, kept), gram, damping))
     fields = ("codes", "scales", "steps")
     return Quantized(form, *(torch.cat([getattr(part, name) for part in parts]) for name in fields))
 
 
-def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format) -> Quantized:
+def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format, kept: Tensor | None = None) -> Quantized:
+    # `kept` is the mask as (columns, rows), in the order of processing.
     rows, columns = weight.shape
     # An error in column c costs e² / U_cc² after the columns to its right have absorbed what they can.
     costs = factor.diagonal().square().reciprocal()
@@ -160,6 +170,8 @@ def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format) -> Q
     steps = torch.ones(rows, columns // form.group, 2 if form.offset else 1, dtype=torch.int16, device=weight.device)
 
     def choose(rest: Tensor, start: int) -> Replace:
+        if kept is not None:
+            rest = rest.where(kept[start:], 0)  # scales are for what is stored
         span, group = order[start] // form.span, order[start] // form.group
         if start % form.span == 0:
             # Inside a span, groups lie in processing order here and by place in `steps`.
@@ -172,6 +184,8 @@ def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format) -> Q
         inverse = inverse_scale(a)
 
         def replace(column: Tensor, c: int) -> Tensor:
+            if kept is not None:
+                column = column.where(kept[start + c : start + c + 1], 0)
             ratio = (column if b is None else column - b) * inverse
             places = slice(start + c, start + c + form.vector)
             if form.vector == 1:

@@ -86,6 +86,12 @@ class Format:
         """Stored scales per span."""
         return 2 if self.offset == "minimum" else 1
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether every group can hold weights that are exactly zero, whatever its scales."""
+        zeros = {-step for step in self.offset_steps} if self.offset == "zero" else {0.0}
+        return self.codebook is None and self.offset != "minimum" and zeros <= set(self.levels)
+
     def fits(self, columns: int) -> bool:
         """Whether rows of this length can be stored."""
         return columns % self.block == 0
