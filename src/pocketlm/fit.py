@@ -25,6 +25,7 @@ from pocketlm.proof import prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, gather_texts, make_plan, run_recipe, silent
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 
 LARGE_BYTES = 1_200_000_000  # of the weights on disk
@@ -117,7 +118,10 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         tokens = tokens_in(model, texts.calibration, job.tune)
         recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
-        size = recipe_bytes(sizes, recipe)
+        first = recipe.steps[0]
+        if isinstance(first, TrimVocabulary):
+            sizes_after = sizes_of(outline(model, first, texts.documents["calibration"]))
+        size = recipe_bytes(sizes_after if isinstance(first, TrimVocabulary) else sizes, recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
     wanted = Wanted(
         budget=budget,

@@ -76,12 +76,21 @@ class Corpus:
             BadInputError: The split is shorter than one window.
         """
         windows = pack_windows(self.split(wanted), tokenizer, limit, length)
-        if not len(windows):
-            raise BadInputError(
-                f"The text `{self.name}` is too short: its {wanted} part has less than {length} tokens. "
-                f"Give at least {20 * length} words with --data"
-            )
+        check_length(self, wanted, windows, length)
         return as_tokens(f"{self.name} ({wanted})", windows)
+
+
+def check_length(corpus: Corpus, part: str, windows: Tensor, length: int) -> None:
+    """Refuse a text of which a part has not even one window.
+
+    Raises:
+        BadInputError: It has none; the message says how much text it takes.
+    """
+    if not len(windows):
+        raise BadInputError(
+            f"The text `{corpus.name}` is too short: its {part} part has less than {length} tokens. "
+            f"Give at least {20 * length} words with --data"
+        )
 
 
 def as_tokens(name: str, windows: Tensor) -> Tokens:

@@ -13,20 +13,21 @@ from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.trim_vocabulary import TrimVocabulary
 from pocketlm.steps.tune import Tune
 
-Step = Annotated[PruneDepth | PruneWidth | Distil | Prepare | Quantize | Tune, Discriminator("step")]
+Step = Annotated[TrimVocabulary | PruneDepth | PruneWidth | Distil | Prepare | Quantize | Tune, Discriminator("step")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to do, in order. Nothing can be cut after `quantize`; only `tune` may follow it."""
+    """What to do, in order. `trim_vocabulary` comes first; nothing but `tune` may follow `quantize`."""
 
     steps: tuple[Step, ...]
     seed: int = 0
 
 
-for kind in (PruneDepth, PruneWidth, Distil, Prepare, Quantize, Tune, Recipe):
+for kind in (TrimVocabulary, PruneDepth, PruneWidth, Distil, Prepare, Quantize, Tune, Recipe):
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt key is an error, not a default
 _adapter = TypeAdapter(Recipe)
 
@@ -45,7 +46,7 @@ def from_dict(data: object, where: str) -> Recipe:
     """Check plain data and return the recipe in it.
 
     Raises:
-        BadInputError: A key is unknown or missing, a value has the wrong type, or `quantize` is not the last step.
+        BadInputError: A key is unknown or missing, a value has the wrong type, or the steps are in another order.
     """
     try:
         recipe = _adapter.validate_python(data)
@@ -59,6 +60,11 @@ def from_dict(data: object, where: str) -> Recipe:
         raise BadInputError(
             f"{where}: a recipe ends with one `quantize` step, which one `tune` may follow; "
             f"this one has: {', '.join(names) or 'none'}"
+        )
+    if "trim_vocabulary" in names[1:]:
+        raise BadInputError(
+            f"{where}: `trim_vocabulary` can only be the first step, as all others work on its tokens; "
+            f"this recipe has: {', '.join(names)}"
         )
     return recipe
 
