@@ -9,17 +9,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.command_line import pocketlm
 from tests.tiny import FAMILIES, SENTENCEPIECE, tiny_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.quality import Reader, compare_on_text
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.gguf_tokenizer import merge_pairs
 from pocketlm.model.language_model import save
 from pocketlm.model.source import load
 from pocketlm.model.surgery import renumber_tokens
+from pocketlm.model.text import encode_from_start, plain_pieces
 from pocketlm.model.vocabulary import (
     choose_tokens,
     closure,
@@ -31,6 +34,7 @@ from pocketlm.model.vocabulary import (
     trim_tokenizer,
     with_wholes,
 )
+from pocketlm.plan.recipe import from_dict
 from pocketlm.plan.sizes import sizes_of
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, needed_ids, outline, trim_vocabulary
 
@@ -330,3 +334,86 @@ def test_llama_cpp_cuts_text_alike(family, tiny_model, tmp_path):
             if text and not text.startswith("\u2581"):
                 ours = cut.tokenizer(text, add_special_tokens=False).input_ids
                 assert engine.tokenize(text, special=True) == ours, text
+
+
+# ---- the whole run ----
+
+RECIPE = """
+steps:
+- {{step: trim_vocabulary, size: {size}}}
+- {{step: prune_width, ffn: 96}}
+- {{step: distil, tokens: 1024, evaluations: 1}}
+- {{step: quantize, formats: {{embedding: Q8_0, head: Q8_0, query_key: Q5_0, value: Q8_0, attention_out: IQ4_NL,
+    ffn_in: Q4_0, ffn_out: Q5_0}}}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_a_recipe_trims_first_and_is_judged_by_bits_per_byte(family, tmp_path):
+    recipe = RECIPE.format(size=SIZE)
+    if family != "qwen2":  # tied
+        recipe = recipe.replace("head: Q8_0, ", "")
+    if family == "gemma3_text":  # files hold its norms plus one, and what training leaves near zero is rounded then
+        recipe = recipe.replace("- {step: distil, tokens: 1024, evaluations: 1}\n", "")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    text = "".join(f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(3000))
+    (tmp_path / "words.txt").write_text(text)
+    folder = tiny_folder(family, tmp_path / family)
+    out = tmp_path / "out"
+    done = pocketlm(
+        *("fit", folder, "--recipe", tmp_path / "recipe.yaml", "--data", tmp_path / "words.txt", "-o", out, "--json"),
+        cache=tmp_path / "cache",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (out / "model.gguf").stat().st_size == report["budget"]["predicted_bytes"]
+    assert all(check["passed"] for check in report["verification"])
+    assert len(AutoTokenizer.from_pretrained(out / "hf")) == SIZE
+    files = {file["role"]: file for file in report["files"]}
+    assert files["compressed"]["divergence"] is files["compressed"]["agreement"] is None
+    assert files["plain"]["divergence"] is not None
+    for file in files.values():
+        assert file["bits_per_byte"]["low"] <= file["bits_per_byte"]["value"] <= file["bits_per_byte"]["high"]
+    page = (out / "report.md").read_text()
+    assert "Bits per byte" in page
+    assert "not available (another vocabulary)" in page
+    assert any("vocabulary was trimmed" in note for note in report["notes"])
+
+
+def test_trimming_must_come_first():
+    steps = [
+        {"step": "prune_width", "ffn": 8},
+        {"step": "trim_vocabulary", "size": 300},
+        {"step": "quantize", "formats": {}},
+    ]
+    with pytest.raises(BadInputError, match="first step"):
+        from_dict({"steps": steps}, "here")
+    assert from_dict({"steps": [steps[1], steps[2]]}, "here").steps[0] == TrimVocabulary(size=300)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer():
+    """Two models that find all bytes equally likely cost 8 bits per byte, whatever their tokens hold."""
+    single = Reader(lambda text: [0, *text.encode()], lambda ids: torch.zeros(len(ids), 256))
+    pair = Reader(
+        lambda text: [0, *(int.from_bytes(text.encode()[i : i + 2]) for i in range(0, len(text), 2))],
+        lambda ids: torch.zeros(len(ids), 65536),
+    )
+    measured = compare_on_text({"reference": single, "other": pair, "same": single}, ["abcd", "efghij"])
+    reference, other, same = (measured.qualities[name] for name in ("reference", "other", "same"))
+    assert other.bits_per_byte.value == pytest.approx(8)
+    assert reference.bits_per_byte.value == pytest.approx(8)
+    assert other.ratio.value == pytest.approx(1)
+    assert other.perplexity.value == pytest.approx(256)
+    assert other.kl is other.agreement is reference.kl is None
+    assert same.kl.value == pytest.approx(0, abs=1e-6)
+
+
+def test_texts_are_shortened_until_every_tokenizer_fits(pairs):
+    whole, cut = pairs["llama"]
+    windows = torch.tensor([whole(DOCUMENTS[0]).input_ids[:64], whole(DOCUMENTS[1]).input_ids[:64]])
+    texts = plain_pieces(windows, [whole, cut], whole, 50)
+    assert len(texts) == 2
+    for text in texts:
+        assert 30 < max(len(encode_from_start(tokenizer, text)) for tokenizer in (whole, cut)) <= 50
+    assert DOCUMENTS[0].startswith(texts[0].strip())

@@ -118,10 +118,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         tokens = tokens_in(model, texts.calibration, job.tune)
         recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
-        first = recipe.steps[0]
-        if isinstance(first, TrimVocabulary):
-            sizes_after = sizes_of(outline(model, first, texts.documents["calibration"]))
-        size = recipe_bytes(sizes_after if isinstance(first, TrimVocabulary) else sizes, recipe)
+        size = recipe_bytes(_sizes_after_trimming(model, recipe, texts) or sizes, recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
     wanted = Wanted(
         budget=budget,
@@ -133,6 +130,14 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     )
     decision = make_plan(model, wanted, texts, job.seed, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan)
+
+
+def _sizes_after_trimming(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes | None:
+    """Return the size arithmetic of the model with the vocabulary that a recipe leaves it; None for all of it."""
+    first = recipe.steps[0]
+    return (
+        sizes_of(outline(model, first, texts.documents["calibration"])) if isinstance(first, TrimVocabulary) else None
+    )
 
 
 def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:

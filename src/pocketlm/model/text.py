@@ -129,6 +129,35 @@ def pack_windows(
     return torch.tensor(windows, dtype=torch.int64).reshape(count, length)
 
 
+def encode_from_start(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Return a text's ids behind a token that starts a document, so that its first token is predicted too.
+
+    That token is the beginning-of-text token where the tokenizer has one, else the end-of-text token.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [start or 0, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+
+
+def plain_pieces(
+    windows: Tensor, readers: list["PreTrainedTokenizerFast"], tokenizer: "PreTrainedTokenizerFast", longest: int
+) -> list[str]:
+    """Return the text of each window, shortened until it is at most `longest` tokens for every reader.
+
+    Args:
+        windows: (windows, length) ids of `tokenizer`; special tokens and cut characters at the ends are left out.
+        readers: Who will read the texts.
+        tokenizer: Whose ids the windows hold.
+        longest: Tokens, the one in front included.
+    """
+    texts = []
+    for row in windows.tolist():
+        text = tokenizer.decode(row, skip_special_tokens=True).strip("\ufffd")
+        while (needed := max(len(encode_from_start(reader, text)) for reader in readers)) > longest:
+            text = text[: len(text) * longest // (needed + 1)]
+        texts.append(text)
+    return [text for text in texts if text]
+
+
 def adds_beginning(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Whether the tokenizer puts a beginning-of-text token before a text by itself."""
     ids = tokenizer("a").input_ids
