@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # What stands behind a text that does not say: ids are nearly in the order of frequency in the text that the tokenizer
 # was made from, and Zipf's law turns ranks into counts. The prior weighs as much as the text itself. With SmolLM2's
-# tokenizer cut to a third on English web text and books, it makes 1.5 % fewer tokens of Wikipedia and no more of text
-# like the calibration's.
+# tokenizer cut to a third on 4.5 MB of English web text and books, it makes 1.4 % fewer tokens of Wikipedia and as many
+# of text like the calibration's.
 PRIOR = 1.0
 _CHUNK = 256  # documents that are cut at once
 _ALWAYS = "0123456789\u2581"  # digits, and SentencePiece's space
