@@ -4,8 +4,8 @@
         [--sizes 32768 16384] [--windows 6] [--out benchmarks/results/DATE-vocabulary.md]
 
 MODEL is a Hugging Face folder. The text's calibration part chooses the tokens; its test part and the files of
---held-out judge them, in llama.cpp, on F16 files. 10,000 strings (lines of --strings, and random ones of many scripts) must come
-back from each tokenizer as they do from the original's, and llama.cpp must cut them as transformers does.
+--held-out judge them, in llama.cpp, on F16 files. 10,000 strings (lines of --strings, and random ones of many scripts)
+must come back from each tokenizer as they do from the original's, and llama.cpp must cut them as transformers does.
 """
 
 import argparse
