@@ -379,6 +379,9 @@ def test_a_recipe_trims_first_and_is_judged_by_bits_per_byte(family, tmp_path):
     assert "Bits per byte" in page
     assert "not available (another vocabulary)" in page
     assert any("vocabulary was trimmed" in note for note in report["notes"])
+    done = pocketlm("evaluate", out / "hf", "--reference", folder, "--data", tmp_path / "words.txt", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout
 
 
 def test_trimming_must_come_first():
