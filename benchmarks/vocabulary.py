@@ -13,6 +13,7 @@ import datetime
 import random
 import tempfile
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 from common import command_line, write_results
@@ -86,7 +87,9 @@ def trim(args: argparse.Namespace, size: int, corpus: Corpus, folder: Path) -> t
     predicted = sizes_of(outline(load(args.model), step, documents)).total_f16
     model, report = trim_vocabulary(load(args.model), step, documents)
     save(model, folder / str(size))
-    model, file = load(str(folder / str(size))), folder / f"{size}.gguf"
+    # The file names where the model came from, not the folder that it was kept in on the way.
+    model = replace(load(str(folder / str(size))), origin=model.origin)
+    file = folder / f"{size}.gguf"
     write_gguf(model, {}, file)
     return model, file, {"size": size, "bytes": file.stat().st_size, "predicted": predicted, **report.details}
 
