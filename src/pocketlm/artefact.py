@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pocketlm
 from pocketlm.cache import Finished
@@ -24,6 +24,9 @@ from pocketlm.plan.budget import say_bytes
 from pocketlm.proof import Proof
 from pocketlm.report import content
 from pocketlm.stages import Compressed, Texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @contextmanager
@@ -99,9 +102,19 @@ def make_report(
         answers=proof.answers,
         verification=tuple(content.Check(check.name, check.passed, check.detail) for check in proof.checks),
         recipe=run.recipe,
-        notes=(*run.notes, _cache_note(proof)),
+        notes=(*run.notes, _cache_note(proof), *_vocabulary_note(before, after)),
         hashes=hashes,
         perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
+    )
+
+
+def _vocabulary_note(before: "PreTrainedConfig", after: "PreTrainedConfig") -> tuple[str, ...]:
+    if before.vocab_size == after.vocab_size:
+        return ()
+    return (
+        f"The vocabulary was trimmed from {before.vocab_size:,} to {after.vocab_size:,} tokens, so probabilities of "
+        "tokens cannot be compared: quality is that of the same text, in bits per byte, and perplexity counts the "
+        "original's tokens for every file",
     )
 
 
@@ -163,6 +176,7 @@ def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
         perplexity_ratio=None if role == "original" else _estimate(quality.ratio),
         divergence=_estimate(quality.kl),
         agreement=_estimate(quality.agreement),
+        bits_per_byte=_estimate(quality.bits_per_byte),
         speed=None if speed is None else _speed(speed),
     )
 

@@ -25,6 +25,7 @@ from pocketlm.proof import prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, gather_texts, make_plan, run_recipe, silent
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 
 LARGE_BYTES = 1_200_000_000  # of the weights on disk
@@ -117,7 +118,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         tokens = tokens_in(model, texts.calibration, job.tune)
         recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
-        size = recipe_bytes(sizes, recipe)
+        size = recipe_bytes(_sizes_after_trimming(model, recipe, texts) or sizes, recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
     wanted = Wanted(
         budget=budget,
@@ -129,6 +130,14 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     )
     decision = make_plan(model, wanted, texts, job.seed, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan)
+
+
+def _sizes_after_trimming(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes | None:
+    """Return the size arithmetic of the model with the vocabulary that a recipe leaves it; None for all of it."""
+    first = recipe.steps[0]
+    return (
+        sizes_of(outline(model, first, texts.documents["calibration"])) if isinstance(first, TrimVocabulary) else None
+    )
 
 
 def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pocketlm
 from pocketlm.cache import cache_folder
-from pocketlm.errors import BadInputError
 from pocketlm.measure.device import Speeds, machine, measure_speed
 from pocketlm.measure.quality import Quality
 from pocketlm.model.gguf_file import read_gguf
@@ -15,7 +14,7 @@ from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
-from pocketlm.proof import SPEED_WORKER, measure_quality, original_file
+from pocketlm.proof import SPEED_WORKER, measure_on_text, measure_quality, original_file
 from pocketlm.stages import Progress, silent
 
 
@@ -70,18 +69,20 @@ def evaluate(
 ) -> dict[str, Quality]:
     """Measure a model against a reference in the engine, on a person's text or on Python's help topics.
 
+    Where their vocabularies differ, the same text is measured in bits per byte, and there is no KL.
     With the default text, the windows are those that `fit` never shows to a model.
 
     Raises:
-        BadInputError: The two have different vocabularies, or a text cannot be used.
+        BadInputError: A text cannot be used.
     """
     models = {"reference": load(reference), "model": load(source)}
-    if len({model.network.config.vocab_size for model in models.values()}) > 1:
-        raise BadInputError("The models have different vocabularies, so their probabilities cannot be compared")
     length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
     corpus = read_corpus(data) if data else python_topics()
     windows = corpus.tokens("test", models["reference"].tokenizer, count, length).windows
     files = {name: original_file(model) for name, model in models.items()}
+    known = [(model.network.config.vocab_size, model.tokenizer.get_vocab()) for model in models.values()]
+    if known[0] != known[1]:
+        return measure_on_text(files, models, windows, progress).qualities
     return measure_quality(files, windows, progress).qualities
 
 

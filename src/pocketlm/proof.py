@@ -3,6 +3,7 @@
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from pocketlm.errors import OutOfResourcesError, VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
 from pocketlm.measure.device import FileSpeed, measure_speed
-from pocketlm.measure.quality import Comparison, compare
+from pocketlm.measure.quality import Comparison, Reader, compare, compare_on_text
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
+from pocketlm.model.text import encode_from_start, plain_pieces
 from pocketlm.plan.sizes import Sizes
 from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
@@ -64,8 +66,9 @@ class Proof:
     @property
     def cache_type(self) -> str:
         """The smallest type of the cache that costs hardly anything beside what the file has lost already."""
-        lost = self.quality.qualities["compressed"].kl.value
-        bearable = [name for name, kl in self.cache.items() if kl <= max(CACHE_KL, CACHE_SHARE * lost)]
+        lost = self.quality.qualities["compressed"].kl
+        bound = CACHE_KL if lost is None else max(CACHE_KL, CACHE_SHARE * lost.value)
+        bearable = [name for name, kl in self.cache.items() if kl <= bound]
         return bearable[-1] if bearable else "f16"
 
 
@@ -84,11 +87,16 @@ def prove(
     """
     files = {"original": original_file(original)}
     answers, ended = ask_both(files["original"], exported, progress)
-    checks = verify(compressed, exported, texts, ended)
+    checks = verify(compressed, exported, compressed.texts, ended)
     files |= {"plain": plain_file(original, simpler, texts, progress), "compressed": exported}
-    quality = measure_quality(files, texts.test.windows, progress)
+    if compressed.model.network.config.vocab_size == original.network.config.vocab_size:
+        quality = measure_quality(files, texts.test.windows, progress)
+    else:
+        models = {"original": original, "plain": original, "compressed": compressed.model}
+        quality = measure_on_text(files, models, texts.test.windows, progress)
     speed = measure_speeds(files, texts, progress)
-    return Proof(files, checks, answers, quality, speed, measure_cache(exported, texts.validation.first(CACHE_WINDOWS)))
+    cache = measure_cache(exported, compressed.texts.validation.first(CACHE_WINDOWS))
+    return Proof(files, checks, answers, quality, speed, cache)
 
 
 # ---- what to compare with ----
@@ -206,6 +214,31 @@ def measure_quality(files: dict[str, Path], windows: Tensor, progress: Progress)
             windows,
             lambda i, n: progress("measuring quality in llama.cpp", i, n),
         )
+
+
+def measure_on_text(
+    files: dict[str, Path], models: dict[str, LanguageModel], windows: Tensor, progress: Progress
+) -> Comparison:
+    """Measure files of different vocabularies in the engine on the same text, as bits per byte.
+
+    Args:
+        files: By role; the first is the reference.
+        models: By role, for their tokenizers.
+        windows: (windows, length) token ids of the reference; halved, so that more tokens of another vocabulary
+            still fit the context.
+        progress: Called after each text.
+    """
+    context = windows.shape[1]
+    halves = windows.reshape(2 * len(windows), -1) if context % 2 == 0 else windows[:, : context // 2]
+    reference = next(iter(files))
+    texts = plain_pieces(halves, [model.tokenizer for model in models.values()], models[reference].tokenizer, context)
+    with ExitStack() as stack:
+        engines = {role: stack.enter_context(Engine(path, context=context)) for role, path in files.items()}
+        readers = {
+            role: Reader(partial(encode_from_start, models[role].tokenizer), engine.logits)
+            for role, engine in engines.items()
+        }
+        return compare_on_text(readers, texts, lambda i, n: progress("measuring quality in llama.cpp", i, n))
 
 
 def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:

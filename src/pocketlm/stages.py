@@ -1,26 +1,37 @@
 """The stages of a run: each finished one is kept, each starts from what the one before left on disk.
 
-    text ─> plan ─> original (16 bit) ─> [prune_depth ─> prune_width ─> distil] ─> quantize
+    text ─> plan ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil] ─> quantize
 
 A stage loads what it needs from the stage before it, in a fresh run as in a resumed one, so that both end in the
 same bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pocketlm.cache import Finished, stage
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.sampling import sample_documents
 from pocketlm.model.source import load
-from pocketlm.model.text import WINDOW, Tokens, as_tokens, pack_windows, python_topics, read_corpus
+from pocketlm.model.text import (
+    WINDOW,
+    Corpus,
+    Tokens,
+    as_tokens,
+    check_length,
+    pack_windows,
+    python_topics,
+    read_corpus,
+)
 from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
 from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
 from pocketlm.plan.search import Damages, Plan
@@ -31,8 +42,12 @@ from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.steps.sparsify import Sparsify, sparsify
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
 from pocketlm.steps.tune import Tune, tune
 from pocketlm.tensors.formats import Packed, find_format, unpack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SAMPLES = 16  # documents that the model writes itself
 STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of pruning and quantizing
@@ -51,11 +66,17 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """The text of a run, by what it is for."""
+    """The text of a run, by what it is for: as windows of tokens, and as the documents that they were cut from."""
 
     calibration: Tokens
     validation: Tokens
     test: Tokens
+    documents: dict[str, list[str]]
+
+    def cut_by(self, tokenizer: "PreTrainedTokenizerFast") -> "Texts":
+        """Return the same text in windows of another tokenizer's tokens."""
+        windows = _windows(self.documents, tokenizer, self.test.windows.shape[1])
+        return replace(self, **{part: as_tokens(getattr(self, part).name, rows) for part, rows in windows.items()})
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -79,12 +100,10 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
         if not data:
             progress("the model writes calibration text", 0, 1)
             samples = sample_documents(model, SAMPLES, seed)
-        documents = samples + corpus.split("calibration")
-        windows = {
-            "calibration": pack_windows(documents, model.tokenizer, LEARNING_WINDOWS, length),
-            "validation": corpus.tokens("validation", model.tokenizer, VALIDATION_WINDOWS, length).windows,
-            "test": corpus.tokens("test", model.tokenizer, TEST_WINDOWS, length).windows,
-        }
+        (folder / "samples.json").write_text(json.dumps(samples))
+        windows = _windows(_documents(corpus, samples), model.tokenizer, length)
+        for part in ("validation", "test"):
+            check_length(corpus, part, windows[part], length)
         save_file(windows, folder / "windows.safetensors")
         return {
             "name": corpus.name,
@@ -96,7 +115,22 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
     done = stage("text", inputs, produce)
     windows = load_file(done.folder / "windows.safetensors")
     names = {"calibration": f"{corpus.name} and the model's own samples" if not data else corpus.name}
-    return Texts(**{part: as_tokens(names.get(part, corpus.name), rows) for part, rows in windows.items()})
+    documents = _documents(corpus, json.loads((done.folder / "samples.json").read_text()))
+    tokens = {part: as_tokens(names.get(part, corpus.name), rows) for part, rows in windows.items()}
+    return Texts(**tokens, documents=documents)
+
+
+def _documents(corpus: Corpus, samples: list[str]) -> dict[str, list[str]]:
+    return {
+        "calibration": samples + corpus.split("calibration"),
+        "validation": corpus.split("validation"),
+        "test": corpus.split("test"),
+    }
+
+
+def _windows(documents: dict[str, list[str]], tokenizer: "PreTrainedTokenizerFast", length: int) -> dict[str, Tensor]:
+    limits = {"calibration": LEARNING_WINDOWS, "validation": VALIDATION_WINDOWS, "test": TEST_WINDOWS}
+    return {part: pack_windows(documents[part], tokenizer, limit, length) for part, limit in limits.items()}
 
 
 def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
@@ -141,12 +175,14 @@ class Compressed:
         packed: The quantized tensors by parameter name.
         folder: The pruned and healed model as a plain 16-bit folder.
         stages: All finished stages, in order.
+        texts: The run's text as the model reads it: cut anew where its vocabulary was trimmed.
     """
 
     model: LanguageModel
     packed: dict[str, Packed]
     folder: Path
     stages: tuple[Finished, ...]
+    texts: Texts
 
 
 def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: Progress) -> Compressed:
@@ -154,7 +190,8 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
 
     Args:
         original: Saved as 16-bit first; later steps start from what is on disk.
-        recipe: Its last step quantizes.
+        recipe: Its last step quantizes. After `trim_vocabulary`, the model with fewer tokens is the teacher of all
+            later steps: probabilities of other tokens than its own cannot be compared with.
         texts: To take statistics on and to learn from.
         progress: Called as the steps go on.
     """
@@ -165,6 +202,11 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
             plain = before  # the model as it is before its numbers become coarse
         inputs = {"before": before.key, "step": step_settings(step), **texts.sha256}
         match step:
+            case TrimVocabulary():
+                done.append(_trim(original, before, step, texts))
+                original = _reload(original, done[-1])
+                texts = texts.cut_by(original.tokenizer)
+                continue
             case Quantize():
                 produce = partial(_quantize, original, before, step, texts, progress)
             case Tune():
@@ -176,7 +218,7 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
     packed = read_packed(done[-1].folder)
     put_decoded(model, packed)
     put_norms(model, done[-1].folder)
-    return Compressed(model, packed, plain.folder / "hf", tuple(done))
+    return Compressed(model, packed, plain.folder / "hf", tuple(done), texts)
 
 
 def _keep(model: LanguageModel, folder: Path) -> dict:
@@ -186,6 +228,18 @@ def _keep(model: LanguageModel, folder: Path) -> dict:
 
 def _reload(original: LanguageModel, finished: Finished) -> LanguageModel:
     return replace(load(str(finished.folder / "hf"), original.network.dtype), origin=original.origin)
+
+
+def _trim(original: LanguageModel, before: Finished, step: TrimVocabulary, texts: Texts) -> Finished:
+    documents = texts.documents["calibration"]
+    text = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
+    def produce(folder: Path) -> dict[str, Any]:
+        model, report = trim_vocabulary(_reload(original, before), step, documents)
+        save(model, folder / "hf")
+        return asdict(report)
+
+    return stage(step.step, {"before": before.key, "step": step_settings(step), "text": text}, produce)
 
 
 def _change(

@@ -153,10 +153,14 @@ def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     def cell(interval: Interval | None) -> str:
         return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
-    lines = [f"{'':<12}{'perplexity':<26}{'ratio':<26}{'KL (nats/token)':<28}{'agreement':<26}"]
+    per_byte = any(quality.bits_per_byte for quality in qualities.values())
+    head = f"{'':<12}{'perplexity':<26}{'ratio':<26}{'KL (nats/token)':<26}{'agreement':<26}"
+    lines = [head + "bits per byte" if per_byte else head]
     for name, quality in qualities.items():
-        cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement)
-        lines.append(f"{name:<12}" + "".join(f"{cell(value):<26}" for value in cells))
+        cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement, quality.bits_per_byte)
+        lines.append(f"{name:<12}" + "".join(f"{cell(value):<26}" for value in cells).rstrip())
+    if per_byte:
+        lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
 
 

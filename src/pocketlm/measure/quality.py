@@ -1,6 +1,7 @@
 """What a compressed model still knows of the original: perplexity, KL divergence, agreement, with intervals."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,20 @@ class Quality:
     """How one model does on a text, and how it compares with the reference on the very same windows.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood per token.
+        perplexity: exp of the mean negative log-likelihood per token; of the reference's tokens, whose number is the
+            same for all, where the vocabularies differ.
         ratio: Perplexity over the reference's, paired window by window.
-        kl: Mean KL(reference ‖ model) in nats per token; None for the reference itself.
-        agreement: Share of positions with the reference's most likely token; None for the reference itself.
+        kl: Mean KL(reference ‖ model) in nats per token; None for the reference itself, and where vocabularies differ.
+        agreement: Share of positions with the reference's most likely token; None where `kl` is.
+        bits_per_byte: Negative log-likelihood per byte of text, which no tokenizer changes; None where all models have
+            the same vocabulary, so that perplexities can be compared.
     """
 
     perplexity: Interval
     ratio: Interval
     kl: Interval | None
     agreement: Interval | None
+    bits_per_byte: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,59 @@ def compare(
         )
         for name, (loss, kl, agree) in columns.items()
     }
+    return Comparison(qualities, {name: column[0] for name, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model and its own tokenizer: `encode` puts a token in front, so that every byte of a text is predicted."""
+
+    encode: Callable[[str], list[int]]
+    logits: Logits
+
+
+@torch.no_grad()
+def compare_on_text(
+    readers: Mapping[str, Reader],
+    texts: Sequence[str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Measure models of different vocabularies on the same texts, each as its own tokenizer cuts them.
+
+    KL and agreement are there only for models that cut every text as the reference does, into as many choices.
+
+    Args:
+        readers: By name; the first one is the reference.
+        texts: Each starts from an empty context.
+        progress: Called after each text with how many are done and how many there are.
+    """
+    reference = next(iter(readers))
+    rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in readers}
+    for done, text in enumerate(texts, 1):
+        known = readers[reference].encode(text)
+        truth = readers[reference].logits(known)[:-1]
+        for name, reader in readers.items():
+            ids = known if name == reference else reader.encode(text)
+            logits = truth if name == reference else reader.logits(ids)[:-1]
+            nats = negative_log_likelihood(logits, torch.tensor(ids[1:])).sum().item()
+            alike = ids == known and logits.shape == truth.shape
+            kl = kl_divergence(truth, logits).mean().item() if alike else math.nan
+            agree = (logits.argmax(-1) == truth.argmax(-1)).double().mean().item() if alike else math.nan
+            bits = nats / math.log(2) / len(text.encode())
+            rows[name].append((nats / (len(known) - 1), kl, agree, bits))
+        progress(done, len(texts))
+    columns = {name: torch.tensor(each, dtype=torch.float64).T for name, each in rows.items()}
+    base = columns[reference][0]
+    qualities = {}
+    for name, (loss, kl, agree, bits) in columns.items():
+        comparable = name != reference and not kl.isnan().any()
+        qualities[name] = Quality(
+            perplexity=_interval(loss, torch.exp),
+            ratio=_interval(loss - base, torch.exp),
+            kl=_interval(kl) if comparable else None,
+            agreement=_interval(agree) if comparable else None,
+            bits_per_byte=_interval(bits),
+        )
     return Comparison(qualities, {name: column[0] for name, column in columns.items()})
 
 

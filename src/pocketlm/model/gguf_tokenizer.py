@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPACE = "\u2581"
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PADDING = re.compile(r"\[PAD\d+\]")
 
 
@@ -216,7 +216,7 @@ def tokenizer_fields(tokenizer: "PreTrainedTokenizerFast", vocabulary_size: int,
     kind = values["tokenizer.ggml.model"]
     tokens, types = _token_list(tokenizer, state, vocabulary_size, sentencepiece=kind == "llama")
     if kind == "llama":
-        values["tokenizer.ggml.scores"] = _scores(tokens, _merge_pairs(state))
+        values["tokenizer.ggml.scores"] = _scores(tokens, merge_pairs(state))
     values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     values |= _role_ids(tokenizer, vocabulary_size, ends, tokens)
     template = tokenizer.chat_template
@@ -227,7 +227,8 @@ def tokenizer_fields(tokenizer: "PreTrainedTokenizerFast", vocabulary_size: int,
     return {key: field(value) for key, value in values.items() if value != []}
 
 
-def _merge_pairs(state: dict[str, Any]) -> list[list[str]]:
+def merge_pairs(state: dict[str, Any]) -> list[list[str]]:
+    """Return the merges of a BPE tokenizer in order, whichever way its JSON spells them."""
     return [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in state["model"]["merges"]]
 
 
@@ -242,7 +243,7 @@ def _byte_level_fields(state: dict[str, Any], expressions: tuple[str, ...]) -> d
             return {
                 "tokenizer.ggml.model": "gpt2",
                 "tokenizer.ggml.pre": entry.names[0],
-                "tokenizer.ggml.merges": [" ".join(pair) for pair in _merge_pairs(state)],
+                "tokenizer.ggml.merges": [" ".join(pair) for pair in merge_pairs(state)],
             }
     known = ", ".join(entry.names[0] for entry in PRE_TOKENIZERS)
     raise BadInputError(
@@ -299,7 +300,7 @@ def _token_list(
     types = [int(TokenType.UNUSED)] * vocabulary_size
     added = {token["id"]: token for token in state["added_tokens"]}
     unknown = state["model"].get("unk_token") if sentencepiece else None
-    formed = {left + right for left, right in _merge_pairs(state)} if sentencepiece else set()
+    formed = {left + right for left, right in merge_pairs(state)} if sentencepiece else set()
     for token, index in tokenizer.get_vocab().items():
         if index >= vocabulary_size:  # such as Gemma 3's image token, which text-only models have no row for
             continue
@@ -312,7 +313,7 @@ def _token_list(
             # llama.cpp prints these as they are, so their spaces must be spaces.
             tokens[index] = token.replace(SPACE, " ") if sentencepiece else token
             types[index] = int(TokenType.USER_DEFINED)
-        elif sentencepiece and _BYTE.fullmatch(token):
+        elif sentencepiece and BYTE.fullmatch(token):
             types[index] = int(TokenType.BYTE)
     return tokens, types
 

@@ -1,5 +1,7 @@
 """Change the shape of a model into another stock shape of its family."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,3 +55,54 @@ def drop_blocks(network: nn.Module, drop: set[int]) -> None:
 def set_ffn_width(network: nn.Module, width: int) -> None:
     """Tell the config that every block's FFN is now `width` channels wide."""
     setattr(network.config, anatomy_of(network).ffn_width, width)
+
+
+@torch.no_grad()
+def keep_tokens(network: nn.Module, kept: list[int]) -> None:
+    """Keep only some rows of the embedding and of the head, tied or not, in place, and renumber the special ids.
+
+    Args:
+        network: Changed in place; its logits over the kept tokens stay as they were.
+        kept: The ids to keep, ascending; their places are the new ids.
+    """
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    rows = torch.tensor(kept, device=embedding.weight.device)
+    place = {old: new for new, old in enumerate(kept)}
+    tied = head.weight is embedding.weight
+    embedding.weight = nn.Parameter(embedding.weight[rows])
+    embedding.num_embeddings = len(kept)
+    embedding.padding_idx = place.get(embedding.padding_idx)
+    write_weight(head, embedding.weight if tied else head.weight[rows])
+    if tied:
+        head.weight = embedding.weight
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias[rows])
+    for module in network.modules():
+        if hasattr(module, "vocab_size"):
+            module.vocab_size = len(kept)
+    renumber_tokens(network.config, kept)
+    renumber_tokens(network.generation_config, kept)
+
+
+def renumber_tokens(config: Any, kept: list[int]) -> None:
+    """Bring every special id that a config or a generation config states in line with `kept`, in place.
+
+    An id whose token is gone becomes None, and falls out of lists.
+    """
+    place = {old: new for new, old in enumerate(kept)}
+    for name in special_ids(config):
+        value = getattr(config, name)
+        left = [place[old] for old in _flat(value) if old in place]
+        setattr(config, name, left if isinstance(value, list) and left else left[0] if left else None)
+    if hasattr(config, "vocab_size"):
+        config.vocab_size = len(kept)
+
+
+def special_ids(config: Any) -> dict[str, list[int]]:
+    """Return the special ids of a config or a generation config, by the setting that names them."""
+    named = {name: _flat(value) for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    return {name: ids for name, ids in named.items() if ids}
+
+
+def _flat(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

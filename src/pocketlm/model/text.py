@@ -76,12 +76,21 @@ class Corpus:
             BadInputError: The split is shorter than one window.
         """
         windows = pack_windows(self.split(wanted), tokenizer, limit, length)
-        if not len(windows):
-            raise BadInputError(
-                f"The text `{self.name}` is too short: its {wanted} part has less than {length} tokens. "
-                f"Give at least {20 * length} words with --data"
-            )
+        check_length(self, wanted, windows, length)
         return as_tokens(f"{self.name} ({wanted})", windows)
+
+
+def check_length(corpus: Corpus, part: str, windows: Tensor, length: int) -> None:
+    """Refuse a text of which a part has not even one window.
+
+    Raises:
+        BadInputError: It has none; the message says how much text it takes.
+    """
+    if not len(windows):
+        raise BadInputError(
+            f"The text `{corpus.name}` is too short: its {part} part has less than {length} tokens. "
+            f"Give at least {20 * length} words with --data"
+        )
 
 
 def as_tokens(name: str, windows: Tensor) -> Tokens:
@@ -118,6 +127,35 @@ def pack_windows(
     count = min(limit, len(stream) // body)
     windows = [start + stream[i * body : (i + 1) * body] for i in range(count)]
     return torch.tensor(windows, dtype=torch.int64).reshape(count, length)
+
+
+def encode_from_start(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Return a text's ids behind a token that starts a document, so that its first token is predicted too.
+
+    That token is the beginning-of-text token where the tokenizer has one, else the end-of-text token.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [start or 0, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+
+
+def plain_pieces(
+    windows: Tensor, readers: list["PreTrainedTokenizerFast"], tokenizer: "PreTrainedTokenizerFast", longest: int
+) -> list[str]:
+    """Return the text of each window, shortened until it is at most `longest` tokens for every reader.
+
+    Args:
+        windows: (windows, length) ids of `tokenizer`; special tokens and cut characters at the ends are left out.
+        readers: Who will read the texts.
+        tokenizer: Whose ids the windows hold.
+        longest: Tokens, the one in front included.
+    """
+    texts = []
+    for row in windows.tolist():
+        text = tokenizer.decode(row, skip_special_tokens=True).strip("\ufffd")
+        while (needed := max(len(encode_from_start(reader, text)) for reader in readers)) > longest:
+            text = text[: len(text) * longest // (needed + 1)]
+        texts.append(text)
+    return [text for text in texts if text]
 
 
 def adds_beginning(tokenizer: "PreTrainedTokenizerFast") -> bool:

@@ -14,21 +14,24 @@ from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.sparsify import Sparsify
+from pocketlm.steps.trim_vocabulary import TrimVocabulary
 from pocketlm.steps.tune import Tune
 from pocketlm.tensors.sparsity import sparsity_of
 
-Step = Annotated[PruneDepth | PruneWidth | Sparsify | Distil | Prepare | Quantize | Tune, Discriminator("step")]
+Step = Annotated[
+    TrimVocabulary | PruneDepth | PruneWidth | Sparsify | Distil | Prepare | Quantize | Tune, Discriminator("step")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to do, in order. Nothing can be cut after `quantize`; only `tune` may follow it."""
+    """What to do, in order. `trim_vocabulary` comes first; nothing but `tune` may follow `quantize`."""
 
     steps: tuple[Step, ...]
     seed: int = 0
 
 
-for kind in (PruneDepth, PruneWidth, Sparsify, Distil, Prepare, Quantize, Tune, Recipe):
+for kind in (TrimVocabulary, PruneDepth, PruneWidth, Sparsify, Distil, Prepare, Quantize, Tune, Recipe):
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt key is an error, not a default
 _adapter = TypeAdapter(Recipe)
 
@@ -47,7 +50,7 @@ def from_dict(data: object, where: str) -> Recipe:
     """Check plain data and return the recipe in it.
 
     Raises:
-        BadInputError: A key is unknown or missing, a value has the wrong type, or `quantize` is not the last step.
+        BadInputError: A key is unknown or missing, a value has the wrong type, or the steps are in another order.
     """
     try:
         recipe = _adapter.validate_python(data)
@@ -63,6 +66,11 @@ def from_dict(data: object, where: str) -> Recipe:
             f"this one has: {', '.join(names) or 'none'}"
         )
     _check_zeros_stay(recipe, where)
+    if "trim_vocabulary" in names[1:]:
+        raise BadInputError(
+            f"{where}: `trim_vocabulary` can only be the first step, as all others work on its tokens; "
+            f"this recipe has: {', '.join(names)}"
+        )
     return recipe
 
 

@@ -34,7 +34,7 @@ def model_card(report: Report) -> str:
 
 def front_matter(report: Report) -> dict[str, Any]:
     """Return the card's metadata in the words of the Hugging Face hub."""
-    did = {"prune": "pruned", "distil": "distilled"}
+    did = {"trim": "vocabulary-trimmed", "prune": "pruned", "distil": "distilled"}
     tags = ["gguf", "quantized", "pocketlm", "llama.cpp"]
     tags += [tag for verb, tag in did.items() if any(verb in stage.name.lower() for stage in report.stages)]
     tags += ["conversational"] if report.model.is_chat else []
@@ -68,6 +68,7 @@ def _metrics(report: Report) -> list[dict[str, Any]]:
     product = report.product
     named = [
         ("perplexity", "Perplexity", product.perplexity),
+        ("bits_per_byte", "Bits per byte", product.bits_per_byte),
         ("perplexity_ratio", "Perplexity ratio to the original", product.perplexity_ratio),
         ("kl_divergence", "KL divergence from the original, nats per token", product.divergence),
         ("agreement", "Fraction of tokens with the original's first choice", product.agreement),

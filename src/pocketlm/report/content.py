@@ -7,7 +7,7 @@ interval. What was not measured is None and is shown as such.
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pocketlm.errors import BadInputError
@@ -128,6 +128,7 @@ class MeasuredFile:
     divergence: Estimate | None  # KL(original || this), nats per token; None for the original
     agreement: Estimate | None  # fraction of tokens with the original's first choice; None for the original
     speed: Speed | None
+    bits_per_byte: Estimate | None = None  # where the vocabularies differ; divergence and agreement are None then
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,6 @@ def _build(kind: Any, value: Any) -> Any:
         return tuple(_build(typing.get_args(kind)[0], item) for item in value)
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        wanted = [item.name for item in fields(kind) if item.init]
+        wanted = [item.name for item in fields(kind) if item.init and (item.default is MISSING or item.name in value)]
         return kind(**{name: _build(hints[name], value[name]) for name in wanted})
     return value

@@ -51,9 +51,19 @@ def measures(report: Report) -> list[Row]:
     def row(name: str, unit: str, cells: list[Cell]) -> Row:
         return Row(name, unit, tuple(cells))
 
+    per_byte = any(file.bits_per_byte is not None for file in files)
     return [
         row("Size", "", [Cell(size(file.bytes), f"{file.bytes:,} bytes") for file in files]),
-        row("Perplexity", "lower is better", [_estimate(file.perplexity) for file in files]),
+        *(
+            [row("Bits per byte", "lower is better", [_estimate(file.bits_per_byte) for file in files])]
+            if per_byte
+            else []
+        ),
+        row(
+            "Perplexity",
+            "of the original's tokens" if per_byte else "lower is better",
+            [_estimate(file.perplexity) for file in files],
+        ),
         row("Perplexity ratio", "to the original", [_against(file, file.perplexity_ratio) for file in files]),
         row("KL divergence", "nats per token", [_against(file, file.divergence) for file in files]),
         row("Agreement", "same first choice", [_against(file, file.agreement, 100, "%") for file in files]),
@@ -94,6 +104,8 @@ def _estimate(value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
 
 
 def _against(file: MeasuredFile, value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+    if value is None and file.bits_per_byte is not None and file.role != "original":
+        return Cell("not available", "another vocabulary")
     return Cell("reference") if file.role == "original" else _estimate(value, scale, unit)
 
 
