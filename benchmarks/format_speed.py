@@ -22,11 +22,11 @@ from pocketlm.model.source import load
 from pocketlm.proof import SPEED_WORKER
 from pocketlm.tensors.formats import FORMATS, Packed, pack, round_to_nearest
 
-BLOCKS = 12
+BLOCKS = 4
 
 
 def random_llama(source: str) -> LanguageModel:
-    """Return a Llama of about 180M random weights with the tokenizer of `source`."""
+    """Return a Llama of about 100M random weights with the tokenizer of `source`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = load(source)
@@ -64,7 +64,7 @@ def main() -> None:
         for name in FORMATS:
             files[name] = Path(temporary) / f"{name}.gguf"
             write_gguf(model, stored(model, name), files[name])
-        speeds = measure_speed(list(files.values()), SPEED_WORKER, prompt=256, generate=32, repeat=2, rounds=2)
+        speeds = measure_speed(list(files.values()), SPEED_WORKER, prompt=128, generate=24, repeat=1, rounds=3)
         rows = [
             {
                 "format": name,
@@ -84,7 +84,7 @@ def main() -> None:
         f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores, {speeds.threads} threads; {speeds.engine}; torch {versions()['torch']}.",
-        "A random Llama of 180M weights, everything in one format; tokens/s ± deviation, and relative to F16.",
+        "A random Llama of 100M weights, everything in one format; tokens/s ± deviation, and relative to F16.",
         "",
         "| format | bits per weight | file (MB) | prefill tok/s | decode tok/s | prefill / F16 | decode / F16 |",
         "|---|---|---|---|---|---|---|",

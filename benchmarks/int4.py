@@ -50,7 +50,7 @@ def quantize_here(args: argparse.Namespace) -> None:
     model: LanguageModel = load(args.model)
     windows = load_file(args.windows)["windows"]
     began = time.monotonic()
-    model, _, _ = quantize(model, Quantize(formats=body_in(args.form)), windows)
+    model, _, _ = quantize(model, Quantize(formats=body_in(args.form), method="gptq"), windows)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     save(model, args.out, dtype=torch.float32)

@@ -81,7 +81,7 @@ def quantize(
     tensor: Annotated[
         list[str] | None, typer.Option(help="GROUP=FORMAT or PATTERN=FORMAT that is not up for choice; repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option(help="gptq, or rtn (rounding with a scale search).")] = "gptq",
+    method: Annotated[str, typer.Option(help="gptaq, gptq, or rtn (rounding with a scale search).")] = "gptaq",
     tune: Annotated[
         str, typer.Option(help="Time to tune scales and norms against the original afterwards, such as 10m.")
     ] = "0",
@@ -101,8 +101,8 @@ def quantize(
 
     if sum(option is not None for option in (size, bits, format)) != 1:
         raise BadInputError("Give one of --size (such as 60MB), --bits (such as 4.25) and --format (such as q4_0)")
-    if method not in ("gptq", "rtn"):
-        raise BadInputError(f"Unknown method `{method}`. Known: gptq, rtn")
+    if method not in ("gptaq", "gptq", "rtn"):
+        raise BadInputError(f"Unknown method `{method}`. Known: gptaq, gptq, rtn")
     job = api.Fit(
         model=model,
         size=size,

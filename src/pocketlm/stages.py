@@ -20,6 +20,7 @@ from torch import Tensor
 from pocketlm.cache import Finished, stage
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
+from pocketlm.model.respelling import Spelling
 from pocketlm.model.sampling import sample_documents
 from pocketlm.model.source import load
 from pocketlm.model.text import (
@@ -32,6 +33,7 @@ from pocketlm.model.text import (
     python_topics,
     read_corpus,
 )
+from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
 from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
 from pocketlm.plan.search import Damages, Plan
@@ -167,6 +169,21 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """Who later steps learn from.
+
+    Attributes:
+        model: The original.
+        texts: The run's text in its tokens.
+        spelling: The ids that are left for each of its tokens, where the vocabulary was trimmed.
+    """
+
+    model: LanguageModel
+    texts: Texts
+    spelling: Spelling | None = None
+
+
+@dataclass(frozen=True)
 class Compressed:
     """What a recipe made of a model.
 
@@ -190,12 +207,13 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
 
     Args:
         original: Saved as 16-bit first; later steps start from what is on disk.
-        recipe: Its last step quantizes. After `trim_vocabulary`, the model with fewer tokens is the teacher of all
-            later steps: probabilities of other tokens than its own cannot be compared with.
+        recipe: Its last step quantizes. After `trim_vocabulary`, the original still teaches `distil`, its tokens
+            spelled with those that are left; `tune` then learns from the model as it was before it was quantized.
         texts: To take statistics on and to learn from.
         progress: Called as the steps go on.
     """
     done = [stage("original", {"model": original.origin.sha256}, lambda folder: _keep(original, folder))]
+    teacher = Teacher(original, texts)
     for step in recipe.steps:
         before = done[-1]
         if isinstance(step, Quantize):
@@ -204,15 +222,16 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
         match step:
             case TrimVocabulary():
                 done.append(_trim(original, before, step, texts))
-                original = _reload(original, done[-1])
-                texts = texts.cut_by(original.tokenizer)
+                trimmed = _reload(original, done[-1])
+                texts = texts.cut_by(trimmed.tokenizer)
+                teacher = replace(teacher, spelling=spellings(original.tokenizer, trimmed.tokenizer))
                 continue
             case Quantize():
                 produce = partial(_quantize, original, before, step, texts, progress)
             case Tune():
-                produce = partial(_tune, original, (plain, before), step, texts, progress)
+                produce = partial(_tune, teacher, (plain, before), step, texts, progress)
             case _:
-                produce = partial(_change, original, before, step, texts, progress)
+                produce = partial(_change, teacher, before, step, texts, progress)
         done.append(stage(step.step, inputs, produce))
     model = _reload(original, plain)
     packed = read_packed(done[-1].folder)
@@ -243,14 +262,14 @@ def _trim(original: LanguageModel, before: Finished, step: TrimVocabulary, texts
 
 
 def _change(
-    original: LanguageModel,
+    teacher: Teacher,
     before: Finished,
     step: PruneDepth | PruneWidth | Sparsify | Distil | Prepare,
     texts: Texts,
     progress: Progress,
     folder: Path,
 ) -> dict[str, Any]:
-    model = _reload(original, before)
+    model = _reload(teacher.model, before)
     statistics = texts.calibration.first(STATISTICS_WINDOWS)
     match step:
         case PruneDepth():
@@ -263,12 +282,13 @@ def _change(
             model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():
             model, report = distil(
-                original,
+                teacher.model,
                 model,
                 step,
-                texts.calibration.windows,
-                texts.validation.windows,
+                teacher.texts.calibration.windows,
+                teacher.texts.validation.windows,
                 lambda i, n, loss: progress(f"distilling (loss {loss:.3f})", i, n),
+                teacher.spelling,
             )
     save(model, folder / "hf")
     return asdict(report)
@@ -285,7 +305,7 @@ def _quantize(
 
 
 def _tune(
-    original: LanguageModel,
+    teacher: Teacher,
     stages: tuple[Finished, Finished],
     step: Tune,
     texts: Texts,
@@ -293,9 +313,10 @@ def _tune(
     folder: Path,
 ) -> dict[str, Any]:
     plain, before = stages
+    student = _reload(teacher.model, plain)
     model, packed, report = tune(
-        original,
-        _reload(original, plain),
+        teacher.model if teacher.spelling is None else _reload(teacher.model, plain),
+        student,
         read_packed(before.folder),
         step,
         texts.calibration.windows,

@@ -107,9 +107,14 @@ def _through_head(truth: Tensor, teacher: nn.Linear, hidden: Tensor, student: nn
             slope_of_head = part.float() if slope_of_head is None else slope_of_head.add_(part)
         total += divergence.sum().item()
     if slope_of_head is not None:
-        weight = student.weight
-        weight.grad = slope_of_head if weight.grad is None else weight.grad.add_(slope_of_head)
+        add_gradient(student.weight, slope_of_head)
     return total / len(hidden), slope
+
+
+def add_gradient(parameter: nn.Parameter, slope: Tensor) -> None:
+    """Add to a parameter's gradient, where it learns."""
+    if parameter.requires_grad:
+        parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
 
 
 @dataclass(frozen=True)

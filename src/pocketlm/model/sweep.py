@@ -132,15 +132,14 @@ def run_block(block: nn.Module, states: Tensor, keywords: dict) -> Tensor:
 
 def second_moment(x: Tensor) -> Tensor:
     """Return the sum of x xᵀ over tokens, (width, width) float32, for x of (..., width)."""
-    with torch.autocast(x.device.type, enabled=False):  # hooks run inside the forward's autocast
-        x = x.flatten(0, -2).float()
-        moment = x.new_empty(x.shape[1], x.shape[1])
-        for start in range(0, x.shape[1], PANEL):  # the matrix is symmetric: only what is right of the panel's start
-            rows = slice(start, start + PANEL)
-            moment[rows, start:] = x[:, rows].T @ x[:, start:]
-            after = slice(start + PANEL, None)
-            moment[after, rows] = moment[rows, after].T
-        return moment
+    x = x.flatten(0, -2).float()
+    moment = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, x.shape[1], PANEL):  # the matrix is symmetric: only what is right of the panel's start
+        rows = slice(start, start + PANEL)
+        moment[rows, start:] = x[:, rows].T @ x[:, start:]
+        after = slice(start + PANEL, None)
+        moment[after, rows] = moment[rows, after].T
+    return moment
 
 
 @torch.no_grad()
@@ -197,10 +196,10 @@ def watching(layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor],
 
 def _add_moments(layer: Layer, wanted: dict[str, Tensor], space: str, x: Tensor) -> None:
     """Add what is read at a space, (..., width), to a layer's statistics; `wanted` has what should be read."""
-    layer.gram[space] = layer.gram.get(space, 0) + second_moment(x)
-    if space in wanted:
-        with torch.autocast(x.device.type, enabled=False):
-            read = x.flatten(0, -2).float()
+    with torch.autocast(x.device.type, enabled=False):  # hooks run inside the forward's autocast
+        read = x.flatten(0, -2).float()
+        layer.gram[space] = layer.gram.get(space, 0) + second_moment(read)
+        if space in wanted:
             away = wanted[space].flatten(0, -2).float() - read
             layer.drift[space] = layer.drift.get(space, 0) + away.T @ read
 

@@ -270,6 +270,23 @@ def _renumber_processor(processor: State | None, place: dict[int, int]) -> None:
         )
 
 
+def spellings(before: "PreTrainedTokenizerFast", after: "PreTrainedTokenizerFast") -> list[tuple[int, ...]]:
+    """Return how a trimmed tokenizer spells each token of the one that it was cut from: ids by id.
+
+    Args:
+        before: The tokenizer with all tokens.
+        after: What `trim_tokenizer` made of it.
+    """
+    state = json.loads(before.backend_tokenizer.to_str())
+    parts, place = parts_of_tokens(state), after.get_vocab()
+
+    @cache
+    def spelled(token: str) -> tuple[int, ...]:
+        return (place[token],) if token in place else tuple(piece for part in parts(token) for piece in spelled(part))
+
+    return [spelled(token) for token in tokens_by_id(state).values()]
+
+
 def trim_tokenizer(tokenizer: "PreTrainedTokenizerFast", kept: Sequence[int]) -> "PreTrainedTokenizerFast":
     """Return a tokenizer that has only the tokens `kept`, ids ascending, numbered from 0; all else is as it was.
 

@@ -42,7 +42,7 @@ class Wanted:
     budget: Budget
     prune: bool = True
     fixed: dict[str, str] = field(default_factory=dict)
-    method: str = "gptq"
+    method: str = "gptaq"
     heal_seconds: float | None = None
     tune_seconds: float = 0.0
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from pocketlm.model.compute import fast_copy
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Training, batches, distillation_step, train, updates
+from pocketlm.model.respelling import Spelling, respelled_divergence, respelled_step
 from pocketlm.steps.report import StepReport
 
 
@@ -42,6 +44,7 @@ def distil(
     windows: Tensor,
     held_out: Tensor,
     progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+    spelling: Spelling | None = None,
 ) -> tuple[LanguageModel, StepReport]:
     """Train `student` on KL(teacher ‖ student) over full next-token distributions, at temperature 1.
 
@@ -55,11 +58,14 @@ def distil(
         windows: (windows, length) token ids to learn from.
         held_out: (windows, length) token ids to choose the checkpoint by.
         progress: Called after each step with steps done, steps in all, and the loss.
+        spelling: The student's ids for each of the teacher's, where the student has fewer tokens; `windows` and
+            `held_out` are the teacher's ids.
 
     Raises:
+        BadInputError: There is no text, or the vocabularies differ and there is no spelling.
         PocketlmError: The loss is not a number.
     """
-    if teacher.network.config.vocab_size != student.network.config.vocab_size:
+    if spelling is None and teacher.network.config.vocab_size != student.network.config.vocab_size:
         raise BadInputError("Teacher and student have different vocabularies, so probabilities cannot be compared")
     if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
         raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
@@ -67,10 +73,16 @@ def distil(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
     update = updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
-    opinion, original = judge(teacher.network, held_out), fast_copy(teacher.network)
+    original = fast_copy(teacher.network)
+    if spelling is None:
+        opinion = judge(teacher.network, held_out)
+        distance, step = partial(divergence_of, network, held_out, opinion), distillation_step
+    else:
+        distance = partial(respelled_divergence, original, network, held_out, spelling)
+        step = partial(respelled_step, spelling=spelling)
 
     def learn(batch: Tensor) -> float:
-        loss = distillation_step(original, network, batch)
+        loss = step(original, network, batch)
         nn.utils.clip_grad_norm_(trained, 1.0)
         update()
         return loss
@@ -79,7 +91,7 @@ def distil(
         batches(windows, config.windows_per_step, steps, config.seed),
         steps,
         learn,
-        lambda: divergence_of(network, held_out, opinion),
+        distance,
         lambda: copy.deepcopy(network.state_dict()),
         config.evaluations,
         progress,

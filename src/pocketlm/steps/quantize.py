@@ -32,9 +32,10 @@ class Quantize:
     formats: dict[str, str]
     """Format name per group (embedding, head, query_key, value, attention_out, ffn_in, ffn_out) or per pattern of
     parameter names (`model.layers.0.*`); of several that match a tensor the last one counts."""
-    method: Literal["gptq", "gptaq", "rtn"] = "gptq"
-    """GPTQ; GPTQ that aims at what the original model computes, so that later blocks make up for earlier ones; or
-    round-to-nearest with a scale search."""
+    method: Literal["gptaq", "gptq", "rtn"] = "gptaq"
+    """GPTQ that aims at what the original model computes, so that later blocks make up for earlier ones; plain GPTQ, a
+    forward pass cheaper; or round-to-nearest with a scale search. On the reference model's mixes of 75 MB and 62 MB the
+    first had 3 to 12 % less KL than the second."""
     learned_rounding: int = 0
     """Iterations of learned rounding per block, from those codes on."""
     keep_zeros: bool = False

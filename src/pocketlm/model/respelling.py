@@ -1,0 +1,118 @@
+"""Teach a model with fewer tokens by one with more: every token that is gone is spelled with those that stayed.
+
+    the teacher reads      the | pocket | book | 's
+    the student reads      the | pock · et | book | 's
+                                 ^      ^
+        first piece: the sum of the teacher's probabilities of all tokens that are spelled with it in front
+               later pieces: what stands there
+
+Both read the same text, so at the end of every token of the teacher's the two have read the same, and their
+probabilities of what comes next can be compared. Inside a token the teacher has no say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.model.compute import as_forward, fast_forward
+from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, recomputing
+from pocketlm.model.sweep import final_hidden
+
+Spelling = Sequence[Sequence[int]]
+"""The student's ids for each of the teacher's, at least one."""
+
+
+@dataclass(frozen=True)
+class Respelled:
+    """A batch as the student reads it, and what it is to predict.
+
+    Attributes:
+        ids: (windows, length) of the student's tokens, zeros behind the end of shorter windows.
+        places: (predictions,), which positions of `ids`, flattened, predict.
+        labels: (predictions,), the piece that follows.
+        heard: (predictions,), the teacher's position, flattened, that predicts it; -1 for all but first pieces.
+    """
+
+    ids: Tensor
+    places: Tensor
+    labels: Tensor
+    heard: Tensor
+
+
+def respell(windows: Tensor, spelling: Spelling) -> Respelled:
+    """Spell windows of the teacher's ids, (windows, length), with the student's."""
+    spelled = [[spelling[index] for index in row] for row in windows.tolist()]
+    longest = max(sum(map(len, row)) for row in spelled)
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
+    places, labels, heard = [], [], []
+    for line, row in enumerate(spelled):
+        pieces = [
+            (piece, token if first == 0 else 0) for token, word in enumerate(row) for first, piece in enumerate(word)
+        ]
+        ids[line, : len(pieces)] = torch.tensor([piece for piece, _ in pieces])
+        for place, (piece, token) in enumerate(pieces[1:]):  # nothing predicts the first one
+            places.append(line * longest + place)
+            labels.append(piece)
+            heard.append(line * windows.shape[1] + token - 1 if token else -1)
+    return Respelled(ids, torch.tensor(places), torch.tensor(labels), torch.tensor(heard))
+
+
+def respelled_divergence(teacher: nn.Module, student: nn.Module, windows: Tensor, spelling: Spelling) -> float:
+    """Return the mean divergence of a student from its teacher in nats per token of the student's.
+
+    KL at first pieces, -log p of what stands there at later ones.
+
+    Args:
+        teacher: The original.
+        student: With fewer tokens.
+        windows: (windows, length) of the teacher's ids.
+        spelling: The student's ids for each of the teacher's.
+    """
+    total, count = 0.0, 0
+    for batch in windows.split(1):
+        text = respell(batch, spelling)
+        hidden = final_hidden(student, text.ids).flatten(0, 1)
+        total += _through_head(teacher, student, batch, hidden, text, spelling)[0] * len(text.labels)
+        count += len(text.labels)
+    return total / count
+
+
+def respelled_step(teacher: nn.Module, student: nn.Module, windows: Tensor, spelling: Spelling) -> float:
+    """Add the gradient of `respelled_divergence` on one batch to the student; return the divergence."""
+    text = respell(windows, spelling)
+    with recomputing(student), fast_forward(windows.device):
+        hidden = student.base_model(input_ids=text.ids, use_cache=False).last_hidden_state
+    loss, slope, slope_of_head = _through_head(teacher, student, windows, hidden.detach().flatten(0, 1), text, spelling)
+    add_gradient(student.lm_head.weight, slope_of_head)
+    hidden.backward(slope.view_as(hidden))
+    return loss
+
+
+@torch.no_grad()
+def _through_head(
+    teacher: nn.Module, student: nn.Module, windows: Tensor, hidden: Tensor, text: Respelled, spelling: Spelling
+) -> tuple[float, Tensor, Tensor]:
+    """Return the mean divergence and its gradients by what the student's head reads, (positions, width), and by it."""
+    truth = final_hidden(teacher, windows).flatten(0, 1)
+    first = torch.tensor([word[0] for word in spelling])
+    reference, head = as_forward(teacher.lm_head.weight), as_forward(student.lm_head.weight)
+    total, slope = 0.0, torch.zeros_like(hidden)
+    slope_of_head = torch.zeros(head.shape, device=head.device)
+    for start in range(0, len(text.labels), POSITIONS_AT_ONCE):
+        chunk = slice(start, start + POSITIONS_AT_ONCE)
+        states = as_forward(hidden[text.places[chunk]])
+        mine = torch.log_softmax((states @ head.T).float(), -1)
+        heard = text.heard[chunk]
+        said = torch.softmax((as_forward(truth[heard[heard >= 0]]) @ reference.T).float(), -1)
+        target = torch.zeros_like(mine)
+        # Rows of the embedding that no token has (padding) are no words.
+        target[heard >= 0] = target.new_zeros(len(said), target.shape[1]).index_add_(1, first, said[:, : len(first)])
+        inside = (heard < 0).nonzero().squeeze(1)
+        target[inside, text.labels[chunk][inside]] = 1.0
+        total += (torch.special.xlogy(target, target) - target * mine).sum().item()
+        by_logits = as_forward(mine.exp_().sub_(target).div_(len(text.labels)))
+        slope[text.places[chunk]] = (by_logits @ head).to(slope.dtype)
+        slope_of_head += by_logits.T @ states
+    return total / len(text.labels), slope, slope_of_head
