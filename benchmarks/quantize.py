@@ -1,11 +1,12 @@
 """Bytes against damage: pocketlm, plain rounding and other quantizers, every file read in llama.cpp.
 
     python benchmarks/quantize.py MODEL --calibrate FILE... --measure FILE... --sizes 62MB 75MB 90MB \
-        [--tune 10m] [--peer NAME=FILE_OR_FOLDER]... --out benchmarks/results/quantize.md
+        [--tuned 62MB --tune 10m] [--peer NAME=FILE_OR_FOLDER]... --out benchmarks/results/quantize.md
 
 MODEL is a Hugging Face folder. Files of text calibrate, other files measure. For every size one file is made by
-`pocketlm quantize`'s own pipeline, and one more with --tune. A peer is a GGUF file, or a folder of dequantized weights
-(benchmarks/peers/ makes both). Writes a table (Markdown), the same as JSON, and the curve as a picture (SVG).
+`pocketlm quantize`'s own pipeline, and for those under --tuned one more with --tune. A peer is a GGUF file, or a folder
+of dequantized weights (benchmarks/peers/ makes both). Writes a table (Markdown), the same as JSON, and the curve as a
+picture (SVG).
 """
 
 import argparse
@@ -40,7 +41,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--measure", type=Path, nargs="+", required=True)
     parser.add_argument("--sizes", nargs="*", default=[])
     parser.add_argument("--formats", nargs="*", default=[], help="one format for everything, by GPTQ and by rounding")
-    parser.add_argument("--tune", default="0")
+    parser.add_argument("--tuned", nargs="*", default=[], help="sizes of which a tuned file is made too")
+    parser.add_argument("--tune", default="10m", help="time that tuning takes")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--windows", type=int, default=6, help="of 512 tokens, per text")
     parser.add_argument("--out", type=Path, required=True)
@@ -51,8 +53,7 @@ def make(args: argparse.Namespace, folder: Path, screen: Screen) -> dict[str, tu
     """Make pocketlm's files; return them by name with what was predicted and how long it took."""
     files = {}
     jobs = [(f"pocketlm {size}", {"size": size}) for size in args.sizes]
-    jobs += [(f"pocketlm {size} tuned", {"size": size, "tune": parse_time(args.tune)}) for size in args.sizes]
-    jobs = [job for job in jobs if "tuned" not in job[0] or parse_time(args.tune)]
+    jobs += [(f"pocketlm {size} tuned", {"size": size, "tune": parse_time(args.tune)}) for size in args.tuned]
     for form in args.formats:
         jobs += [(f"pocketlm {form}", {"format": form}), (f"rounding {form}", {"format": form, "method": "rtn"})]
     for name, settings in jobs:
