@@ -1,11 +1,12 @@
-"""Trimmed vocabularies: what a text costs in tokens and in bits per byte, without any training.
+"""Trimmed vocabularies: what a text costs in tokens and in bits per byte, without training and after some.
 
     python benchmarks/vocabulary.py --model MODEL --text FILE... [--held-out FILE...] [--strings FILE...] \
-        [--sizes 32768 16384] [--windows 6] [--out benchmarks/results/DATE-vocabulary.md]
+        [--sizes 32768 16384] [--heal TOKENS] [--windows 6] [--out benchmarks/results/DATE-vocabulary.md]
 
 MODEL is a Hugging Face folder. The text's calibration part chooses the tokens; its test part and the files of
 --held-out judge them, in llama.cpp, on F16 files. 10,000 strings (lines of --strings, and random ones of many scripts)
 must come back from each tokenizer as they do from the original's, and llama.cpp must cut them as transformers does.
+With --heal each trimmed model also learns from the original, so many of whose tokens, on the calibration part.
 """
 
 import argparse
@@ -24,14 +25,17 @@ from pocketlm.measure.device import machine
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.text import Corpus, pack_windows, read_corpus
+from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.sizes import sizes_of
 from pocketlm.proof import measure_on_text
 from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
+from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline, trim_vocabulary
 from pocketlm.terminal import Screen
 
 STRINGS = 10_000
+HEALING_RATE = 2e-4  # of all weights; rare words in new pieces are much to learn
 QUESTION = "What is the capital of France?"
 # First and last characters of scripts, symbols and emoji.
 SCRIPTS = (
@@ -94,6 +98,19 @@ def trim(args: argparse.Namespace, size: int, corpus: Corpus, folder: Path) -> t
     return model, file, {"size": size, "bytes": file.stat().st_size, "predicted": predicted, **report.details}
 
 
+def heal(original: LanguageModel, model: LanguageModel, corpus: Corpus, tokens: int, screen: Screen) -> LanguageModel:
+    """Distil across the vocabularies for so many tokens; the model is changed in place."""
+    windows = pack_windows(corpus.split("calibration"), original.tokenizer, 1 + tokens // 512)
+    held_out = corpus.tokens("validation", original.tokenizer, 4).windows
+    spelling = spellings(original.tokenizer, model.tokenizer)
+    config = Distil(tokens=tokens, learning_rate=HEALING_RATE)
+
+    def show(done: int, total: int, loss: float) -> None:
+        screen.progress(f"healing (loss {loss:.3f})", done, total)
+
+    return distil(original, model, config, windows, held_out, show, spelling)[0]
+
+
 def answer(file: Path) -> str:
     """Return what a file's model answers to a question, greedily."""
     if not has_chat_template(file):
@@ -102,18 +119,24 @@ def answer(file: Path) -> str:
         return complete(server, [{"role": "user", "content": QUESTION}], max_tokens=40, greedy=True).text
 
 
-def main() -> None:
-    """Trim to every size, measure, write the table."""
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, nargs="*", default=[])
     parser.add_argument("--strings", type=Path, nargs="*", default=[])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32768, 16384])
+    parser.add_argument("--heal", type=int, default=0, help="tokens")
     parser.add_argument("--windows", type=int, default=6, help="of 512 tokens, per text")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{today}-vocabulary.md")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Trim to every size, measure, write the table."""
+    args = arguments()
     original, corpus, strings = load(args.model), read_corpus(args.text), strings_of(args.strings)
     texts = {"the text's test part": corpus.split("test")}
     texts |= {file.stem: list(read_corpus([file]).documents) for file in args.held_out}
@@ -129,6 +152,13 @@ def main() -> None:
             models[str(size)], files[str(size)], row = trim(args, size, corpus, folder)
             row |= check_strings(original, models[str(size)], files[str(size)], strings)
             rows.append(row | {"answer": answer(files[str(size)])})
+            if args.heal:
+                name = f"{size} healed"
+                models[name] = heal(original, load(str(folder / str(size))), corpus, args.heal, screen)
+                files[name] = folder / f"{name}.gguf"
+                write_gguf(models[name], {}, files[name])
+                healed = {"healed": args.heal, "bytes": files[name].stat().st_size, "answer": answer(files[name])}
+                rows.append(rows[-1] | healed)
         for name, documents in texts.items():
             windows = pack_windows(documents, original.tokenizer, args.windows)
             qualities = measure_on_text(files, models, windows, screen.progress).qualities
@@ -146,7 +176,7 @@ def page(args: argparse.Namespace, rows: list[dict], texts: list[str]) -> list[s
     """Return the results as the lines of a Markdown page."""
     here = machine(args.out.parent)
     lines = [
-        "# Trimmed vocabularies, without training",
+        "# Trimmed vocabularies",
         "",
         f"`{command_line()}`",
         "",
@@ -159,7 +189,7 @@ def page(args: argparse.Namespace, rows: list[dict], texts: list[str]) -> list[s
         "|---" * (5 + 2 * len(texts)) + "|",
     ]
     for row in rows:
-        cells = [f"{row['size']:,}", f"{row['bytes']:,}", f"{row.get('predicted', row['bytes']):,}"]
+        cells = [name_of(row), f"{row['bytes']:,}", f"{row.get('predicted', row['bytes']):,}"]
         cells += [f"{row[key]:,} of {row['strings']:,}" for key in ("came back", "cut alike")]
         for text in texts:
             bits = row[text]["bits per byte"]
@@ -167,7 +197,12 @@ def page(args: argparse.Namespace, rows: list[dict], texts: list[str]) -> list[s
             cells += [f"{row[text]['tokens per word']:.3f}", f"{bits['value']:.4f}" + (gain if row != rows[0] else "")]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Asked “{QUESTION}”, greedily:", ""]
-    return lines + [f"- {row['size']:,} tokens: {row['answer']!r}" for row in rows]
+    return lines + [f"- {name_of(row)}: {row['answer']!r}" for row in rows]
+
+
+def name_of(row: dict) -> str:
+    """Return what a row of the table is about."""
+    return f"{row['size']:,}" + (f", healed on {row['healed']:,}" if "healed" in row else "")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def formats_for(model: LanguageModel, formats: dict[str, str] | str) -> dict[str
 
 
 @every_family
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptaq", "gptq", "rtn"])
 def test_the_bytes_decode_to_exactly_the_weights_of_the_network(family: str, method: str, tiny_model: Tiny):
     model = tiny_model(family)
     original = {name: value.clone() for name, value in model.network.state_dict().items()}
@@ -284,7 +284,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16,
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptaq", "gptq", "rtn"])
 def test_formats_of_long_rows_decode_to_the_weights_of_the_network(method: str, name: str, tiny_model: Tiny):
     model = tiny_model("llama", **WIDE)
     model, packed, _ = quantize(model, Quantize(formats=formats_for(model, name), method=method), WINDOWS)
@@ -329,6 +329,20 @@ def test_groups_in_f16_are_left_as_they_are(family: str, tiny_model: Tiny):
     changed = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == set(packed) == {name for name, _ in modules_by_group(model.network)["ffn_out"]}
     assert list(report.details["output_error"]) == ["ffn_out"]
+
+
+@pytest.mark.usefixtures("exact")
+def test_gptaq_differs_from_gptq_only_where_earlier_errors_arrive(tiny_model: Tiny):
+    by_method = [
+        quantize(
+            tiny_model("qwen2"), Quantize(formats=formats_for(tiny_model("qwen2"), "Q4_0"), method=method), WINDOWS
+        )
+        for method in ("gptaq", "gptq")
+    ]
+    same = {name: torch.equal(part.rows, by_method[1][1][name].rows) for name, part in by_method[0][1].items()}
+    reads_first = ("q_proj", "k_proj", "v_proj")
+    assert all(same[f"model.layers.0.self_attn.{path}.weight"] for path in reads_first)
+    assert not any(same[f"model.layers.2.self_attn.{path}.weight"] for path in reads_first)
 
 
 def test_quantizing_twice_gives_the_same_bytes(tiny_model: Tiny):
@@ -423,7 +437,7 @@ def dead_block(network: nn.Module) -> Callable[[], Tensor]:
     return lambda: read_weight(blocks_of(network)[0].mlp.down_proj)[:, 32:64]
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptaq", "gptq", "rtn"])
 def test_channels_silent_on_the_calibration_text_keep_their_weights(method: str, tiny_model: Tiny):
     """Other text may wake them up: what reads them must not be wiped out."""
     model = tiny_model("llama")
