@@ -199,9 +199,9 @@ def _change(
     statistics = texts.calibration.first(STATISTICS_WINDOWS)
     match step:
         case PruneDepth():
-            model, report = prune_depth(model, step)
+            model, report = prune_depth(model, step, statistics, lambda i, n: progress("repairing blocks", i, n))
         case PruneWidth():
-            model, report = prune_width(model, step, statistics, lambda i, n: progress("pruning FFNs", i, n))
+            model, report = prune_width(model, step, statistics, lambda i, n: progress("narrowing blocks", i, n))
         case Prepare():
             model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():
