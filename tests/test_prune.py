@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.model.abreast import DAMPING, abreast
+from pocketlm.model.abreast import abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
 from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream
 from pocketlm.plan.importance import block_influence, perplexity_without
@@ -25,6 +25,7 @@ from pocketlm.run.engine import Engine
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, choose_basis, prune_width
 from pocketlm.steps.quantize import Quantize
+from pocketlm.tensors.reconstruction import solve_missing
 
 every_grouped_family = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
 every_rotating_family = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -154,7 +155,7 @@ def test_widths_that_stay_are_left_alone(family: str, tiny_model: Tiny):
 
 @pytest.mark.usefixtures("exact")
 def test_writers_are_resolved_towards_the_stream_of_the_original(tiny_model: Tiny):
-    """The obvious way: collect inputs and wanted outputs of block 1 after block 0 was damaged, and solve in float64."""
+    """The obvious way: collect inputs and streams of block 1 after block 0 was damaged, and sum in float64."""
     network = tiny_model("llama").network
     original = copy.deepcopy(network)
     pairs = abreast(network, WINDOWS)
@@ -164,18 +165,22 @@ def test_writers_are_resolved_towards_the_stream_of_the_original(tiny_model: Tin
     pair = next(pairs)
     heard, wanted = {}, {}
     network.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda m, a: heard.update(x=a[0]))
-    network.model.layers[1].register_forward_pre_hook(lambda m, a: heard.update(stream=a[0]))
+    network.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: heard.update(t=a[0]))
     original.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: wanted.update(t=a[0]))
     logits_of(network), logits_of(original)
-    weight = 1 / wanted["t"].double().square().mean(-1, keepdim=True).sqrt()
-    x = (weight * heard["x"].double()).flatten(0, 1)
-    t = (weight * (wanted["t"] - heard["stream"]).double()).flatten(0, 1)
-    prior = read_weight(pair.block.self_attn.o_proj).double()
-    root = (DAMPING * x.square().sum(0).mean()).sqrt()
-    rows = torch.cat([x, root * torch.eye(x.shape[1], dtype=torch.float64)])
-    solution = torch.linalg.lstsq(rows, torch.cat([t, root * prior.T])).solution.T
-    pair.resolve_writer("self_attn.o_proj", *pair.moments("self_attn.o_proj"))
-    assert torch.allclose(read_weight(pair.block.self_attn.o_proj).double(), solution, atol=1e-4)
+    scale = wanted["t"].double().square().mean(-1, keepdim=True).sqrt()
+    x = (heard["x"].double() / scale).flatten(0, 1)
+    missing = ((wanted["t"] - heard["t"]).double() / scale).flatten(0, 1)
+    taught, held = pair.moments("self_attn.o_proj")
+    cut = len(x) * 3 // 4
+    for part, rows in ((taught, slice(cut)), (held, slice(cut, None))):
+        assert torch.allclose(part.gram.double(), x[rows].T @ x[rows], atol=1e-2)
+        assert torch.allclose(part.cross.double(), missing[rows].T @ x[rows], atol=1e-2)
+    before = read_weight(pair.block.self_attn.o_proj).clone()
+    pair.resolve_writer("self_attn.o_proj", (taught, held))
+    assert torch.allclose(
+        read_weight(pair.block.self_attn.o_proj), before + solve_missing(taught, held).float(), atol=1e-5
+    )
 
 
 @pytest.mark.usefixtures("exact")

@@ -135,7 +135,8 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
     return [
         *lines,
         "read in llama.cpp on text that no step has seen; in brackets: 95 % intervals, bootstrap over windows, paired",
-        f"{removed:.1%} of the parameters are gone: some {made.healing_tokens:,} tokens of distillation usually heal that",
+        f"{removed:.1%} of the parameters are gone: "
+        f"about {made.healing_tokens:,} tokens of distillation usually heal that",
         f"wrote {out}: {out / 'hf'} loads in transformers, {out / 'model.gguf'} in llama.cpp "
         f"({made.actual_bytes:,} bytes, {made.predicted_bytes:,} predicted); the choices are in {out / 'choices.html'}",
     ]

@@ -2,7 +2,7 @@
 
     for pair in abreast(network, windows):
         for path in pair.writers:
-            pair.resolve_writer(path, *pair.moments(path))
+            pair.resolve_writer(path, pair.moments(path))
 
 Both carry the same text: the original's hidden states go through the blocks as they were, the others through the
 blocks as the body of the loop left them. A linear is re-solved by least squares on what it reads now, towards what
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.surgery import entrance
 from pocketlm.model.sweep import rehearse, run_block, second_moment
-from pocketlm.tensors.reconstruction import solve_towards
-
-DAMPING = 0.03
+from pocketlm.tensors.reconstruction import Moments, solve_missing, solve_readers
 
 
 @dataclass
@@ -60,49 +59,68 @@ class Pair:
     wrote: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def resolve_readers(self, space: str) -> None:
-        """Re-solve what reads the residual stream through a norm, towards what the original's linears put out.
-
-        Args:
-            space: That the linears read; their present weights are what they stay near to.
-        """
+        """Re-solve what reads the residual stream through a norm, towards what the original's linears put out."""
         self.touched = True
-        gram, cross = 0, 0
-        first, *_ = self.anatomy.readers(space)
-        for goal, (inputs, _) in zip(self.read[space], self._arrivals(first), strict=True):
-            x = inputs.flatten(0, -2).float()
-            gram, cross = gram + second_moment(inputs), cross + goal.flatten(0, -2).float().T @ x
-        for path in self.anatomy.readers(space):
-            linear, whole = self.block.get_submodule(path), read_weight(self.original.get_submodule(path))
-            write_weight(linear, solve_towards(read_weight(linear), gram, whole.float() @ cross, DAMPING))
+        paths = self.anatomy.readers(space)
+        seen = _Sums()
+        for wanted, (inputs, _) in zip(self.read[space], self._arrivals(paths[0]), strict=True):
+            seen.add(inputs.float(), wanted.float())
+        for path in paths:
+            linear, whole = self.block.get_submodule(path), read_weight(self.original.get_submodule(path)).float()
+            weight = read_weight(linear).float()
+            # Both see the same tokens: what is missing is the original's output less the present one's.
+            parts = [Moments(part.gram, whole @ part.cross - weight @ part.gram) for part in seen.parts]
+            write_weight(linear, weight + solve_missing(*parts).float())
 
-    def moments(self, path: str) -> tuple[Tensor, Tensor]:
-        """Return what re-solving a writer of the residual stream takes: the sums of x xᵀ and of t xᵀ.
+    def moments(self, path: str) -> tuple[Moments, Moments]:
+        """Return what a writer of the residual stream reads now and what is missing behind it.
 
-        x is what the linear reads now; t is what it would have to put out for the stream to be the original's behind
-        it. Where a norm stands between the linear and the stream (Gemma), t is what the original's linear put out.
-        Each token is divided by the root mean square of the original's stream, as the norms that read it do: the few
-        tokens with huge states would count for all others else.
+        Missing is what the stream of the original has behind the writer, less the stream that the pruned path has.
+        Where a norm stands between the linear and the stream (Gemma), it is what the original's linear put out, less
+        the present output. Each token is divided by the root mean square of the original's stream, as the norms that
+        read it do: else the few tokens with huge states would count for all others.
 
         Args:
-            path: In the block.
+            path: In the block, before its columns are cut.
 
         Returns:
-            (columns, columns) and (rows, columns), float32.
+            Of the text to solve on and of the text that is held back.
         """
-        bias = self.block.get_submodule(path).bias
-        gram, cross = 0, 0
+        linear, sums = self.block.get_submodule(path), _Sums()
+        weight, bias = read_weight(linear).float(), linear.bias
         for batch, (inputs, stream) in enumerate(self._arrivals(path)):
-            goal, scale = self._goal(path, batch)
-            goal = goal - (0 if self.anatomy.norms_behind else stream) - (0 if bias is None else bias)
-            x, t = (inputs.float() / scale).flatten(0, -2), (goal / scale).flatten(0, -2)
-            gram, cross = gram + second_moment(x), cross + t.T @ x
-        return gram, cross
+            behind, scale = self._wanted(path, batch)
+            output = inputs.float() @ weight.T + (0 if bias is None else bias)
+            sums.add(inputs.float() / scale, (behind - output - (0 if self.anatomy.norms_behind else stream)) / scale)
+        return sums.parts
 
-    def resolve_writer(self, path: str, gram: Tensor, cross: Tensor) -> None:
-        """Re-solve a writer of the residual stream with its `moments`, of the channels that it still reads."""
+    def resolve_writer(self, path: str, moments: tuple[Moments, Moments], keep: Tensor | None = None) -> None:
+        """Re-solve a writer of the residual stream on the columns that it has left.
+
+        What it still reads comes closest to what it put out, and then to what is missing besides.
+
+        Args:
+            path: In the block; its columns are cut already.
+            moments: From before.
+            keep: The columns that are left; all where None.
+        """
         self.touched = True
-        linear = self.block.get_submodule(path)
-        write_weight(linear, solve_towards(read_weight(linear), gram, cross, DAMPING))
+        linear, solved = self.block.get_submodule(path), 0.0
+        weight = read_weight(linear).float()
+        if keep is not None:
+            taught, held = moments
+            whole = self.project_rows(read_weight(self.original.get_submodule(path)).float())
+            weight = solve_readers(whole, taught.gram + held.gram, keep)
+            solved = torch.zeros_like(whole)
+            solved[:, keep] = weight
+            # What is missing now: what was, and what the cut columns put out that the others do not.
+            lost = whole - solved
+            moments = tuple(Moments(part.gram, part.cross + lost @ part.gram).of(keep) for part in moments)
+        write_weight(linear, weight + solve_missing(*moments).float())
+
+    def project_rows(self, weight: Tensor) -> Tensor:
+        """Return the kept directions of what a writer of the residual stream puts out, (rows, columns)."""
+        return weight if self.basis is None else self.basis.T @ weight
 
     @property
     def drifted(self) -> bool:
@@ -118,16 +136,19 @@ class Pair:
         """Return the kept directions of what is in the original's residual stream."""
         return x if self.basis is None else x.float() @ self.basis
 
-    def _goal(self, path: str, batch: int) -> tuple[Tensor, Tensor]:
-        """Return what there should be behind a writer, (windows, length, width), and each token's root mean square."""
+    def _wanted(self, path: str, batch: int) -> tuple[Tensor, Tensor]:
+        """Return what the original has behind a writer, in the kept directions, and each token's root mean square.
+
+        Behind the last writer of a block dropped blocks that follow count too.
+        """
         position = self.writers.index(path)
         if self.anatomy.norms_behind:
-            goal = self.wrote[path][batch].float()
+            behind = self.wrote[path][batch].float()
         elif position == len(self.writers) - 1:
-            goal = self.goal[batch]
+            behind = self.goal[batch]
         else:
-            goal = self.clean[batch] + sum(self.wrote[writer][batch] for writer in self.writers[: position + 1])
-        return self.project(goal), goal.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+            behind = self.clean[batch] + sum(self.wrote[writer][batch] for writer in self.writers[: position + 1])
+        return self.project(behind), behind.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
     def _arrivals(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what a linear reads now, and the residual stream that its output is added to, batch by batch."""
@@ -136,6 +157,21 @@ class Pair:
             with listening(self.block, [path], earlier, stop=True) as (read, wrote), suppress(_Heard):
                 run_block(self.block, states, keywords)
             yield read[path], states + sum(wrote[writer].float() for writer in earlier)
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens, a quarter of each batch apart from the others."""
+
+    parts: tuple[Moments, Moments] | None = None
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Add tokens: what is read and what is missing, (windows, length, columns) and (windows, length, rows)."""
+        x, t = x.flatten(0, -2), t.flatten(0, -2)
+        cut = 3 * len(x) // 4
+        new = [(second_moment(part), wanted.T @ part) for part, wanted in ((x[:cut], t[:cut]), (x[cut:], t[cut:]))]
+        before = [(part.gram, part.cross) for part in self.parts] if self.parts else [(0, 0)] * 2
+        self.parts = tuple(Moments(a + c, b + d) for (a, b), (c, d) in zip(before, new, strict=True))
 
 
 class _Heard(Exception):
@@ -177,11 +213,11 @@ def abreast(
         network: A causal language model of a known family; the body of the loop changes its blocks.
         windows: (windows, length) token ids.
         skip: Blocks that the network being cut goes without; they are not yielded, and stay where they are.
-        basis: (old width, new width), what the residual stream is multiplied by on entry.
+        basis: (old width, new width), the directions of the residual stream that are kept; all where None.
     """
     anatomy, start = anatomy_of(network), rehearse(network, windows)
     blocks, clean = list(blocks_of(network)), start.hidden
-    states = clean if basis is None else [hidden @ basis for hidden in clean]
+    states = clean if basis is None else [hidden @ entrance(network, basis) for hidden in clean]
     for index, block in enumerate(blocks):
         if index in skip:
             clean = _through(block, clean, start.keywords[index])
@@ -252,7 +288,7 @@ def resolve_end(network: nn.Module, norm: nn.Module, head: Tensor, last: Pair) -
     """Fit what follows the last block of a narrowed network to the original.
 
     A head of its own is re-solved towards the original's logits. One that is tied to the embedding stays, and the
-    last norm's weights are rescaled, channel by channel, so that what it reads comes closest to the original's.
+    last norm's weights are rescaled, channel by channel, so that what the head reads comes closest to the original's.
 
     Args:
         network: Cut, with its ends narrowed; its last norm and head are changed.
@@ -261,17 +297,19 @@ def resolve_end(network: nn.Module, norm: nn.Module, head: Tensor, last: Pair) -
         last: The last pair of the walk, whose basis is not None.
     """
     narrow, anatomy = network.get_submodule(anatomy_of(network).final_norm), last.anatomy
-    embedding = network.get_input_embeddings()
-    tied = network.lm_head.weight is embedding.weight
-    gram, cross = 0, 0
+    rotated = anatomy.rotates and network.config.tie_word_embeddings
+    if rotated:  # the embedding has taken the weight
+        norm.weight.fill_(norm.weight.mean())
+    sums = _Sums()
     for x, y in zip(last.left, last.goal, strict=True):
-        read, wanted = narrow(x).flatten(0, -2).float(), norm(y).flatten(0, -2).float()
-        gram, cross = gram + read.T @ read, cross + wanted.T @ read
-    if not tied:
-        write_weight(network.lm_head, solve_towards(network.lm_head.weight, gram, head @ cross, DAMPING))
+        sums.add(narrow(x).float(), norm(y).float())
+    if not network.config.tie_word_embeddings:
+        weight = network.lm_head.weight.float()
+        parts = [Moments(part.gram, head.float() @ part.cross - weight @ part.gram) for part in sums.parts]
+        write_weight(network.lm_head, weight + solve_missing(*parts).float())
         return
-    factor = (
-        (len(last.basis) / last.basis.shape[1]) ** 0.5 if getattr(embedding, "embed_scale", None) is not None else 1
-    )
+    gram, cross = (sum(getattr(part, name) for part in sums.parts) for name in ("gram", "cross"))
+    scaled = getattr(network.get_input_embeddings(), "embed_scale", None) is not None
+    factor = (len(last.basis) / last.basis.shape[1]) ** 0.5 if scaled else 1.0
     ratio = (last.basis.T @ cross).diagonal() / gram.diagonal().clamp_min(1e-30) / factor
     narrow.weight.copy_((narrow.weight + anatomy.norm_offset) * ratio - anatomy.norm_offset)

@@ -127,34 +127,41 @@ def narrow_stream(block: nn.Module, anatomy: Anatomy, basis: Tensor) -> None:
         _resize_norm(norm, (norm.weight + anatomy.norm_offset) @ basis.to(norm.weight), anatomy, basis)
 
 
+def entrance(network: nn.Module, basis: Tensor) -> Tensor:
+    """Return what embeddings are multiplied by when a network gets a narrower residual stream, (old width, new width).
+
+    The last norm's weight has to go into the head where the stream is rotated. One that is tied to the embedding takes
+    the embedding along: what enters the stream is scaled, channel by channel. That costs little, since what the blocks
+    write is many times larger, and the first readers are re-solved.
+    """
+    if not anatomy_of(network).rotates or not network.config.tie_word_embeddings:
+        return basis
+    weight = network.get_submodule(anatomy_of(network).final_norm).weight.detach()
+    return (weight / weight.mean())[:, None] * basis
+
+
 @torch.no_grad()
 def narrow_ends(network: nn.Module, basis: Tensor) -> None:
-    """Let the embeddings, the last norm and the head speak a residual stream of fewer directions.
-
-    A head of its own takes the last norm's weight; one that is tied to the embedding cannot, and keeps the norm's
-    weight as nearly as a diagonal can in the new directions.
-    """
-    anatomy, embedding = anatomy_of(network), network.get_input_embeddings()
+    """Let the embeddings, the last norm and the head speak a residual stream of fewer directions."""
+    anatomy, embedding, head = anatomy_of(network), network.get_input_embeddings(), network.lm_head
     old, new = basis.shape
-    tied = network.lm_head.weight is embedding.weight
+    tied, door = network.config.tie_word_embeddings, entrance(network, basis)
     # Gemma multiplies embeddings by the root of the width.
     factor = (old / new) ** 0.5 if getattr(embedding, "embed_scale", None) is not None else 1.0
     norm = network.get_submodule(anatomy.final_norm)
     weight = norm.weight + anatomy.norm_offset
-    if anatomy.rotates and not tied:
-        network.lm_head.weight = nn.Parameter(network.lm_head.weight * weight @ basis.to(weight))
-        weight = torch.ones_like(weight)
-    elif not tied:
-        network.lm_head.weight = nn.Parameter(network.lm_head.weight @ basis.to(weight))
     for module in network.modules():
         if isinstance(module, nn.Embedding):
             scale = factor if module is embedding else 1.0
-            module.weight = nn.Parameter(module.weight @ basis.to(module.weight) * scale)
+            module.weight = nn.Parameter(module.weight @ door.to(module.weight) * scale)
     if tied:
-        network.lm_head.weight = embedding.weight
-        weight = weight / factor
-    diagonal = (basis.to(weight).square() * weight[:, None]).sum(0)  # of Aᵀ diag(w) A
-    _resize_norm(norm, diagonal, anatomy, basis)
+        head.weight = embedding.weight
+        left = weight.mean().expand(new) if anatomy.rotates else weight @ basis.to(weight) / factor
+    else:
+        folded = head.weight * weight if anatomy.rotates else head.weight
+        write_weight(head, folded @ basis.to(weight))
+        left = weight.new_ones(new) if anatomy.rotates else weight @ basis.to(weight)
+    _resize_norm(norm, left, anatomy, basis)
 
 
 def _resize_norm(norm: nn.Module, weight: Tensor, anatomy: Anatomy, basis: Tensor) -> None:

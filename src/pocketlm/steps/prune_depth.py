@@ -62,7 +62,7 @@ def prune_depth(
         for pair in abreast(model.network, windows, frozenset(dropped)):
             if pair.index + 1 >= dropped[0]:
                 for path in pair.writers:
-                    pair.resolve_writer(path, *pair.moments(path))
+                    pair.resolve_writer(path, pair.moments(path))
             progress(pair.index + 1, total)
     drop_blocks(model.network, set(dropped))
     names = ", ".join(map(str, dropped)) or "none"

@@ -31,7 +31,7 @@ from pocketlm.steps.report import StepReport
 from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_readers
 
 SPACE = "mlp_hidden"
-FINAL = 10.0  # how much more what the head reads counts than what all blocks read, when directions are chosen
+FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,27 +173,26 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
         narrow_stream(pair.block, pair.anatomy, pair.basis)
         pair.resolve_readers("attention_in")
     if pair.drifted or wanted.kv_groups < heads:
-        gram, cross = pair.moments(attention)
+        moments, keep = pair.moments(attention), None
         if wanted.kv_groups < heads:
             weight = read_weight(pair.original.get_submodule(attention)).float()
-            size = len(gram) // heads
-            groups, costs = kept_groups(weight, gram, size, wanted.kv_groups)
+            gram = moments[0].gram + moments[1].gram
+            groups, costs = kept_groups(weight, gram, len(gram) // heads, wanted.kv_groups)
             whole = ((weight @ gram) * weight).sum().clamp_min(1e-30)
             chosen |= {"groups": groups, "group_scores": (costs / whole).tolist()}
             keep_heads(pair.block, network, groups)
-            columns = torch.arange(len(gram), device=gram.device).view(heads, size)[groups].flatten()
-            gram, cross = gram[columns][:, columns], cross[:, columns]
-        pair.resolve_writer(attention, gram, cross)
+            keep = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
+        pair.resolve_writer(attention, moments, keep)
     if pair.basis is not None:
         pair.resolve_readers("mlp_in")
-    gram, cross = pair.moments(ffn)
+    moments, keep = pair.moments(ffn), None
+    gram = moments[0].gram + moments[1].gram
     if wanted.ffn < len(gram):
         weight = read_weight(pair.original.get_submodule(ffn))
         keep = _kept(weight, gram, [wanted.ffn])[wanted.ffn]
         chosen["energy_kept"] = _explained(weight, gram, keep)
         keep_channels(pair.block, network, SPACE, keep)
-        gram, cross = gram[keep][:, keep], cross[:, keep]
-    pair.resolve_writer(ffn, gram, cross)
+    pair.resolve_writer(ffn, moments, keep)
     return chosen
 
 

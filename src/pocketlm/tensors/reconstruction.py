@@ -1,7 +1,26 @@
 """Removing input channels of a linear map and letting the others take over: the least-squares tools of pruning."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a linear reads and what is missing behind it, summed over tokens.
+
+    Attributes:
+        gram: (columns, columns) float32, the sum of x xᵀ.
+        cross: (rows, columns) float32, the sum of t xᵀ; t is what there should be besides what the linear puts out.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+    def of(self, columns: Tensor) -> "Moments":
+        """Return the moments of some of the columns."""
+        return Moments(self.gram[columns][:, columns], self.cross[:, columns])
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
@@ -87,7 +106,7 @@ def group_costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     for start in range(0, len(inverse), size):
         part = slice(start, start + size)
         rows = weight[:, part].T
-        costs.append((rows * torch.linalg.lstsq(inverse[part, part], rows, driver="gelsd").solution).sum())
+        costs.append((rows * (torch.linalg.pinv(inverse[part, part], hermitian=True) @ rows)).sum())
     return torch.stack(costs)
 
 
@@ -122,22 +141,30 @@ def kept_groups(weight: Tensor, gram: Tensor, size: int, keep: int, damping: flo
 
 
 @torch.no_grad()
-def solve_towards(prior: Tensor, gram: Tensor, cross: Tensor, damping: float = 0.1) -> Tensor:
-    """Return the weights that bring the present inputs closest to the wanted outputs, damped towards `prior`.
+def solve_missing(taught: Moments, held: Moments, dampings: tuple[float, ...] = (0.03, 0.3, 3.0)) -> Tensor:
+    """Return what to add to a linear's weights so that it puts out more of what is missing behind it.
 
-    W' = (C + λ W) (G + λ I)⁻¹ minimizes ‖T - W' X‖² + λ ‖W' - W‖². The inputs X are those of the pruned path, the
-    outputs T are the original's, so that what was lost before is made good too (as GPTAQ does for quantization,
-    https://arxiv.org/abs/2504.02692).
+    D = C (G + λ I)⁻¹ minimizes ‖T - D X‖² + λ ‖D‖², where T is what is missing: the inputs X are the pruned path's,
+    and T is taken from the original, so that what was lost before is made good as well (GPTAQ has this idea for
+    quantization, https://arxiv.org/abs/2504.02692). Most of what is missing cannot be told from X, and a fit of it
+    would add noise layer by layer: λ is chosen on text that is held back, and where no λ helps nothing is added.
 
     Args:
-        prior: (rows, columns), what the weights are where the text says nothing.
-        gram: (columns, columns), the sum of x xᵀ.
-        cross: (rows, columns), the sum of t xᵀ.
-        damping: λ as a share of the mean diagonal of `gram`.
+        taught: Of the text that is solved on.
+        held: Of the text that is held back.
+        dampings: λ as shares of the mean diagonal of the Gram matrix.
 
     Returns:
-        (rows, columns) in the dtype of `prior`.
+        (rows, columns) float64, solved on all the text with the λ that was best.
     """
-    ridge = damping * gram.double().diagonal().mean().clamp_min(1e-30)
-    target = cross.double() + ridge * prior.double()
-    return torch.linalg.solve(_damped(gram, damping), target, left=False).to(prior.dtype)
+    gram, cross = taught.gram + held.gram, taught.cross + held.cross
+    errors = {}
+    for damping in dampings:
+        found = _ridge(taught.gram, taught.cross, damping)
+        errors[damping] = ((found @ held.gram.double() - 2 * held.cross.double()) * found).sum().item()
+    best = min(errors, key=errors.__getitem__)
+    return _ridge(gram, cross, best) if errors[best] < 0 else torch.zeros_like(cross, dtype=torch.float64)
+
+
+def _ridge(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    return torch.cholesky_solve(cross.double().T, torch.linalg.cholesky(_damped(gram, damping))).T
