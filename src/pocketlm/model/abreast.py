@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
-from pocketlm.model.surgery import entrance
+from pocketlm.model.surgery import entrance, picks
 from pocketlm.model.sweep import rehearse, run_block, second_moment
 from pocketlm.tensors.reconstruction import Moments, solve_missing, solve_readers
 
@@ -297,8 +297,7 @@ def resolve_end(network: nn.Module, norm: nn.Module, head: Tensor, last: Pair) -
         last: The last pair of the walk, whose basis is not None.
     """
     narrow, anatomy = network.get_submodule(anatomy_of(network).final_norm), last.anatomy
-    rotated = anatomy.rotates and network.config.tie_word_embeddings
-    if rotated:  # the embedding has taken the weight
+    if network.config.tie_word_embeddings and not picks(last.basis):  # the embedding has taken the weight
         norm.weight.fill_(norm.weight.mean())
     sums = _Sums()
     for x, y in zip(last.left, last.goal, strict=True):

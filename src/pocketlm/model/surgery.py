@@ -97,12 +97,17 @@ def keep_heads(block: nn.Module, network: nn.Module, groups: list[int]) -> None:
         write_weight(linear, read_weight(linear)[:, columns])
 
 
+def picks(basis: Tensor) -> bool:
+    """Whether a basis picks channels, so that weights of norms can stay where they are."""
+    return bool((basis.amax(0) == 1).all())
+
+
 @torch.no_grad()
 def narrow_stream(block: nn.Module, anatomy: Anatomy, basis: Tensor) -> None:
     """Let a block read and write a residual stream of fewer directions.
 
-    Where the family allows rotations the weights of the norms go into the linears behind them (SliceGPT,
-    https://arxiv.org/abs/2401.15024); elsewhere `basis` must pick coordinates. The mean square that a norm divides by
+    Where the stream is rotated the weights of the norms go into the linears behind them (SliceGPT,
+    https://arxiv.org/abs/2401.15024); a `basis` that picks channels leaves them. The mean square that a norm divides by
     is taken over fewer channels with the same sum: its weight makes up for that.
 
     Args:
@@ -110,13 +115,14 @@ def narrow_stream(block: nn.Module, anatomy: Anatomy, basis: Tensor) -> None:
         anatomy: Of its family.
         basis: (old width, new width), orthonormal columns.
     """
+    rotated = not picks(basis)
     for space, path in anatomy.norms.items():
         norm = block.get_submodule(path)
         weight = norm.weight + anatomy.norm_offset
         for reader in map(block.get_submodule, anatomy.readers(space)):
-            folded = read_weight(reader) * weight if anatomy.rotates else read_weight(reader)
+            folded = read_weight(reader) * weight if rotated else read_weight(reader)
             write_weight(reader, folded @ basis.to(folded))
-        left = weight.new_ones(basis.shape[1]) if anatomy.rotates else weight @ basis.to(weight)
+        left = weight.new_ones(basis.shape[1]) if rotated else weight @ basis.to(weight)
         _resize_norm(norm, left, anatomy, basis)
     for writer in map(block.get_submodule, anatomy.writers("residual")):
         bias = writer.bias
@@ -134,7 +140,7 @@ def entrance(network: nn.Module, basis: Tensor) -> Tensor:
     the embedding along: what enters the stream is scaled, channel by channel. That costs little, since what the blocks
     write is many times larger, and the first readers are re-solved.
     """
-    if not anatomy_of(network).rotates or not network.config.tie_word_embeddings:
+    if picks(basis) or not network.config.tie_word_embeddings:
         return basis
     weight = network.get_submodule(anatomy_of(network).final_norm).weight.detach()
     return (weight / weight.mean())[:, None] * basis
@@ -145,7 +151,7 @@ def narrow_ends(network: nn.Module, basis: Tensor) -> None:
     """Let the embeddings, the last norm and the head speak a residual stream of fewer directions."""
     anatomy, embedding, head = anatomy_of(network), network.get_input_embeddings(), network.lm_head
     old, new = basis.shape
-    tied, door = network.config.tie_word_embeddings, entrance(network, basis)
+    tied, rotated, door = network.config.tie_word_embeddings, not picks(basis), entrance(network, basis)
     # Gemma multiplies embeddings by the root of the width.
     factor = (old / new) ** 0.5 if getattr(embedding, "embed_scale", None) is not None else 1.0
     norm = network.get_submodule(anatomy.final_norm)
@@ -156,11 +162,11 @@ def narrow_ends(network: nn.Module, basis: Tensor) -> None:
             module.weight = nn.Parameter(module.weight @ door.to(module.weight) * scale)
     if tied:
         head.weight = embedding.weight
-        left = weight.mean().expand(new) if anatomy.rotates else weight @ basis.to(weight) / factor
+        left = weight.mean().expand(new) if rotated else weight @ basis.to(weight) / factor
     else:
-        folded = head.weight * weight if anatomy.rotates else head.weight
+        folded = head.weight * weight if rotated else head.weight
         write_weight(head, folded @ basis.to(weight))
-        left = weight.new_ones(new) if anatomy.rotates else weight @ basis.to(weight)
+        left = weight.new_ones(new) if rotated else weight @ basis.to(weight)
     _resize_norm(norm, left, anatomy, basis)
 
 

@@ -1,7 +1,8 @@
 """Make a model narrower: fewer FFN channels, heads or directions of the residual stream; what is left takes over.
 
-Each block is cut beside a copy of itself. Channels and heads go by what the output loses when the rest is re-solved;
-then every linear that was touched is re-solved towards what the original's residual stream is behind it.
+Channels and heads go by what the output loses when the rest is re-solved. Where heads or directions go, each block is
+cut beside a copy of itself, and every linear that was touched is re-solved towards what the original's residual stream
+is behind it.
 """
 
 import copy
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.abreast import Pair, abreast, resolve_end, stream_moments
-from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight
+from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight, write_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import (
     head_width,
@@ -26,11 +27,12 @@ from pocketlm.model.surgery import (
     rebuilt,
     set_ffn_width,
 )
-from pocketlm.model.sweep import Layer
+from pocketlm.model.sweep import Layer, sweep
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_readers
 
 SPACE = "mlp_hidden"
+ROTATE = True
 FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
 
 
@@ -97,6 +99,8 @@ def prune_width(
     wanted = checked(network, config)
     if wanted == present:
         return model, _report(present, wanted, [{"energy_kept": 1.0}] * network.config.num_hidden_layers)
+    if (wanted.kv_groups, wanted.hidden) == (present.kv_groups, present.hidden):
+        return model, _report(present, wanted, _narrow_ffns(network, wanted.ffn, windows, progress))
     basis = None if wanted.hidden == present.hidden else choose_basis(network, windows, wanted.hidden)
     chosen = []
     for pair in abreast(network, windows, basis=basis):
@@ -107,8 +111,7 @@ def prune_width(
         narrow_ends(network, basis)
         resolve_end(network, *before, pair)
     set_ffn_width(network, wanted.ffn)
-    if (wanted.kv_groups, wanted.hidden) != (present.kv_groups, present.hidden):
-        model = replace(model, network=rebuilt(network, _stated(network, wanted)))
+    model = replace(model, network=rebuilt(network, _stated(network, wanted)))
     return model, _report(present, wanted, chosen)
 
 
@@ -164,6 +167,27 @@ def _stated(network: nn.Module, wanted: PruneWidth) -> dict[str, int]:
     }
 
 
+def _narrow_ffns(
+    network: nn.Module, width: int, windows: Tensor, progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Keep `width` channels in every block and re-solve what reads them; return the energy kept in each.
+
+    Towards what it put out itself: aiming at the original's residual stream as well fits noise where only channels go
+    (reference model, 1536 to 1152 channels, 32 windows of C4: perplexity on wikitext-2 35.9 instead of 34.4).
+    """
+    chosen = []
+    for layer in sweep(network, windows, spaces=(SPACE,)):
+        gram, reader = layer.gram[SPACE], reader_of(layer)
+        keep = kept_channels(layer, [width])[width]
+        solved = solve_readers(read_weight(reader), gram, keep)
+        chosen.append({"energy_kept": _explained(read_weight(reader), solved, gram, keep)})
+        keep_channels(layer.module, network, SPACE, keep)
+        write_weight(reader, solved)
+        progress(layer.index + 1, network.config.num_hidden_layers)
+    set_ffn_width(network, width)
+    return chosen
+
+
 def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     """Cut one block and re-solve it from front to back; return what was chosen, with scores."""
     attention, ffn = pair.writers
@@ -190,7 +214,7 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     if wanted.ffn < len(gram):
         weight = read_weight(pair.original.get_submodule(ffn))
         keep = _kept(weight, gram, [wanted.ffn])[wanted.ffn]
-        chosen["energy_kept"] = _explained(weight, gram, keep)
+        chosen["energy_kept"] = _explained(weight, solve_readers(weight, gram, keep), gram, keep)
         keep_channels(pair.block, network, SPACE, keep)
     pair.resolve_writer(ffn, moments, keep)
     return chosen
@@ -205,7 +229,7 @@ def choose_basis(network: nn.Module, windows: Tensor, hidden: int) -> Tensor:
     """
     inner, final = stream_moments(network, windows)
     moment = inner / inner.trace() + FINAL * final / final.trace()
-    if anatomy_of(network).rotates:
+    if anatomy_of(network).rotates and ROTATE:
         return torch.linalg.eigh(moment.double()).eigenvectors[:, -hidden:].float().contiguous()
     keep = moment.diagonal().argsort(descending=True, stable=True)[:hidden].sort().values
     return torch.eye(len(moment), device=moment.device)[:, keep].contiguous()
@@ -232,9 +256,9 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
     return StepReport("prune_width", "; ".join(said), details)
 
 
-def _explained(weight: Tensor, gram: Tensor, keep: Tensor) -> float:
-    """Return the share of ‖W X‖² that the kept channels can reproduce."""
+def _explained(weight: Tensor, solved: Tensor, gram: Tensor, keep: Tensor) -> float:
+    """Return the share of ‖W X‖² that the re-solved weights reproduce."""
     change = weight.clone().float()
-    change[:, keep] -= solve_readers(weight, gram, keep).float()
+    change[:, keep] -= solved.float()
     whole = ((weight.float() @ gram) * weight.float()).sum()
     return 1 - (((change @ gram) * change).sum() / whole.clamp_min(1e-30)).item()
