@@ -34,7 +34,7 @@ from pocketlm.terminal import Screen
 
 LENGTH = 512
 SCORING_WINDOWS = 16  # of calibration text, for the simple scores
-JUDGING_WINDOWS = 2  # of calibration text that nothing is solved on, for removals that are tried out
+JUDGING_WINDOWS = 8  # of calibration text that nothing is solved on, for removals that are tried out
 Made = Iterator[tuple[str, str, Callable[[], nn.Module]]]
 
 

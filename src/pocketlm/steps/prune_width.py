@@ -32,7 +32,6 @@ from pocketlm.steps.report import StepReport
 from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_readers
 
 SPACE = "mlp_hidden"
-ROTATE = True
 FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
 
 
@@ -229,7 +228,7 @@ def choose_basis(network: nn.Module, windows: Tensor, hidden: int) -> Tensor:
     """
     inner, final = stream_moments(network, windows)
     moment = inner / inner.trace() + FINAL * final / final.trace()
-    if anatomy_of(network).rotates and ROTATE:
+    if anatomy_of(network).rotates:
         return torch.linalg.eigh(moment.double()).eigenvectors[:, -hidden:].float().contiguous()
     keep = moment.diagonal().argsort(descending=True, stable=True)[:hidden].sort().values
     return torch.eye(len(moment), device=moment.device)[:, keep].contiguous()
