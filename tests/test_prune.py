@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.model.abreast import abreast
+from pocketlm.model.abreast import DAMPINGS, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
 from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream
 from pocketlm.plan.importance import block_influence, perplexity_without
@@ -179,7 +179,7 @@ def test_writers_are_resolved_towards_the_stream_of_the_original(tiny_model: Tin
     before = read_weight(pair.block.self_attn.o_proj).clone()
     pair.resolve_writer("self_attn.o_proj", (taught, held))
     assert torch.allclose(
-        read_weight(pair.block.self_attn.o_proj), before + solve_missing(taught, held).float(), atol=1e-5
+        read_weight(pair.block.self_attn.o_proj), before + solve_missing(taught, held, DAMPINGS).float(), atol=1e-5
     )
 
 

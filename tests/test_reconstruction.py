@@ -153,7 +153,7 @@ def test_what_is_missing_is_solved_with_the_damping_that_is_best_on_held_back_te
     for damping in (0.03, 0.3, 3.0):
         tried = ridge(x[:cut], t[:cut], damping)
         solutions[(x[cut:] @ tried.T - t[cut:]).norm().item()] = ridge(x, t, damping)
-    assert torch.allclose(solve_missing(*halves(x, t)), solutions[min(solutions)], atol=1e-9)
+    assert torch.allclose(solve_missing(*halves(x, t), (0.03, 0.3, 3.0)), solutions[min(solutions)], atol=1e-9)
 
 
 def test_noise_is_not_fitted():

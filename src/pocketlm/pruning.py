@@ -33,8 +33,8 @@ from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth, checked
 from pocketlm.steps.quantize import Quantize
 
-# Of held-out text, on which removals of blocks are tried. On two windows the choice is mostly luck: of two such pairs one
-# chose six blocks of the reference model without which perplexity was 52, the other 73.
+# Of held-out text, on which removals of blocks are tried. On two windows the choice is mostly luck: of two such pairs
+# one chose six blocks of the reference model without which perplexity was 52, the other 73.
 DEPTH_WINDOWS = 8
 
 

@@ -141,7 +141,7 @@ def kept_groups(weight: Tensor, gram: Tensor, size: int, keep: int, damping: flo
 
 
 @torch.no_grad()
-def solve_missing(taught: Moments, held: Moments, dampings: tuple[float, ...] = (0.03, 0.3, 3.0)) -> Tensor:
+def solve_missing(taught: Moments, held: Moments, dampings: tuple[float, ...]) -> Tensor:
     """Return what to add to a linear's weights so that it puts out more of what is missing behind it.
 
     D = C (G + λ I)⁻¹ minimizes ‖T - D X‖² + λ ‖D‖², where T is what is missing: the inputs X are the pruned path's,
