@@ -23,10 +23,9 @@ from pocketlm.model.surgery import entrance, picks
 from pocketlm.model.sweep import rehearse, run_block, second_moment
 from pocketlm.tensors.reconstruction import Moments, solve_missing, solve_readers
 
-
 DAMPINGS = (0.03, 0.3, 3.0)
-# In a narrower stream all of what is missing and a choice of damping was worse than half of what came from earlier blocks
-# and one damping: perplexity on wikitext-2 43.8 (16 windows of C4) instead of 37.5 (32 windows), dense 19.9.
+# In a narrower stream all of what is missing and a choice of damping was worse than half of what earlier blocks lost
+# and one damping: perplexity on wikitext-2 43.8 (16 windows of C4) against 37.5 (32 windows), dense 19.9.
 NARROW_DAMPINGS = (0.1,)
 NARROW_SHARE = 0.5
 
