@@ -23,7 +23,7 @@ ROWS = (
     ("proof",),
     ("artefact",),
     ("fit",),
-    ("integers",),
+    ("integers", "pruning"),
     ("inspection", "terminal"),
     ("api",),
     ("cli",),

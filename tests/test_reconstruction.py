@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketlm.tensors.reconstruction import removal_order, solve_readers
+from pocketlm.tensors.reconstruction import Moments, kept_groups, removal_order, solve_missing, solve_readers
 
 
 def made(rows: int, channels: int, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -133,3 +133,48 @@ def test_silent_inputs_are_no_error():
     gram = torch.zeros(8, 8)
     assert len(removal_order(weight, gram, 3)) == 3
     assert torch.isfinite(solve_readers(weight, gram, torch.arange(5))).all()
+
+
+def halves(x: Tensor, t: Tensor) -> tuple[Moments, Moments]:
+    cut = len(x) * 3 // 4
+    return tuple(Moments(a.T @ a, b.T @ a) for a, b in ((x[:cut], t[:cut]), (x[cut:], t[cut:])))
+
+
+def test_what_is_missing_is_solved_with_the_damping_that_is_best_on_held_back_text():
+    weight, x = made(7, 20)
+    t = x @ weight.T + 3 * torch.randn(len(x), 7, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    cut, solutions = len(x) * 3 // 4, {}
+
+    def ridge(rows: Tensor, targets: Tensor, damping: float) -> Tensor:
+        data = damped(rows, damping)
+        padded = torch.cat([targets, torch.zeros(len(data) - len(targets), 7, dtype=targets.dtype)])
+        return torch.linalg.lstsq(data, padded).solution.T
+
+    for damping in (0.03, 0.3, 3.0):
+        tried = ridge(x[:cut], t[:cut], damping)
+        solutions[(x[cut:] @ tried.T - t[cut:]).norm().item()] = ridge(x, t, damping)
+    assert torch.allclose(solve_missing(*halves(x, t), (0.03, 0.3, 3.0)), solutions[min(solutions)], atol=1e-9)
+
+
+def test_noise_is_not_fitted():
+    _, x = made(7, 20)
+    t = torch.randn(len(x), 7, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    found = solve_missing(*halves(x, t), dampings=(1e-6, 1e-5))
+    assert torch.equal(found, torch.zeros(7, 20, dtype=torch.float64))
+
+
+def test_the_group_that_is_read_least_goes_first_and_its_cost_is_what_resolving_leaves():
+    weight, x = made(10, 24)
+    weight[:, 8:16] *= 0.01
+    kept, costs = kept_groups(weight, x.T @ x, 8, 2, damping=1e-9)
+    assert kept == [0, 2]
+    assert costs.tolist() == pytest.approx(
+        [loss(weight, x, list(range(start, start + 8)), damping=1e-9) for start in (0, 8, 16)], rel=1e-4
+    )
+
+
+def test_of_two_groups_that_stand_in_for_one_another_one_stays():
+    weight, x = made(10, 32)
+    x[:, 8:16] = x[:, :8]
+    kept, _ = kept_groups(weight, x.T @ x, 8, 2, damping=1e-6)
+    assert len({0, 1} & set(kept)) == 1

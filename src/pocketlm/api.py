@@ -11,11 +11,13 @@ from pocketlm.inspection import bench, doctor, evaluate, inspect
 from pocketlm.integers import quantize_integers
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
+from pocketlm.pruning import Prune, prune
 from pocketlm.run.chat import chat_loop as chat
 
 __all__ = [
     "Fit",
     "LanguageModel",
+    "Prune",
     "bench",
     "chat",
     "doctor",
@@ -24,6 +26,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "prune",
     "quantize_integers",
     "save",
 ]

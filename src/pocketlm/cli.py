@@ -122,6 +122,50 @@ def quantize(
 
 
 @app.command()
+def prune(
+    model: Model,
+    depth: Annotated[
+        int | None, typer.Option(help="Blocks to keep; those go that measured damage misses least.")
+    ] = None,
+    ffn: Annotated[int | None, typer.Option(help="Channels of every FFN to keep, a multiple of 32.")] = None,
+    kv_groups: Annotated[
+        int | None, typer.Option(help="Heads of keys and values to keep in every block, with their query heads.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the residual stream to keep, a multiple of 32.")] = None,
+    heal: Annotated[str, typer.Option(help="Time for distillation afterwards, such as 10m.")] = "0",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove blocks, channels, heads or directions of a model; what stays is re-solved to take over, without training.
+
+    Example: pocketlm prune demo --depth 27 --ffn 1280 -o smaller
+    """
+    from pocketlm import api
+    from pocketlm.plan.budget import parse_time
+    from pocketlm.terminal import Screen, pruned_lines
+
+    job = api.Prune(
+        model=model,
+        depth=depth,
+        ffn=ffn,
+        kv_groups=kv_groups,
+        hidden=hidden,
+        heal=parse_time(heal),
+        out=out,
+        data=tuple(data or ()),
+        seed=seed,
+        force=force,
+    )
+    with Screen() as screen:
+        made = api.prune(job, screen.progress)
+    _print(pruned_lines(made, out), asdict(made), json_output)
+
+
+@app.command()
 def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
     """Show what a model is made of, and which budgets `fit` can meet."""
     from pocketlm import api

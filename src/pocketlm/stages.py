@@ -273,9 +273,9 @@ def _change(
     statistics = texts.calibration.first(STATISTICS_WINDOWS)
     match step:
         case PruneDepth():
-            model, report = prune_depth(model, step)
+            model, report = prune_depth(model, step, statistics, lambda i, n: progress("repairing blocks", i, n))
         case PruneWidth():
-            model, report = prune_width(model, step, statistics, lambda i, n: progress("pruning FFNs", i, n))
+            model, report = prune_width(model, step, statistics, lambda i, n: progress("narrowing blocks", i, n))
         case Sparsify():
             model, report = sparsify(model, step, statistics, lambda i, n: progress("cutting connections", i, n))
         case Prepare():

@@ -14,6 +14,7 @@ from pocketlm.measure.device import Speeds
 from pocketlm.measure.quality import Interval, Quality
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.recipe import to_yaml
+from pocketlm.pruning import Pruned
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
 
@@ -124,6 +125,23 @@ def integer_lines(made: IntegerFolder, out: Path) -> list[str]:
     ]
 
 
+def pruned_lines(made: Pruned, out: Path) -> list[str]:
+    """Say what each step of a pruning chose and what the model behind it is worth."""
+    lines = [f"{'step':<14}{'parameters':>13}  {'perplexity':<26}{'KL (nats/token)':<28}chosen"]
+    for cut in made.cuts:
+        perplexity, kl = (_cell(value) for value in (cut.quality.perplexity, cut.quality.kl))
+        lines.append(f"{cut.step:<14}{cut.parameters:>13,}  {perplexity:<26}{kl:<28}{cut.summary}")
+    removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
+    return [
+        *lines,
+        "read in llama.cpp on text that no step has seen; in brackets: 95 % intervals, bootstrap over windows, paired",
+        f"{removed:.1%} of the parameters are gone: "
+        f"about {made.healing_tokens:,} tokens of distillation usually heal that",
+        f"wrote {out}: {out / 'hf'} loads in transformers, {out / 'model.gguf'} in llama.cpp "
+        f"({made.actual_bytes:,} bytes, {made.predicted_bytes:,} predicted); the choices are in {out / 'choices.html'}",
+    ]
+
+
 def inspection_lines(found: Any) -> list[str]:
     """Lay a model's parts out as a table."""
     lines = [
@@ -149,19 +167,19 @@ def inspection_lines(found: Any) -> list[str]:
 
 def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     """Lay qualities out as a table, intervals in brackets."""
-
-    def cell(interval: Interval | None) -> str:
-        return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
-
     per_byte = any(quality.bits_per_byte for quality in qualities.values())
     head = f"{'':<12}{'perplexity':<26}{'ratio':<26}{'KL (nats/token)':<26}{'agreement':<26}"
     lines = [head + "bits per byte" if per_byte else head]
     for name, quality in qualities.items():
         cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement, quality.bits_per_byte)
-        lines.append(f"{name:<12}" + "".join(f"{cell(value):<26}" for value in cells).rstrip())
+        lines.append(f"{name:<12}" + "".join(f"{_cell(value):<26}" for value in cells).rstrip())
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
+
+
+def _cell(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
 def speed_lines(speeds: Speeds) -> list[str]:

@@ -56,6 +56,15 @@ class Anatomy:
     # nothing between the two would notice.
     scaled_by: tuple[tuple[str, str], ...] = ()
     norm_offset: float = 0.0  # what is added to a norm's weight before it multiplies
+    norms_behind: tuple[str, ...] = ()  # between the writers of the residual stream and the stream, in their order
+    # Whether the residual stream may be rotated: its norms are RMSNorms that only linears read.
+    rotates: bool = True
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """The norm between the residual stream and each space that is read from it."""
+        writers = {edge.writes for edge in self.edges}
+        return {space: path for space, path in self.scaled_by if space not in writers}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -98,6 +107,8 @@ GEMMA3 = Anatomy(
         ("mlp_hidden", "mlp.up_proj"),
     ),
     norm_offset=1.0,
+    norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+    rotates=False,
 )
 GPT2 = Anatomy(
     edges=(
@@ -110,6 +121,7 @@ GPT2 = Anatomy(
     final_norm="transformer.ln_f",
     ffn_width="n_inner",
     scaled_by=(("attention_in", "ln_1"), ("mlp_in", "ln_2")),
+    rotates=False,
 )
 
 FAMILIES: dict[str, Anatomy] = {

@@ -1,7 +1,7 @@
 """Bytes of files that do not exist yet, for every shape and mix of formats that a plan may choose."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -9,6 +9,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import metadata_bytes, parameter_shapes, predicted_bytes
 from pocketlm.model.anatomy import Anatomy, anatomy_of, ffn_width
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.surgery import key_value_heads
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
 from pocketlm.steps.prune_depth import PruneDepth
@@ -27,6 +28,8 @@ class Shape:
 
     blocks: int
     ffn: int
+    kv_groups: int | None = None  # the original's where None, as is the hidden size
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Sizes:
     original: Shape
     embedding: str
     tied: bool
+    kv_groups: int = 1
+    hidden: int = 1
 
     @cached_property
     def groups(self) -> dict[str, str]:
@@ -89,8 +94,6 @@ class Sizes:
 
     def shapes_at(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Return every tensor's shape in a model of another shape."""
-        rows = {f"{path}.{kind}" for path in self.anatomy.writers(SPACE) for kind in ("weight", "bias")}
-        columns = {f"{path}.weight" for path in self.anatomy.readers(SPACE)}
         result = {}
         for name, size in self.shapes.items():
             inner = name.removeprefix(f"{self.anatomy.blocks}.")
@@ -98,12 +101,26 @@ class Sizes:
                 index, _, path = inner.partition(".")
                 if int(index) >= shape.blocks:
                     continue
-                if path in rows:
-                    size = (shape.ffn, *size[1:])
-                if path in columns:
-                    size = (size[0], shape.ffn)
+                size = self._in_block(path.rpartition(".")[0], size, shape)
+            elif shape.hidden and size[-1] == self.hidden:  # embeddings, the last norm, a head of its own
+                size = (*size[:-1], shape.hidden)
             result[name] = size
         return result
+
+    def _in_block(self, path: str, size: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
+        """Return the shape of a block's tensor, whose module is at `path`, in a model of another shape."""
+        hidden, groups = shape.hidden or self.hidden, shape.kv_groups or self.kv_groups
+        if self.family == "gpt2":
+            groups = self.kv_groups * hidden // self.hidden
+        edge = next((edge for edge in self.anatomy.edges if edge.path == path), None)
+        if edge is None:  # a norm: of the residual stream, or of the heads, whose width stays
+            streams = (*self.anatomy.norms.values(), *self.anatomy.norms_behind)
+            return (hidden,) if path in streams else size
+        rows = {SPACE: shape.ffn, "residual": hidden}.get(edge.writes, size[0] * groups // self.kv_groups)
+        if len(size) == 1:
+            return (rows,)
+        wide = size[1] * groups // self.kv_groups
+        return rows, {SPACE: shape.ffn, "attention_out": wide}.get(edge.reads, hidden)
 
     def tensors(self, shape: Shape) -> dict[str, tuple[str, int]]:
         """Return the group and the row length of each matrix that can be quantized, by parameter name."""
@@ -133,6 +150,8 @@ def sizes_of(model: LanguageModel) -> Sizes:
         original=Shape(network.config.num_hidden_layers, ffn_width(network)),
         embedding=embedding_name(model),
         tied=network.config.tie_word_embeddings,
+        kv_groups=key_value_heads(network),
+        hidden=network.config.hidden_size,
     )
 
 
@@ -163,9 +182,10 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
     for step in recipe.steps:
         match step:
             case PruneDepth():
-                shape = Shape(shape.blocks - len(set(step.drop)), shape.ffn)
+                shape = replace(shape, blocks=shape.blocks - len(set(step.drop)))
             case PruneWidth():
-                shape = Shape(shape.blocks, step.ffn)
+                asked = {"ffn": step.ffn, "kv_groups": step.kv_groups, "hidden": step.hidden}
+                shape = replace(shape, **{name: width for name, width in asked.items() if width is not None})
             case Quantize():
                 formats = step.formats
     check_formats(sizes.tensors(shape), formats)

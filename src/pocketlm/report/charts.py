@@ -106,6 +106,24 @@ def columns(values: Mapping[str, float], title: str) -> Markup:
     return _picture(drawn, 124, title)
 
 
+def grid(values: Sequence[Sequence[float]], framed: Sequence[Sequence[bool]], title: str) -> Markup:
+    """Draw a heat map with a column for each row of `values`, darker where a value is higher; some cells framed."""
+    highest = max((value for row in values for value in row), default=0) or 1
+    step, height, drawn = 100 / max(1, len(values)), 22, [_heading("", f"highest {highest:.3g}", 12)]
+    every = max(1, math.ceil(len(values) / 8))
+    for index, (row, frames) in enumerate(zip(values, framed, strict=True)):
+        for place, (value, frame) in enumerate(zip(row, frames, strict=True)):
+            style = f"fill-opacity:{0.08 + 0.92 * max(0.0, value) / highest:.3f}"
+            style += ";stroke:currentColor;stroke-width:1.5" if frame else ""
+            drawn.append(
+                f'<rect class="compressed" x="{(index + 0.06) * step:.3f}%" width="{0.88 * step:.3f}%" '
+                f'y="{20 + height * place}" height="{height - 3}" style="{style}"><title>{value:.4g}</title></rect>'
+            )
+        if index % every == 0:
+            drawn.append(_small((index + 0.5) * step, "middle", 34 + height * len(row), str(index)))
+    return _picture(drawn, 40 + height * max(map(len, values), default=0), title)
+
+
 def curve(points: Sequence[tuple[float, float]], title: str) -> Markup:
     """Draw y over x as a line, its first and last values written at its ends."""
     finite = [point for point in points if all(map(math.isfinite, point))]

@@ -6,6 +6,7 @@ because the answers in it were written by a language model and may be anything.
 
 import json
 import re
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -56,6 +57,11 @@ def render(template: str, **values: Any) -> str:
         failed=[check for check in report.verification if not check.passed],
         **values,
     )
+
+
+def style() -> str:
+    """Return the style sheet of the pages."""
+    return (resources.files("pocketlm.report") / "templates" / "style.css").read_text(encoding="utf-8")
 
 
 def cell(text: object) -> str:

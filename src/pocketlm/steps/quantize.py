@@ -74,6 +74,8 @@ def quantize(
         BadInputError: A format is unknown or does not fit a tensor's row length.
     """
     check_formats(_tensors(model), config.formats)
+    if all(form == "F16" for form in config.formats.values()):
+        return model, {}, StepReport("quantize", "every matrix stays in 16 bits", {})
     if config.keep_zeros:
         _check_zeros(_tensors(model), config)
     tied = model.network.config.tie_word_embeddings

@@ -1,0 +1,183 @@
+"""Smaller shapes without healing: pocketlm's choices, re-solved, against the field's simple ones at equal parameters.
+
+    python benchmarks/prune.py --model MODEL --calibrate FILE... --measure FILE... \
+        [--depth 24] [--ffn 1152] [--kv-groups 2] [--hidden 512] --out benchmarks/results/prune.md
+
+MODEL is a Hugging Face folder of a LLaMA-like model. Some text calibrates, other text measures. Every shape is made
+alone, from the original, by every method; nothing is trained. Writes a table (Markdown) and the same as JSON.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from common import command_line, write_results
+from simple_choices import FFN, HEADS, narrow_hidden, narrow_inner, statistics
+from torch import Tensor, nn
+
+from pocketlm.artefact import versions
+from pocketlm.measure.device import machine
+from pocketlm.model.judge import judge
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.source import load
+from pocketlm.model.surgery import drop_blocks
+from pocketlm.model.sweep import final_hidden
+from pocketlm.model.text import pack_windows, read_corpus
+from pocketlm.plan.importance import block_influence, perplexity, perplexity_without
+from pocketlm.plan.sensitivity import depth_damage
+from pocketlm.steps.prune_depth import PruneDepth, prune_depth
+from pocketlm.steps.prune_width import PruneWidth, prune_width
+from pocketlm.terminal import Screen
+
+LENGTH = 512
+SCORING_WINDOWS = 16  # of calibration text, for the simple scores
+JUDGING_WINDOWS = 8  # of calibration text that nothing is solved on, for removals that are tried out
+Made = Iterator[tuple[str, str, Callable[[], nn.Module]]]
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
+    parser.add_argument("--measure", type=Path, nargs="+", required=True)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("--ffn", type=int)
+    parser.add_argument("--kv-groups", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--solving-windows", type=int, default=64, help="of 512 tokens of calibration text")
+    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, to measure on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progress: Callable) -> Made:
+    """Yield shape, method and what makes the network, one after the other."""
+    network, solving, trying = model.network, text[: args.solving_windows], text[args.solving_windows :]
+    scoring = solving[:SCORING_WINDOWS]
+    if args.depth:
+        shape, gone = f"{args.depth} blocks", network.config.num_hidden_layers - args.depth
+        for name, scores in (
+            ("block influence (ShortGPT)", lambda: block_influence(network, scoring)),
+            ("perplexity without each", lambda: perplexity_without(network, trying)),
+        ):
+            yield shape, name, lambda scores=scores: _without(network, _lowest(scores(), gone))
+        damage = depth_damage(network, trying, judge(network, trying), gone, progress)
+        drop = tuple(sorted(block for block, _ in damage))
+        yield shape, "greedy KL", lambda: _without(network, set(drop))
+        step = PruneDepth(drop=drop, repair=True)
+        yield shape, "**pocketlm**: greedy KL, repaired", lambda: prune_depth(_copy(model), step, solving)[0].network
+    seen = statistics(network, scoring) if args.ffn or args.kv_groups or args.hidden else []
+    simple = {"magnitude": "magnitude", "activations": "activations (Minitron)", "fluctuation": "fluctuation (FLAP)"}
+    for option, asked, space in (
+        ("ffn", args.ffn, FFN),
+        ("kv_groups", args.kv_groups, HEADS),
+        ("hidden", args.hidden, ""),
+    ):
+        if not asked:
+            continue
+        shape = f"{option.replace('_', ' ')} {asked}"
+        for method, name in simple.items():
+            if space:
+                yield (
+                    shape,
+                    name,
+                    lambda m=method, s=space, a=asked: narrow_inner(copy.deepcopy(network), seen, m, s, a),
+                )
+            elif method != "fluctuation":
+                yield shape, name, lambda m=method, a=asked: narrow_hidden(copy.deepcopy(network), seen, m, a)
+        step = PruneWidth(**{option: asked})
+        yield shape, "**pocketlm**", lambda step=step: prune_width(_copy(model), step, solving)[0].network
+
+
+def _copy(model: LanguageModel) -> LanguageModel:
+    return LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
+
+
+def _without(network: nn.Module, drop: set[int]) -> nn.Module:
+    network = copy.deepcopy(network)
+    drop_blocks(network, drop)
+    return network
+
+
+def _lowest(scores: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(scores)), key=scores.__getitem__)[:count])
+
+
+def main() -> None:
+    """Make, measure, write."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    model = load(args.model)
+    text = read_corpus(args.calibrate).documents
+    text = pack_windows(text, model.tokenizer, args.solving_windows + JUDGING_WINDOWS, LENGTH)
+    windows = pack_windows(read_corpus(args.measure).documents, model.tokenizer, args.windows, LENGTH)
+    opinion, rows = judge(model.network, windows), []
+
+    def measured(shape: str, method: str, network: nn.Module, seconds: float) -> None:
+        hidden = final_hidden(network, windows)
+        kl = opinion.divergence(hidden.flatten(0, 1), network.lm_head.weight) if rows else 0.0
+        row = {"shape": shape, "method": method, "parameters": sum(p.numel() for p in network.parameters())}
+        row |= {"perplexity": perplexity(hidden, network.lm_head, windows), "kl": kl, "seconds": round(seconds)}
+        rows.append(row)
+        print(row, flush=True)
+
+    measured("original", "", model.network, 0)
+    with Screen() as screen:
+        for shape, method, make in methods(args, model, text, screen.progress):
+            began = time.monotonic()
+            network = make()
+            measured(shape, method, network, time.monotonic() - began)
+            write_results(args.out, page(args, rows), rows)
+    print("\n".join(table(rows)))
+
+
+def page(args: argparse.Namespace, rows: list[dict]) -> list[str]:
+    """Return the lines of the page."""
+    here = machine(args.out.parent)
+    return [
+        "# Smaller shapes without healing",
+        "",
+        f"`{command_line()}`",
+        "",
+        f"{here.cpu}, {args.threads} threads; " + ", ".join(f"{name} {which}" for name, which in versions().items()),
+        f". {args.windows} windows of {LENGTH} tokens measure; {args.solving_windows} others are solved on. Forward",
+        "passes are in bfloat16 where the hardware has it. Nothing is trained; each shape is made alone.",
+        "",
+        *table(rows),
+    ]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Lay the figures out as Markdown."""
+    heads = (
+        "shape",
+        "method",
+        "parameters",
+        "perplexity",
+        "increase",
+        "share of the best simple choice",
+        "KL",
+        "seconds",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    base = rows[0]["perplexity"]
+    for row in rows:
+        increase = row["perplexity"] - base
+        others = [r["perplexity"] - base for r in rows if r["shape"] == row["shape"] and _is_simple(r["method"])]
+        share = "" if _is_simple(row["method"]) or not others or row is rows[0] else f"{increase / min(others):.2f}"
+        cells = (row["shape"], row["method"], f"{row['parameters']:,}", f"{row['perplexity']:.2f}", f"{increase:.2f}")
+        lines.append("| " + " | ".join([*cells, share, f"{row['kl']:.4f}", str(row["seconds"])]) + " |")
+    return lines
+
+
+def _is_simple(method: str) -> bool:
+    return not method.startswith(("**pocketlm**", "greedy"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Pruning by itself: a model of another stock shape, what was chosen for it, and what each step cost.
+
+model ─> text ─> damage of dropping blocks ─> [prune_depth ─> prune_width ─> distil] ─> GGUF of each step ─> measure
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketlm.artefact import new_folder
+from pocketlm.cache import remove_leftovers, stage
+from pocketlm.errors import BadInputError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.quality import Quality
+from pocketlm.model.anatomy import anatomy_of
+from pocketlm.model.judge import judge
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.source import load
+from pocketlm.plan.decide import tokens_in
+from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
+from pocketlm.plan.sensitivity import depth_damage
+from pocketlm.plan.sizes import MULTIPLE, recipe_bytes, sizes_of
+from pocketlm.preflight import check_resources
+from pocketlm.proof import measure_quality, original_file
+from pocketlm.report.choices import choices_page
+from pocketlm.report.write import write_manifest
+from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
+from pocketlm.steps.distil import Distil
+from pocketlm.steps.prune_depth import PruneDepth
+from pocketlm.steps.prune_width import PruneWidth, checked
+from pocketlm.steps.quantize import Quantize
+
+# Of held-out text, on which removals of blocks are tried. On two windows the choice is mostly luck: of two such pairs
+# one chose six blocks of the reference model without which perplexity was 52, the other 73.
+DEPTH_WINDOWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """What a person asks for; a width that is None stays."""
+
+    model: str  # a folder, a hub id, a GGUF file, or `demo`
+    depth: int | None = None  # blocks that are left
+    ffn: int | None = None
+    kv_groups: int | None = None
+    hidden: int | None = None
+    heal: float = 0.0  # seconds of distillation afterwards
+    out: Path = Path("pocketlm-out")
+    data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
+    seed: int = 0
+    force: bool = False  # replace `out`
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One step of a pruning.
+
+    Attributes:
+        step: Its name; `original` for the first.
+        summary: What was chosen, in words.
+        details: What was chosen, with scores.
+        parameters: Of the model behind it.
+        quality: Of the model behind it, its F16 file read in llama.cpp, against the original.
+    """
+
+    step: str
+    summary: str
+    details: dict[str, Any]
+    parameters: int
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was made.
+
+    Attributes:
+        cuts: The original, then every step.
+        predicted_bytes: Of the GGUF file.
+        actual_bytes: Of the GGUF file.
+        healing_tokens: How many tokens of distillation such a cut usually takes to heal.
+    """
+
+    cuts: tuple[Cut, ...]
+    predicted_bytes: int
+    actual_bytes: int
+    healing_tokens: int
+
+
+def prune(job: Prune, progress: Progress = silent) -> Pruned:
+    """Give a model a smaller stock shape, and write the folder `job.out`, whole or not at all.
+
+    The folder has `hf`, which plain transformers loads, `model.gguf` in F16, the recipe, and the choices as a page.
+
+    Raises:
+        BadInputError: A shape does not exist for the model, or there is nothing to do.
+    """
+    remove_leftovers()
+    with new_folder(job.out, job.force) as folder:
+        model = load(job.model)
+        check_shape(model, job)
+        check_resources(model, job.out)
+        texts = gather_texts(model, list(job.data), job.seed, progress)
+        recipe, damage = _decide(model, job, texts, progress)
+        predicted = recipe_bytes(sizes_of(model), recipe)
+        compressed = run_recipe(model, recipe, texts, progress)
+        write_gguf(compressed.model, compressed.packed, folder / "model.gguf")
+        cuts = _measured(
+            model, [done for done in compressed.stages if done.facts["step"] != "quantize"], texts, progress
+        )
+        shutil.copytree(compressed.folder, folder / "hf")
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
+        actual = (folder / "model.gguf").stat().st_size
+        made = Pruned(tuple(cuts), predicted, actual, tokens)
+        (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage))
+        (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str))
+        write_manifest(folder)
+    return made
+
+
+def check_shape(model: LanguageModel, job: Prune) -> None:
+    """Refuse a shape before any work.
+
+    Raises:
+        BadInputError: It is no smaller shape of the model's family, or a width does not divide by MULTIPLE.
+    """
+    if all(value is None for value in (job.depth, job.ffn, job.kv_groups, job.hidden)):
+        raise BadInputError("Nothing to prune. Give --depth, --ffn, --kv-groups or --hidden")
+    blocks = model.network.config.num_hidden_layers
+    if job.depth is not None and not 0 < job.depth <= blocks:
+        raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth 1 to {blocks}")
+    if job.depth not in (None, blocks) and not anatomy_of(model.network).uniform_blocks:
+        raise BadInputError(
+            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
+        )
+    checked(model.network, PruneWidth(ffn=job.ffn, kv_groups=job.kv_groups, hidden=job.hidden))
+    for option, width in (("--ffn", job.ffn), ("--hidden", job.hidden)):
+        if width is not None and width % MULTIPLE:
+            near = width // MULTIPLE * MULTIPLE
+            fits = f"{near} or {near + MULTIPLE}" if near else str(MULTIPLE)
+            raise BadInputError(
+                f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
+            )
+
+
+def healing_tokens(removed: float) -> int:
+    """Return how many tokens of distillation heal the removal of a share of the parameters, to one digit.
+
+    About 30M tokens for a tenth, 300M for a fifth, 3B for 30 %: the published curves of Minitron
+    (https://arxiv.org/abs/2408.11796) and Sheared LLaMA (https://arxiv.org/abs/2310.06694), roughly.
+    """
+    tokens = 10 ** (6.5 + 10 * min(max(removed, 0.0), 0.5))
+    digits = len(str(int(tokens))) - 1
+    return round(tokens / 10**digits) * 10**digits
+
+
+def _decide(
+    model: LanguageModel, job: Prune, texts: Texts, progress: Progress
+) -> tuple[Recipe, list[tuple[int, float]]]:
+    """Return the steps for a shape and the damage of dropping blocks; the same question is answered from the cache."""
+    asked = {name: getattr(job, name) for name in ("depth", "ffn", "kv_groups", "hidden", "heal", "seed")}
+
+    def produce(_: Path) -> dict[str, Any]:
+        # Steps for vocabulary and connections have their places here: trimming comes first, sparsity before healing.
+        steps: list[Any] = []
+        most = model.network.config.num_hidden_layers - (job.depth or model.network.config.num_hidden_layers)
+        damage = []
+        if most:
+            windows = texts.validation.first(DEPTH_WINDOWS)
+            damage = depth_damage(model.network, windows, judge(model.network, windows), most, progress)
+            if len(damage) < most:
+                raise BadInputError(f"Cannot drop {most} blocks: the first and the last always stay")
+            steps.append(PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True))
+        if any(width is not None for width in (job.ffn, job.kv_groups, job.hidden)):
+            steps.append(PruneWidth(ffn=job.ffn, kv_groups=job.kv_groups, hidden=job.hidden))
+        if job.heal:
+            steps.append(Distil(tokens=tokens_in(model, texts.calibration, job.heal), seed=job.seed))
+        steps.append(Quantize(formats={"*": "F16"}))
+        return {"recipe": to_dict(Recipe(steps=tuple(steps), seed=job.seed)), "damage": damage}
+
+    done = stage("prune-plan", {"model": model.origin.sha256, "asked": asked, **texts.sha256}, produce)
+    return from_dict(done.facts["recipe"], "the plan"), [(block, kl) for block, kl in done.facts["damage"]]
+
+
+def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: Progress) -> list[Cut]:
+    """Read every step's model in llama.cpp, on text that no step has seen."""
+    with tempfile.TemporaryDirectory() as beside:
+        files, counts = {"0 original": original_file(model)}, [_parameters(model)]
+        for place, done in enumerate(stages[1:], 1):
+            after = load(str(done.folder / "hf"))
+            path = Path(beside) / f"{place}.gguf"
+            write_gguf(after, {}, path)
+            files[f"{place} {done.facts['step']}"] = path
+            counts.append(_parameters(after))
+        qualities = measure_quality(files, texts.test.windows, progress).qualities
+    return [
+        Cut(done.facts["step"], done.facts["summary"], done.facts["details"], count, quality)
+        for done, count, quality in zip(stages, counts, qualities.values(), strict=True)
+    ]
+
+
+def _parameters(model: LanguageModel) -> int:
+    return sum(parameter.numel() for parameter in model.network.parameters())

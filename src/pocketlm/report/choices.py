@@ -1,0 +1,63 @@
+"""What a pruning chose, with scores, as one page that needs nothing else."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from pocketlm.report.charts import columns, grid
+from pocketlm.report.pages import style
+
+
+def choices_page(name: str, made: Any, damage: Sequence[tuple[int, float]]) -> str:
+    """Return the page of a pruning.
+
+    Args:
+        name: Of the original.
+        made: A `Pruned`: its steps with what they chose and what the model behind them is worth.
+        damage: (block, KL with it and all before it dropped), in the order of removal.
+    """
+    figures = [("", _table(made))]
+    if damage:
+        title = "KL with a block and those before it dropped, before repair, nats per token"
+        figures.append((title, columns({f"{block}": kl for block, kl in damage}, title)))
+    for cut in made.cuts:
+        figures += _width(cut.details)
+    body = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>" for title, picture in figures)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(name)}, pruned</title><style>{style()}</style></head>"
+        f'<body><main><h1>{escape(name)}, pruned</h1><div class="charts">{body}</div></main></body></html>\n'
+    )
+
+
+def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    """Draw what a narrowing chose: a column per block for channels, a cell per block and head."""
+    drawn = []
+    if "energy_kept" in details:
+        title = f"FFN, {details['from']} to {details['to']} channels: output energy lost, by block"
+        lost = {str(block): 1 - kept for block, kept in enumerate(details["energy_kept"])}
+        drawn.append((title, columns(lost, title)))
+    if "kv_groups_kept" in details:
+        title = "KV groups: output energy lost without each alone, by block; those that went are framed"
+        scores, kept = details["kv_group_scores"], details["kv_groups_kept"]
+        gone = [[group not in left for group in range(len(row))] for row, left in zip(scores, kept, strict=True)]
+        drawn.append((title, grid(scores, gone, title)))
+    return drawn
+
+
+def _table(made: Any) -> Markup:
+    rows = [
+        (cut.step, cut.summary, f"{cut.parameters:,}", f"{cut.quality.perplexity.value:.2f}", _kl(cut.quality))
+        for cut in made.cuts
+    ]
+    heads = ("step", "chosen", "parameters", "perplexity", "KL")
+    lines = ["".join(f"<th>{head}</th>" for head in heads)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return Markup("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
+
+
+def _kl(quality: Any) -> str:
+    return "" if quality.kl is None else f"{quality.kl.value:.4f}"

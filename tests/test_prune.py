@@ -1,0 +1,312 @@
+"""Cutting heads, directions and blocks: what is left is a stock model that takes over; and `pocketlm prune`."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.command_line import pocketlm
+from tests.conftest import Tiny
+from tests.test_steps import WINDOWS, assert_reloads, droppable, every_family, logits_of
+from tests.tiny import FAMILIES, tiny_folder
+from torch import Tensor, nn
+
+from pocketlm.errors import BadInputError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.model.abreast import DAMPINGS, abreast
+from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream
+from pocketlm.plan.importance import block_influence, perplexity_without
+from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.sizes import recipe_bytes, sizes_of
+from pocketlm.pruning import healing_tokens
+from pocketlm.run.engine import Engine
+from pocketlm.steps.prune_depth import PruneDepth, prune_depth
+from pocketlm.steps.prune_width import PruneWidth, choose_basis, prune_width
+from pocketlm.steps.quantize import Quantize
+from pocketlm.tensors.reconstruction import solve_missing
+
+every_grouped_family = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+every_rotating_family = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+SHAPES = ({"kv_groups": 1}, {"hidden": 32}, {"ffn": 96, "kv_groups": 1, "hidden": 32})
+
+
+def silence_groups(network: nn.Module, dead: int):
+    """Make the output of one head of keys and values, and its query heads, unread in every block."""
+    heads = key_value_heads(network)
+    for block in blocks_of(network):
+        (path,) = anatomy_of(network).readers("attention_out")
+        linear = block.get_submodule(path)
+        weight = read_weight(linear).clone()
+        weight.view(len(weight), heads, -1)[:, dead] = 0
+        write_weight(linear, weight)
+
+
+@pytest.mark.usefixtures("exact")
+@every_grouped_family
+def test_removing_heads_that_nobody_reads_changes_nothing(family: str, tiny_model: Tiny, tmp_path: Path):
+    model = tiny_model(family)
+    silence_groups(model.network, 1)
+    before = logits_of(model.network)
+    model, report = prune_width(model, PruneWidth(kv_groups=1), WINDOWS)
+    config = model.network.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 16)
+    assert torch.allclose(logits_of(model.network), before, atol=1e-3 * before.abs().max().item())
+    assert report.details["kv_groups_kept"] == [[0]] * len(blocks_of(model.network))
+    assert_reloads(model, tmp_path)
+
+
+def test_a_group_takes_its_biases_and_query_heads_along(tiny_model: Tiny):
+    model = tiny_model("qwen2")
+    silence_groups(model.network, 0)
+    before = blocks_of(model.network)[0].self_attn
+    query, key = before.q_proj.bias.detach().clone(), before.k_proj.bias.detach().clone()
+    model, _ = prune_width(model, PruneWidth(kv_groups=1), WINDOWS)
+    after = blocks_of(model.network)[0].self_attn
+    assert torch.equal(after.q_proj.bias, query[32:])
+    assert torch.equal(after.k_proj.bias, key[16:])
+
+
+@every_rotating_family
+def test_a_rotation_of_all_directions_changes_nothing(family: str, tiny_model: Tiny):
+    network = tiny_model(family, tie_word_embeddings=False).network.double()
+    before = logits_of(network)
+    basis = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    for block in blocks_of(network):
+        narrow_stream(block, anatomy_of(network), basis)
+    narrow_ends(network, basis)
+    assert torch.allclose(logits_of(network), before, atol=1e-4)  # RMSNorm computes in float32
+
+
+def silence_directions(network: nn.Module, dead: Tensor):
+    """Let nothing write some channels of the residual stream."""
+    anatomy = anatomy_of(network)
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.data[:, dead] = 0
+    for block in blocks_of(network):
+        for writer in map(block.get_submodule, anatomy.writers("residual")):
+            write_weight(writer, read_weight(writer).index_fill(0, dead, 0))
+        for norm in map(block.get_submodule, anatomy.norms_behind):
+            norm.weight.data[dead] = -anatomy.norm_offset
+
+
+@pytest.mark.usefixtures("exact")
+@every_grouped_family
+def test_removing_directions_that_nobody_writes_changes_nothing(family: str, tiny_model: Tiny, tmp_path: Path):
+    model = tiny_model(family)
+    if model.network.config.tie_word_embeddings:  # a tied head keeps its norm exactly only where that is uniform
+        norm = model.network.get_submodule(anatomy_of(model.network).final_norm)
+        norm.weight.data[:] = norm.weight.mean()
+    silence_directions(model.network, torch.arange(1, 64, 2))
+    before = logits_of(model.network)
+    model, report = prune_width(model, PruneWidth(hidden=32), WINDOWS)
+    assert torch.allclose(logits_of(model.network), before, atol=5e-3 * before.abs().max().item())
+    assert model.network.config.hidden_size == 32
+    assert (report.details["hidden_from"], report.details["hidden_to"]) == (64, 32)
+    assert_reloads(model, tmp_path)
+
+
+@every_family
+@pytest.mark.parametrize("widths", SHAPES, ids=["groups", "hidden", "all"])
+def test_every_shape_loads_generates_and_has_the_predicted_bytes(
+    family: str, widths: dict, tiny_model: Tiny, tmp_path: Path
+):
+    if family == "gpt2":
+        widths = {name: width for name, width in widths.items() if name != "kv_groups"} or {"hidden": 48}
+    model = tiny_model(family)
+    recipe = Recipe(steps=(PruneWidth(**widths), Quantize(formats={"*": "F16"})))
+    predicted = recipe_bytes(sizes_of(model), recipe)
+    model, _ = prune_width(model, PruneWidth(**widths), WINDOWS)
+    write_gguf(model, {}, tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").stat().st_size == predicted
+    assert_reloads(model, tmp_path / "hf")
+
+
+@pytest.mark.slow
+@every_family
+def test_the_engine_computes_what_torch_computes(family: str, tiny_model: Tiny, tmp_path: Path):
+    widths = {"hidden": 32} if family == "gpt2" else {"kv_groups": 1, "hidden": 32}
+    model, _ = prune_width(tiny_model(family), PruneWidth(ffn=96, **widths), WINDOWS)
+    write_gguf(model, {}, tmp_path / "model.gguf")
+    with Engine(tmp_path / "model.gguf", context=32) as engine:
+        found = engine.logits(WINDOWS[0].tolist())
+    truth = logits_of(model.network, WINDOWS[:1])[0]
+    assert (found - truth).norm() < 0.03 * truth.norm()
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tiny_model: Tiny, tmp_path: Path):
+    model = tiny_model("llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    model, _ = prune_width(model, PruneWidth(hidden=64), WINDOWS)
+    assert model.network.config.model_type == "mistral"
+    assert (model.network.config.hidden_size, model.network.config.head_dim) == (64, 16)
+    assert_reloads(model, tmp_path)
+
+
+@every_family
+def test_widths_that_stay_are_left_alone(family: str, tiny_model: Tiny):
+    model = tiny_model(family)
+    before = logits_of(model.network)
+    groups = key_value_heads(model.network)
+    model, _ = prune_width(model, PruneWidth(ffn=128, kv_groups=groups, hidden=64), WINDOWS)
+    assert torch.equal(logits_of(model.network), before)
+
+
+@pytest.mark.usefixtures("exact")
+def test_writers_are_resolved_towards_the_stream_of_the_original(tiny_model: Tiny):
+    """The obvious way: collect inputs and streams of block 1 after block 0 was damaged, and sum in float64."""
+    network = tiny_model("llama").network
+    original = copy.deepcopy(network)
+    pairs = abreast(network, WINDOWS)
+    first = next(pairs)
+    write_weight(first.block.mlp.down_proj, 0.5 * read_weight(first.block.mlp.down_proj))
+    first.touched = True
+    pair = next(pairs)
+    heard, wanted = {}, {}
+    network.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda m, a: heard.update(x=a[0]))
+    network.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: heard.update(t=a[0]))
+    original.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: wanted.update(t=a[0]))
+    logits_of(network), logits_of(original)
+    scale = wanted["t"].double().square().mean(-1, keepdim=True).sqrt()
+    x = (heard["x"].double() / scale).flatten(0, 1)
+    missing = ((wanted["t"] - heard["t"]).double() / scale).flatten(0, 1)
+    taught, held = pair.moments("self_attn.o_proj")
+    cut = len(x) * 3 // 4
+    for part, rows in ((taught, slice(cut)), (held, slice(cut, None))):
+        assert torch.allclose(part.gram.double(), x[rows].T @ x[rows], atol=1e-2)
+        assert torch.allclose(part.cross.double(), missing[rows].T @ x[rows], atol=1e-2)
+    before = read_weight(pair.block.self_attn.o_proj).clone()
+    pair.resolve_writer("self_attn.o_proj", (taught, held))
+    assert torch.allclose(
+        read_weight(pair.block.self_attn.o_proj), before + solve_missing(taught, held, DAMPINGS).float(), atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("exact")
+@droppable
+def test_repair_brings_the_stream_closer_to_the_original(family: str, tiny_model: Tiny, tmp_path: Path):
+    truth = logits_of(tiny_model(family).network)
+    plain, _ = prune_depth(tiny_model(family), PruneDepth(drop=(1,)))
+    repaired, report = prune_depth(tiny_model(family), PruneDepth(drop=(1,), repair=True), WINDOWS)
+    assert (logits_of(repaired.network) - truth).norm() < 0.9 * (logits_of(plain.network) - truth).norm()
+    assert report.summary == "dropped 1 of 3 blocks: 1, the others re-solved"
+    assert_reloads(repaired, tmp_path)
+
+
+def test_repair_leaves_what_stands_before_the_first_gap_alone(tiny_model: Tiny):
+    model = tiny_model("llama", num_hidden_layers=4)
+    before = copy.deepcopy(blocks_of(model.network)[0].state_dict())
+    model, _ = prune_depth(model, PruneDepth(drop=(2,), repair=True), WINDOWS)
+    after = blocks_of(model.network)[0].state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_repair_needs_text(tiny_model: Tiny):
+    with pytest.raises(BadInputError, match="needs text to solve on"):
+        prune_depth(tiny_model("llama"), PruneDepth(drop=(1,), repair=True))
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_block_that_does_nothing_has_no_influence_and_is_not_missed(tiny_model: Tiny):
+    network = tiny_model("llama").network
+    block = blocks_of(network)[1]
+    for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+        linear.weight.data.zero_()
+    influence, without = block_influence(network, WINDOWS), perplexity_without(network, WINDOWS)
+    assert abs(influence[1]) < 1e-5 < min(influence[0], influence[2])
+    loss = nn.functional.cross_entropy(logits_of(network)[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
+    assert without[1] == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+def test_the_basis_is_orthonormal_and_picks_channels_where_norms_forbid_a_rotation(tiny_model: Tiny):
+    rotated = choose_basis(tiny_model("llama").network, WINDOWS, 32)
+    assert torch.allclose(rotated.T @ rotated, torch.eye(32), atol=1e-5)
+    picked = choose_basis(tiny_model("gemma3_text").network, WINDOWS, 32)
+    assert set(picked.flatten().tolist()) == {0.0, 1.0}
+    assert torch.equal(picked.sum(0), torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("family", "widths", "words"),
+    [
+        ("llama", {"kv_groups": 3}, "Cannot keep 3 KV groups: there are 2 now. Give 1 to 2"),
+        ("llama", {"hidden": 96}, "Cannot make the residual stream 96 wide: it is 64 wide now. Give 1 to 64"),
+        ("gpt2", {"kv_groups": 2}, "heads of a GPT-2 are together as wide as its residual stream"),
+        ("gpt2", {"hidden": 40}, "a multiple of 16"),
+    ],
+)
+def test_widths_that_no_stock_shape_has(family: str, widths: dict, words: str, tiny_model: Tiny):
+    model = tiny_model(family)
+    before = logits_of(model.network)
+    with pytest.raises(BadInputError, match=words):
+        prune_width(model, PruneWidth(**widths), WINDOWS)
+    assert torch.equal(logits_of(model.network), before)
+
+
+def test_a_gemma_keeps_a_width_that_its_heads_divide(tiny_model: Tiny):
+    model = tiny_model("gemma3_text", hidden_size=96, num_attention_heads=6, head_dim=16)
+    with pytest.raises(BadInputError, match="multiple of its 6 query heads: 64 is not"):
+        prune_width(model, PruneWidth(hidden=64), WINDOWS)
+
+
+def test_head_width_of_a_gpt2_follows_from_its_heads(tiny_model: Tiny):
+    assert head_width(tiny_model("gpt2").network) == 16
+
+
+def test_more_to_remove_takes_more_tokens_to_heal():
+    assert [healing_tokens(share) for share in (0.1, 0.2, 0.3)] == [30_000_000, 300_000_000, 3_000_000_000]
+    assert healing_tokens(0.9) == healing_tokens(0.5)
+
+
+def test_prune_makes_a_folder_that_says_what_each_step_cost(tmp_path: Path):
+    source = tiny_folder("llama", tmp_path / "tiny", num_hidden_layers=4)
+    options = ("--depth", 3, "--ffn", 96, "--kv-groups", 1, "--hidden", 32, "--data", _text(tmp_path))
+    out = tmp_path / "out"
+    done = pocketlm("prune", source, *options, "-o", out, "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["predicted_bytes"] == made["actual_bytes"] == (out / "model.gguf").stat().st_size
+    assert [cut["step"] for cut in made["cuts"]] == ["original", "prune_depth", "prune_width"]
+    config = json.loads((out / "hf" / "config.json").read_text())
+    shape = ("num_hidden_layers", "intermediate_size", "num_key_value_heads", "num_attention_heads", "hidden_size")
+    assert [config[name] for name in shape] == [3, 96, 1, 2, 32]
+    assert config["head_dim"] == 16
+    page = (out / "choices.html").read_text()
+    assert page.count("<svg") == 3
+    again = pocketlm("prune", source, *options, "-o", tmp_path / "again", cache=tmp_path / "cache")
+    assert again.returncode == 0, again.stderr
+    assert "tokens of distillation usually heal that" in again.stdout
+    assert (tmp_path / "again" / "model.gguf").read_bytes() == (out / "model.gguf").read_bytes()
+    assert "narrowing blocks" not in again.stderr  # taken from the cache
+    redone = pocketlm(
+        "fit", source, "--recipe", out / "recipe.yaml", "--data", options[-1], "--dry-run", "--json",
+        cache=tmp_path / "cache",
+    )  # fmt: skip
+    assert json.loads(redone.stdout)["predicted_bytes"] == made["predicted_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "Nothing to prune. Give --depth, --ffn, --kv-groups or --hidden"),
+        (("--depth", 9), "Cannot keep 9 blocks: the model has 3. Give --depth 1 to 3"),
+        (("--ffn", 100), "--ffn 100 is no multiple of 32, which number formats need. Nearest that fit: 96 or 128"),
+        (("--hidden", 8), "--hidden 8 is no multiple of 32, which number formats need. Nearest that fit: 32"),
+        (("--heal", "soon", "--ffn", 96), "Cannot read the time `soon`"),
+    ],
+)
+def test_prune_refuses_in_one_line(options: tuple, words: str, tmp_path: Path):
+    source = tiny_folder("llama", tmp_path / "tiny")
+    done = pocketlm("prune", source, *options, "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def _text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}. The sea is wide and the boat is small, said number {i}. " * 40
+                                for i in range(60)))  # fmt: skip
+    return path
