@@ -16,6 +16,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.abreast import DAMPINGS, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.source import load
 from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream
 from pocketlm.plan.importance import block_influence, perplexity_without
 from pocketlm.plan.recipe import Recipe
@@ -286,10 +287,30 @@ def test_prune_makes_a_folder_that_says_what_each_step_cost(tmp_path: Path):
     assert json.loads(redone.stdout)["predicted_bytes"] == made["predicted_bytes"]
 
 
+def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
+    source, out = tiny_folder("llama", tmp_path / "tiny"), tmp_path / "out"
+    options = ("--vocab", 320, "--depth", 2, "--pattern", "2:4", "--heal", "2s", "--data", _text(tmp_path))
+    done = pocketlm("prune", source, *options, "-o", out, "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert [cut["step"] for cut in made["cuts"]] == ["original", "trim_vocabulary", "prune_depth", "distil", "sparsify"]
+    assert made["predicted_bytes"] == made["actual_bytes"]
+    assert all(cut["quality"]["bits_per_byte"]["value"] > 0 for cut in made["cuts"])
+    model = load(str(out / "hf"))
+    assert model.network.config.vocab_size == len(model.tokenizer) == 320
+    assert len(blocks_of(model.network)) == 2
+    up = model.network.model.layers[0].mlp.up_proj.weight
+    assert ((up.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "Nothing to prune. Give --depth, --ffn, --kv-groups or --hidden"),
+        ((), "Nothing to prune. Give one or more of --depth, --ffn, --kv-groups, --hidden, --vocab, --sparsity"),
+        (("--vocab", 100), "Cannot trim the vocabulary to 100 tokens"),
+        (("--sparsity", 1.5), "The sparsity is a share of the weights, and 1.5 is none"),
+        (("--pattern", "4:2"), "`4:2` is no pattern"),
+        (("--sparsity", 0.5, "--method", "magic"), "Unknown method `magic` to cut connections"),
         (("--depth", 9), "Cannot keep 9 blocks: the model has 3. Give --depth 1 to 3"),
         (("--ffn", 100), "--ffn 100 is no multiple of 32, which number formats need. Nearest that fit: 96 or 128"),
         (("--hidden", 8), "--hidden 8 is no multiple of 32, which number formats need. Nearest that fit: 32"),

@@ -132,6 +132,14 @@ def prune(
         int | None, typer.Option(help="Heads of keys and values to keep in every block, with their query heads.")
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the residual stream to keep, a multiple of 32.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens to keep: those that the text needs most.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of connections to cut, such as 0.5.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Cut in a pattern: 2:4 keeps 2 connections of every 4 neighbours.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How connections are chosen: sparsegpt, wanda_absorbed, wanda or magnitude.")
+    ] = "sparsegpt",
     heal: Annotated[str, typer.Option(help="Time for distillation afterwards, such as 10m.")] = "0",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     data: Data = None,
@@ -140,7 +148,7 @@ def prune(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Remove blocks, channels, heads or directions of a model; what stays is re-solved to take over, without training.
+    """Remove tokens, blocks, channels, heads, directions or connections of a model; what stays is solved to take over.
 
     Example: pocketlm prune demo --depth 27 --ffn 1280 -o smaller
     """
@@ -154,6 +162,10 @@ def prune(
         ffn=ffn,
         kv_groups=kv_groups,
         hidden=hidden,
+        vocab=vocab,
+        sparsity=sparsity,
+        pattern=pattern,
+        method=method,
         heal=parse_time(heal),
         out=out,
         data=tuple(data or ()),

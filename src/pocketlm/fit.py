@@ -118,7 +118,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         tokens = tokens_in(model, texts.calibration, job.tune)
         recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
-        size = recipe_bytes(_sizes_after_trimming(model, recipe, texts) or sizes, recipe)
+        size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
     wanted = Wanted(
         budget=budget,
@@ -132,12 +132,12 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan)
 
 
-def _sizes_after_trimming(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes | None:
-    """Return the size arithmetic of the model with the vocabulary that a recipe leaves it; None for all of it."""
+def sizes_before(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes:
+    """Return the size arithmetic that a recipe's steps start from: with the vocabulary that it leaves the model."""
     first = recipe.steps[0]
-    return (
-        sizes_of(outline(model, first, texts.documents["calibration"])) if isinstance(first, TrimVocabulary) else None
-    )
+    if isinstance(first, TrimVocabulary):
+        return sizes_of(outline(model, first, texts.documents["calibration"]))
+    return sizes_of(model)
 
 
 def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:

@@ -1,6 +1,7 @@
 """Pruning by itself: a model of another stock shape, what was chosen for it, and what each step cost.
 
-model ─> text ─> damage of dropping blocks ─> [prune_depth ─> prune_width ─> distil] ─> GGUF of each step ─> measure
+model ─> text ─> damage of dropping blocks ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil ─> sparsify]
+      ─> GGUF of each step ─> measure
 """
 
 import json
@@ -14,6 +15,7 @@ from pocketlm.artefact import new_folder
 from pocketlm.cache import remove_leftovers, stage
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
+from pocketlm.fit import sizes_before
 from pocketlm.measure.quality import Quality
 from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
@@ -22,9 +24,9 @@ from pocketlm.model.source import load
 from pocketlm.plan.decide import tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
-from pocketlm.plan.sizes import MULTIPLE, recipe_bytes, sizes_of
+from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
 from pocketlm.preflight import check_resources
-from pocketlm.proof import measure_quality, original_file
+from pocketlm.proof import measure_on_text, measure_quality, original_file
 from pocketlm.report.choices import choices_page
 from pocketlm.report.write import write_manifest
 from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
@@ -32,10 +34,15 @@ from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth, checked
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.sparsify import Sparsify, check_sparsity
+from pocketlm.steps.trim_vocabulary import TrimVocabulary
 
 # Of held-out text, on which removals of blocks are tried. On two windows the choice is mostly luck: of two such pairs
 # one chose six blocks of the reference model without which perplexity was 52, the other 73.
 DEPTH_WINDOWS = 8
+
+PARTS = ("depth", "ffn", "kv_groups", "hidden", "vocab", "sparsity", "pattern")
+NEW_TOKENS_RATE = 2e-4  # of learning, where words are spelled in pieces that the model has hardly seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,10 @@ class Prune:
     ffn: int | None = None
     kv_groups: int | None = None
     hidden: int | None = None
+    vocab: int | None = None  # tokens that are left
+    sparsity: float | None = None  # share of the blocks' connections that go
+    pattern: str | None = None  # of which n in every m neighbours stay, such as 2:4
+    method: str = "sparsegpt"  # how connections are chosen: also wanda, magnitude
     heal: float = 0.0  # seconds of distillation afterwards
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
@@ -105,7 +116,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         check_resources(model, job.out)
         texts = gather_texts(model, list(job.data), job.seed, progress)
         recipe, damage = _decide(model, job, texts, progress)
-        predicted = recipe_bytes(sizes_of(model), recipe)
+        predicted = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         compressed = run_recipe(model, recipe, texts, progress)
         write_gguf(compressed.model, compressed.packed, folder / "model.gguf")
         cuts = _measured(
@@ -128,8 +139,8 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     Raises:
         BadInputError: It is no smaller shape of the model's family, or a width does not divide by MULTIPLE.
     """
-    if all(value is None for value in (job.depth, job.ffn, job.kv_groups, job.hidden)):
-        raise BadInputError("Nothing to prune. Give --depth, --ffn, --kv-groups or --hidden")
+    if all(getattr(job, part) is None for part in PARTS):
+        raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
     blocks = model.network.config.num_hidden_layers
     if job.depth is not None and not 0 < job.depth <= blocks:
         raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth 1 to {blocks}")
@@ -137,6 +148,8 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
         )
+    if job.sparsity is not None or job.pattern:
+        check_sparsity(model, Sparsify(sparsity=job.sparsity, pattern=job.pattern, method=job.method))
     checked(model.network, PruneWidth(ffn=job.ffn, kv_groups=job.kv_groups, hidden=job.hidden))
     for option, width in (("--ffn", job.ffn), ("--hidden", job.hidden)):
         if width is not None and width % MULTIPLE:
@@ -145,6 +158,10 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
             raise BadInputError(
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
+
+
+def _option(part: str) -> str:
+    return f"--{part.replace('_', '-')}"
 
 
 def healing_tokens(removed: float) -> int:
@@ -162,11 +179,10 @@ def _decide(
     model: LanguageModel, job: Prune, texts: Texts, progress: Progress
 ) -> tuple[Recipe, list[tuple[int, float]]]:
     """Return the steps for a shape and the damage of dropping blocks; the same question is answered from the cache."""
-    asked = {name: getattr(job, name) for name in ("depth", "ffn", "kv_groups", "hidden", "heal", "seed")}
+    asked = {name: getattr(job, name) for name in (*PARTS, "method", "heal", "seed")}
 
     def produce(_: Path) -> dict[str, Any]:
-        # Steps for vocabulary and connections have their places here: trimming comes first, sparsity before healing.
-        steps: list[Any] = []
+        steps: list[Any] = [TrimVocabulary(size=job.vocab)] if job.vocab else []
         most = model.network.config.num_hidden_layers - (job.depth or model.network.config.num_hidden_layers)
         damage = []
         if most:
@@ -178,8 +194,13 @@ def _decide(
         if any(width is not None for width in (job.ffn, job.kv_groups, job.hidden)):
             steps.append(PruneWidth(ffn=job.ffn, kv_groups=job.kv_groups, hidden=job.hidden))
         if job.heal:
-            steps.append(Distil(tokens=tokens_in(model, texts.calibration, job.heal), seed=job.seed))
-        steps.append(Quantize(formats={"*": "F16"}))
+            rate = NEW_TOKENS_RATE if job.vocab else Distil(tokens=1).learning_rate
+            tokens = tokens_in(model, texts.calibration, job.heal)
+            steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
+        sparse = job.sparsity is not None or job.pattern is not None
+        if sparse:  # last: healing would fill the zeros again
+            steps.append(Sparsify(sparsity=job.sparsity, pattern=job.pattern, method=job.method))
+        steps.append(Quantize(formats={"*": "F16"}, keep_zeros=sparse))
         return {"recipe": to_dict(Recipe(steps=tuple(steps), seed=job.seed)), "damage": damage}
 
     done = stage("prune-plan", {"model": model.origin.sha256, "asked": asked, **texts.sha256}, produce)
@@ -189,19 +210,17 @@ def _decide(
 def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: Progress) -> list[Cut]:
     """Read every step's model in llama.cpp, on text that no step has seen."""
     with tempfile.TemporaryDirectory() as beside:
-        files, counts = {"0 original": original_file(model)}, [_parameters(model)]
+        models, files = {"0 original": model}, {"0 original": original_file(model)}
         for place, done in enumerate(stages[1:], 1):
-            after = load(str(done.folder / "hf"))
-            path = Path(beside) / f"{place}.gguf"
-            write_gguf(after, {}, path)
-            files[f"{place} {done.facts['step']}"] = path
-            counts.append(_parameters(after))
-        qualities = measure_quality(files, texts.test.windows, progress).qualities
+            name = f"{place} {done.facts['step']}"
+            models[name], files[name] = load(str(done.folder / "hf")), Path(beside) / f"{place}.gguf"
+            write_gguf(models[name], {}, files[name])
+        counts = [sum(parameter.numel() for parameter in each.network.parameters()) for each in models.values()]
+        if len({each.network.config.vocab_size for each in models.values()}) == 1:
+            qualities = measure_quality(files, texts.test.windows, progress).qualities
+        else:
+            qualities = measure_on_text(files, models, texts.test.windows, progress).qualities
     return [
         Cut(done.facts["step"], done.facts["summary"], done.facts["details"], count, quality)
         for done, count, quality in zip(stages, counts, qualities.values(), strict=True)
     ]
-
-
-def _parameters(model: LanguageModel) -> int:
-    return sum(parameter.numel() for parameter in model.network.parameters())

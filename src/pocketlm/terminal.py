@@ -127,10 +127,15 @@ def integer_lines(made: IntegerFolder, out: Path) -> list[str]:
 
 def pruned_lines(made: Pruned, out: Path) -> list[str]:
     """Say what each step of a pruning chose and what the model behind it is worth."""
-    lines = [f"{'step':<14}{'parameters':>13}  {'perplexity':<26}{'KL (nats/token)':<28}chosen"]
+    per_byte = made.cuts[0].quality.bits_per_byte is not None
+    measure = "bits per byte" if per_byte else "KL (nats/token)"
+    lines = [f"{'step':<17}{'parameters':>13}  {'perplexity':<26}{measure:<28}chosen"]
     for cut in made.cuts:
-        perplexity, kl = (_cell(value) for value in (cut.quality.perplexity, cut.quality.kl))
-        lines.append(f"{cut.step:<14}{cut.parameters:>13,}  {perplexity:<26}{kl:<28}{cut.summary}")
+        quality = cut.quality
+        cells = _cell(quality.perplexity), _cell(quality.bits_per_byte if per_byte else quality.kl)
+        lines.append(f"{cut.step:<17}{cut.parameters:>13,}  {cells[0]:<26}{cells[1]:<28}{cut.summary}")
+    if per_byte:
+        lines.append("the vocabularies differ: there is no KL, and perplexity counts the original's tokens for all")
     removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
     return [
         *lines,

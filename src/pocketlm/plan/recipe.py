@@ -82,7 +82,7 @@ def _check_zeros_stay(recipe: Recipe, where: str) -> None:
             case Sparsify():
                 sparsity_of(step.sparsity, step.pattern)
                 sparse = True
-            case Distil() | PruneWidth() | Tune(train="weights") if sparse:
+            case Distil() | PruneWidth() | PruneDepth(repair=True) | Tune(train="weights") if sparse:
                 raise BadInputError(
                     f"{where}: `{step.step}` changes every weight, so the zeros of `sparsify` would be lost. "
                     "Put it before `sparsify`; `tune` may follow with `train: scales`"

@@ -50,14 +50,17 @@ def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 
 def _table(made: Any) -> Markup:
     rows = [
-        (cut.step, cut.summary, f"{cut.parameters:,}", f"{cut.quality.perplexity.value:.2f}", _kl(cut.quality))
+        (cut.step, cut.summary, f"{cut.parameters:,}", f"{cut.quality.perplexity.value:.2f}", _distance(cut.quality))
         for cut in made.cuts
     ]
-    heads = ("step", "chosen", "parameters", "perplexity", "KL")
+    per_byte = made.cuts[0].quality.bits_per_byte is not None
+    heads = ("step", "chosen", "parameters", "perplexity", "bits per byte" if per_byte else "KL")
     lines = ["".join(f"<th>{head}</th>" for head in heads)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return Markup("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
 
 
-def _kl(quality: Any) -> str:
+def _distance(quality: Any) -> str:
+    if quality.bits_per_byte is not None:
+        return f"{quality.bits_per_byte.value:.4f}"
     return "" if quality.kl is None else f"{quality.kl.value:.4f}"
