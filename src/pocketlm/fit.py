@@ -94,8 +94,13 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
 
 def load_for(job: Fit) -> LanguageModel:
     """Load a job's model; in 16 bits, half the memory, where it is large and nothing will be trained."""
-    trained = job.prune or job.tune or job.recipe
-    return load(job.model, torch.float32 if trained or weight_bytes(job.model) < LARGE_BYTES else torch.bfloat16)
+    small = weight_bytes(job.model) < LARGE_BYTES
+    return load(job.model, torch.float32 if _trains(job) or small else torch.bfloat16)
+
+
+def _trains(job: Fit) -> bool:
+    """Whether something may learn; what a recipe does is not known yet when the model is loaded."""
+    return bool(job.prune or job.tune or job.recipe)
 
 
 def plan(job: Fit, progress: Progress = silent) -> Planned:
@@ -112,7 +117,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     check_fixed(sizes, dict(job.fixed))
     if budget and not recipe:
         check_budget(sizes, budget, job.prune)
-    check_resources(model, job.out)
+    check_resources(model, job.out, _trains(job))
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:
         tokens = tokens_in(model, texts.calibration, job.tune)

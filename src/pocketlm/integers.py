@@ -57,7 +57,7 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         recipe = Recipe(steps=(step,), seed=job.seed)
         names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
         predicted = predicted_bytes(sizes.shapes, {name: form for name, form in names.items() if form != "F16"})
-        check_resources(model, job.out)
+        check_resources(model, job.out, trained=False)
         texts = gather_texts(model, list(job.data), job.seed, progress)
         compressed = run_recipe(model, recipe, texts, progress)
         write_compressed_tensors(compressed.model, compressed.packed, folder / "model")

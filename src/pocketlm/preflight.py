@@ -9,12 +9,18 @@ from pocketlm.measure.device import machine
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.plan.budget import say_bytes
 
-WEIGHT_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
+TRAINING_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
+COPIES = 3  # where nothing is trained: the original, what is made of it, and what is stored
 DISK_COPIES = 6  # 16-bit copies: three stages, hf/, the file, the file to compare with
 
 
-def check_resources(model: LanguageModel, out: Path) -> None:
+def check_resources(model: LanguageModel, out: Path, trained: bool) -> None:
     """Refuse work that would run out of disk or memory.
+
+    Args:
+        model: The original, as it was loaded.
+        out: The folder to be written.
+        trained: Whether something will learn.
 
     Raises:
         OutOfResourcesError: It would; the message says how much is missing and what helps.
@@ -28,8 +34,9 @@ def check_resources(model: LanguageModel, out: Path) -> None:
                 f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
                 "Free some space, run `pocketlm clean`, or set POCKETLM_CACHE to another disk"
             )
-    # One float32 copy is loaded already.
-    memory, available = (WEIGHT_COPIES - 1) * 4 * parameters, machine().memory_available_bytes
+    # One copy is loaded already.
+    copy = (4 if trained else model.network.dtype.itemsize) * parameters
+    memory, available = ((TRAINING_COPIES if trained else COPIES) - 1) * copy, machine().memory_available_bytes
     if available is not None and available < memory:
         raise OutOfResourcesError(
             f"The work needs about {say_bytes(memory)} more memory, {say_bytes(available)} are available. "

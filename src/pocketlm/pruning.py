@@ -113,7 +113,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
     with new_folder(job.out, job.force) as folder:
         model = load(job.model)
         check_shape(model, job)
-        check_resources(model, job.out)
+        check_resources(model, job.out, trained=job.heal > 0)
         texts = gather_texts(model, list(job.data), job.seed, progress)
         recipe, damage = _decide(model, job, texts, progress)
         predicted = recipe_bytes(sizes_before(model, recipe, texts), recipe)

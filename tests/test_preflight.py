@@ -1,0 +1,28 @@
+"""Work that would run out of memory is refused before it starts, and no more of it than that."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import Tiny
+
+from pocketlm import preflight
+from pocketlm.errors import OutOfResourcesError
+from pocketlm.measure.device import machine
+from pocketlm.preflight import check_resources
+
+
+def test_quantizing_needs_less_memory_than_training(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama")
+    model.network.to(torch.bfloat16)
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
+    little = replace(machine(tmp_path), memory_available_bytes=2 * 2 * weights)  # two more copies in 16 bits
+    monkeypatch.setattr(preflight, "machine", lambda: little)
+    check_resources(model, tmp_path, trained=False)
+    with pytest.raises(OutOfResourcesError, match=r"more memory, .* are available"):
+        check_resources(model, tmp_path, trained=True)
+    less = replace(little, memory_available_bytes=little.memory_available_bytes - 1)
+    monkeypatch.setattr(preflight, "machine", lambda: less)
+    with pytest.raises(OutOfResourcesError, match="take a smaller model"):
+        check_resources(model, tmp_path, trained=False)
