@@ -25,11 +25,11 @@ from pocketlm.export.sparse_bitmask import (
     squeeze,
     write_sparse_bitmask,
 )
-from pocketlm.model.anatomy import read_weight
+from pocketlm.model.anatomy import linears_of, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.plan.recipe import from_dict
 from pocketlm.steps.quantize import Quantize, quantize
-from pocketlm.steps.sparsify import Sparsify, cuttable, sparsify
+from pocketlm.steps.sparsify import Sparsify, sparsify
 from pocketlm.tensors.elimination import gptq, inverse_factor, output_errors
 from pocketlm.tensors.formats import FORMATS, Format, pack, round_to_nearest, unpack
 from pocketlm.tensors.formats.integer import NAMES, integer_format
@@ -267,7 +267,7 @@ def test_outliers_are_those_beyond_five_times_the_mean():
 
 
 def zeros_of(model: LanguageModel) -> dict[str, Tensor]:
-    return {name: read_weight(linear) == 0 for name, linear in cuttable(model).items()}
+    return {name: read_weight(linear) == 0 for name, (_, linear) in linears_of(model.network).items()}
 
 
 @every_method
@@ -277,7 +277,9 @@ def test_every_family_reaches_its_sparsity(
     family: str, target: tuple[float | None, str | None], method: str, tiny_model: Tiny
 ):
     model, (share, pattern) = tiny_model(family), target
-    others = {name: value.clone() for name, value in model.network.named_parameters() if name not in cuttable(model)}
+    others = {
+        name: value.clone() for name, value in model.network.named_parameters() if name not in linears_of(model.network)
+    }
     model, report = sparsify(model, Sparsify(sparsity=share, pattern=pattern, method=method), WINDOWS)
     sparsity = sparsity_of(share, pattern)
     for zeros in zeros_of(model).values():
@@ -309,7 +311,7 @@ def test_later_blocks_see_what_earlier_ones_lost(tiny_model: Tiny):
     """Block by block on live statistics is not the same as all blocks on the original's."""
     model = tiny_model("llama")
     together, _ = sparsify(tiny_model("llama"), Sparsify(sparsity=0.6), WINDOWS)
-    names = list(cuttable(model))
+    names = list(linears_of(model.network))
     x = model.network.model.layers[1].input_layernorm(
         model.network(WINDOWS, output_hidden_states=True).hidden_states[1]
     )
@@ -401,7 +403,7 @@ def test_zeros_are_zero_in_the_file(family: str, method: str, tiny_model: Tiny, 
             gguf.dequantize(packed[name].rows.numpy(), gguf.GGMLQuantizationType[packed[name].format.name])
         )
         assert (decoded[where] == 0).all()
-        assert torch.equal(decoded, read_weight(cuttable(model)[name]))
+        assert torch.equal(decoded, read_weight(linears_of(model.network)[name][1]))
     write_gguf(model, packed, tmp_path / "model.gguf")
 
 

@@ -14,7 +14,7 @@ from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
-from pocketlm.proof import SPEED_WORKER, measure_on_text, measure_quality, original_file
+from pocketlm.proof import SPEED_WORKER, measure_models, original_file
 from pocketlm.stages import Progress, silent
 
 
@@ -80,10 +80,7 @@ def evaluate(
     corpus = read_corpus(data) if data else python_topics()
     windows = corpus.tokens("test", models["reference"].tokenizer, count, length).windows
     files = {name: original_file(model) for name, model in models.items()}
-    known = [(model.network.config.vocab_size, model.tokenizer.get_vocab()) for model in models.values()]
-    if known[0] != known[1]:
-        return measure_on_text(files, models, windows, progress).qualities
-    return measure_quality(files, windows, progress).qualities
+    return measure_models(files, models, windows, progress).qualities
 
 
 def bench(

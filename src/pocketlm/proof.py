@@ -89,11 +89,8 @@ def prove(
     answers, ended = ask_both(files["original"], exported, progress)
     checks = verify(compressed, exported, compressed.texts, ended)
     files |= {"plain": plain_file(original, simpler, texts, progress), "compressed": exported}
-    if compressed.model.network.config.vocab_size == original.network.config.vocab_size:
-        quality = measure_quality(files, texts.test.windows, progress)
-    else:
-        models = {"original": original, "plain": original, "compressed": compressed.model}
-        quality = measure_on_text(files, models, texts.test.windows, progress)
+    models = {"original": original, "plain": original, "compressed": compressed.model}
+    quality = measure_models(files, models, texts.test.windows, progress)
     speed = measure_speeds(files, texts, progress)
     cache = measure_cache(exported, compressed.texts.validation.first(CACHE_WINDOWS))
     return Proof(files, checks, answers, quality, speed, cache)
@@ -214,6 +211,23 @@ def measure_quality(files: dict[str, Path], windows: Tensor, progress: Progress)
             windows,
             lambda i, n: progress("measuring quality in llama.cpp", i, n),
         )
+
+
+def measure_models(
+    files: dict[str, Path], models: dict[str, LanguageModel], windows: Tensor, progress: Progress
+) -> Comparison:
+    """Measure files by their probabilities of tokens, or in bits per byte where their vocabularies differ.
+
+    Args:
+        files: By role; the first is the reference.
+        models: By role, for their vocabularies.
+        windows: (windows, length) token ids of the reference.
+        progress: Called after each window or text.
+    """
+    first, *others = [(model.network.config.vocab_size, model.tokenizer.get_vocab()) for model in models.values()]
+    if all(other == first for other in others):
+        return measure_quality(files, windows, progress)
+    return measure_on_text(files, models, windows, progress)
 
 
 def measure_on_text(

@@ -26,7 +26,7 @@ from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
 from pocketlm.preflight import check_resources
-from pocketlm.proof import measure_on_text, measure_quality, original_file
+from pocketlm.proof import measure_models, original_file
 from pocketlm.report.choices import choices_page
 from pocketlm.report.write import write_manifest
 from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
@@ -216,10 +216,7 @@ def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: P
             models[name], files[name] = load(str(done.folder / "hf")), Path(beside) / f"{place}.gguf"
             write_gguf(models[name], {}, files[name])
         counts = [sum(parameter.numel() for parameter in each.network.parameters()) for each in models.values()]
-        if len({each.network.config.vocab_size for each in models.values()}) == 1:
-            qualities = measure_quality(files, texts.test.windows, progress).qualities
-        else:
-            qualities = measure_on_text(files, models, texts.test.windows, progress).qualities
+        qualities = measure_models(files, models, texts.test.windows, progress).qualities
     return [
         Cut(done.facts["step"], done.facts["summary"], done.facts["details"], count, quality)
         for done, count, quality in zip(stages, counts, qualities.values(), strict=True)

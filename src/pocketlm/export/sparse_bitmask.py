@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import check_free, write_folder
-from pocketlm.model.anatomy import anatomy_of, blocks_of
+from pocketlm.model.anatomy import linears_of
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.tensors.formats.integer import DTYPE
 
@@ -81,12 +81,10 @@ def linear_names(model: LanguageModel) -> list[str]:
     Raises:
         BadInputError: The family stores them the other way round (GPT-2).
     """
-    anatomy = anatomy_of(model.network)
-    blocks = blocks_of(model.network)
-    edges = [(index, edge) for index in range(len(blocks)) for edge in anatomy.edges]
-    if not all(isinstance(blocks[index].get_submodule(edge.path), torch.nn.Linear) for index, edge in edges):
+    linears = linears_of(model.network)
+    if not all(isinstance(linear, torch.nn.Linear) for _, linear in linears.values()):
         raise BadInputError(f"A {model.family} model has no linears of torch, so it cannot be stored as bitmasks")
-    return [f"{anatomy.blocks}.{index}.{edge.path}.weight" for index, edge in edges]
+    return list(linears)
 
 
 def squeeze(weight: Tensor) -> dict[str, Tensor]:

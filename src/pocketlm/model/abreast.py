@@ -148,9 +148,7 @@ class Pair:
     def _wanted(self, path: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the original has behind a writer and before it, and each token's root mean square.
 
-        The first two in the kept directions.
-
-        Behind the last writer of a block dropped blocks that follow count too.
+        The first two in the kept directions. Behind the last writer of a block dropped blocks that follow count too.
         """
         position = self.writers.index(path)
         before = self.clean[batch] + sum(self.wrote[writer][batch] for writer in self.writers[:position])

@@ -158,6 +158,16 @@ def blocks_of(network: nn.Module) -> nn.ModuleList:
     return network.get_submodule(anatomy_of(network).blocks)
 
 
+def linears_of(network: nn.Module) -> dict[str, tuple[Edge, nn.Module]]:
+    """Return the linears of all decoder blocks and their edges, by the parameter names of their weights."""
+    anatomy = anatomy_of(network)
+    return {
+        f"{anatomy.blocks}.{index}.{edge.path}.weight": (edge, block.get_submodule(edge.path))
+        for index, block in enumerate(blocks_of(network))
+        for edge in anatomy.edges
+    }
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear stores its weight as (in, out), as GPT-2's Conv1D does."""
     return type(module).__name__ == "Conv1D"

@@ -108,9 +108,8 @@ def prune_width(
         narrow_ends(network, basis)
         resolve_end(network, *before, pair)
     set_ffn_width(network, wanted.ffn)
-    if (wanted.kv_groups, wanted.hidden) == (present.kv_groups, present.hidden):
-        return model, _report(present, wanted, chosen)
-    model = replace(model, network=rebuilt(network, _stated(network, wanted)))
+    if (wanted.kv_groups, wanted.hidden) != (present.kv_groups, present.hidden):
+        model = replace(model, network=rebuilt(network, _stated(network, wanted)))
     return model, _report(present, wanted, chosen)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
+from pocketlm.model.anatomy import Edge, linears_of, overwrite_weight, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import HEAD, Layer, sweep
 from pocketlm.steps.learned_rounding import learn_rounding
@@ -143,13 +143,11 @@ def edges_by_group(layer: Layer, network: torch.nn.Module) -> dict[str, list[Edg
 
 def _tensors(model: LanguageModel) -> dict[str, tuple[str, int]]:
     """Return the group and the row length of every matrix that can be quantized, by parameter name."""
-    network, anatomy = model.network, anatomy_of(model.network)
+    network = model.network
     tied = network.config.tie_word_embeddings
     found = {embedding_name(model): ("embedding", network.config.hidden_size)}
-    for index, block in enumerate(blocks_of(network)):
-        for edge in anatomy.edges:
-            columns = read_weight(block.get_submodule(edge.path)).shape[1]
-            found[f"{anatomy.blocks}.{index}.{edge.path}.weight"] = (edge.group, columns)
+    for name, (edge, linear) in linears_of(network).items():
+        found[name] = (edge.group, read_weight(linear).shape[1])
     return found if tied else found | {f"{HEAD.path}.weight": (HEAD.group, network.config.hidden_size)}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
+from pocketlm.model.anatomy import Edge, linears_of, overwrite_weight, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import Layer, sweep
 from pocketlm.steps.report import StepReport
@@ -65,7 +65,7 @@ def sparsify(
         zeros.append(share_of_zeros(after.values()))
         errors.append(_relative_error(layer, before, after))
         progress(layer.index + 1, blocks)
-    share = share_of_zeros(read_weight(linear) for linear in cuttable(model).values())
+    share = share_of_zeros(read_weight(linear) for _, linear in linears_of(model.network).values())
     where = f"in the pattern {config.pattern}" if config.pattern else "anywhere"
     details = {"share_of_zeros": share, "sparsity": zeros, "output_error": errors, "note": NOTE}
     return model, StepReport(
@@ -82,16 +82,6 @@ def cut_block(layer: Layer, sparsity: Sparsity, method: str) -> None:
         cut = METHODS[method]([read_weight(linear).float() for linear in linears], layer.gram[space], sparsity)
         for linear, weight in zip(linears, cut, strict=True):
             overwrite_weight(linear, weight)
-
-
-def cuttable(model: LanguageModel) -> dict[str, nn.Module]:
-    """Return the linears whose connections can be cut, by parameter name: those of the blocks."""
-    anatomy = anatomy_of(model.network)
-    return {
-        f"{anatomy.blocks}.{index}.{edge.path}.weight": block.get_submodule(edge.path)
-        for index, block in enumerate(blocks_of(model.network))
-        for edge in anatomy.edges
-    }
 
 
 def share_of_zeros(weights: Iterable[Tensor]) -> float:
@@ -116,7 +106,7 @@ def check_sparsity(model: LanguageModel, config: Sparsify) -> Sparsity:
             f"The pattern {config.pattern} gives every block the same sparsity. "
             "Leave out either the pattern or the allocation"
         )
-    for name, linear in cuttable(model).items():
+    for name, (_, linear) in linears_of(model.network).items():
         columns = read_weight(linear).shape[1]
         if sparsity.group and columns % sparsity.group:
             raise BadInputError(
