@@ -66,7 +66,7 @@ def make(args: argparse.Namespace, folder: Path, screen: Screen) -> dict[str, tu
         write_gguf(compressed.model, compressed.packed, path)
         facts = {"seconds": round(time.monotonic() - began), "predicted_bytes": planned.predicted_bytes}
         if planned.plan:
-            facts["predicted_kl"] = planned.plan.damage
+            facts["predicted_kl"] = planned.plan.damage + planned.engine
         files[name] = path, facts
     return files
 

@@ -22,7 +22,7 @@ from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import save
-from pocketlm.model.source import load
+from pocketlm.model.source import load, set_aside
 
 TEXT = "It'LL cost 1234, ² or ٣.\n\n  <|im_start|> 漢字"
 
@@ -269,3 +269,14 @@ def test_a_folder_that_cannot_be_used(damage: Callable[[Path], object], words: s
     with pytest.raises(BadInputError, match=words):
         load(str(folder))
     refused(folder)
+
+
+def test_a_model_set_aside_comes_back_as_it_was(original: Path, tmp_path: Path):
+    model = load(str(original), torch.bfloat16)
+    save(model, tmp_path / "kept")
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    with set_aside(model, tmp_path / "kept"):
+        assert sum(parameter.numel() for parameter in model.network.parameters()) == 0
+    after = model.network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.network.lm_head.weight is model.network.get_input_embeddings().weight

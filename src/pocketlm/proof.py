@@ -18,7 +18,7 @@ from pocketlm.measure.quality import Comparison, Reader, compare, compare_on_tex
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.text import encode_from_start, plain_pieces
-from pocketlm.plan.sizes import Sizes
+from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
 from pocketlm.run.chat import complete, has_chat_template, serving
@@ -38,6 +38,7 @@ PROMPTS = (
 ANSWER_TOKENS = 160
 VERIFIED_WINDOWS = 2
 CACHE_WINDOWS = 2
+ENGINE_WINDOWS = 2
 # A type of the cache is recommended where its KL is below this, or below this share of the file's own.
 CACHE_KL = 0.001
 CACHE_SHARE = 0.02
@@ -146,6 +147,27 @@ def plain_file(model: LanguageModel, choice: Simpler, texts: Texts, progress: Pr
     inputs = {"model": model.origin.sha256, "formats": choice.formats, "text": texts.calibration.sha256}
     done = stage("plain", inputs, produce)
     return done.folder / f"plain-{choice.name}.gguf"
+
+
+def engine_damage(model: LanguageModel, texts: Texts, progress: Progress) -> float:
+    """Return what quantizing costs before any weight is coarse: the KL, in nats per token, of a Q8_0 file.
+
+    Its weights are as good as exact. But llama.cpp multiplies quantized weights with activations that it rounds to 8
+    bits, which no measurement of weights in torch knows of.
+    """
+
+    def produce(folder: Path) -> dict[str, float]:
+        sizes, path = sizes_of(model), folder / "Q8_0.gguf"
+        formats = {group: "Q8_0" if "Q8_0" in sizes.allowed(group) else "F16" for group in sizes.group_names}
+        windows = texts.validation.first(ENGINE_WINDOWS)
+        copy = load(model.origin.source, model.network.dtype)
+        done, packed, _ = quantize(copy, Quantize(formats=formats, method="rtn"), windows[:1])
+        write_gguf(done, packed, path)
+        quality = measure_quality({"original": original_file(model), "Q8_0": path}, windows, progress)
+        path.unlink()
+        return {"kl": quality.qualities["Q8_0"].kl.value}
+
+    return stage("engine", {"model": model.origin.sha256, **texts.sha256}, produce).facts["kl"]
 
 
 # ---- verifying ----

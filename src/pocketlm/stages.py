@@ -22,7 +22,7 @@ from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.respelling import Spelling
 from pocketlm.model.sampling import sample_documents
-from pocketlm.model.source import load
+from pocketlm.model.source import load, set_aside
 from pocketlm.model.text import (
     WINDOW,
     Corpus,
@@ -227,7 +227,7 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
                 teacher = replace(teacher, spelling=spellings(original.tokenizer, trimmed.tokenizer))
                 continue
             case Quantize():
-                produce = partial(_quantize, original, before, step, texts, progress)
+                produce = partial(_quantize, original, (done[0], before), step, texts, progress)
             case Tune():
                 produce = partial(_tune, teacher, (plain, before), step, texts, progress)
             case _:
@@ -295,11 +295,18 @@ def _change(
 
 
 def _quantize(
-    original: LanguageModel, before: Finished, step: Quantize, texts: Texts, progress: Progress, folder: Path
+    original: LanguageModel,
+    stages: tuple[Finished, Finished],
+    step: Quantize,
+    texts: Texts,
+    progress: Progress,
+    folder: Path,
 ) -> dict[str, Any]:
+    kept, before = stages
     model = _reload(original, before)
     statistics = texts.calibration.first(STATISTICS_WINDOWS)
-    _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n))
+    with set_aside(original, kept.folder / "hf"):
+        _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n))
     write_packed(packed, folder)
     return asdict(report)
 

@@ -77,7 +77,8 @@ def plan_lines(planned: Planned) -> list[str]:
         before, after = planned.sizes.original, planned.plan.shape
         lines += [
             f"shape      {before.blocks} blocks -> {after.blocks}, FFN {before.ffn} -> {after.ffn} channels",
-            f"damage     {planned.plan.damage:.3f} nats per token expected by measured parts, before recovery",
+            f"damage     {planned.plan.damage + planned.engine:.3f} nats per token expected before recovery: "
+            f"{planned.plan.damage:.3f} by measured parts, {planned.engine:.3f} by the engine's 8-bit activations",
         ]
         lines += ["", *unit_lines(planned.plan.units), ""]
     return [*lines, "recipe", *(f"  {line}" for line in to_yaml(planned.recipe).splitlines())]

@@ -55,6 +55,26 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     raise BadInputError(f"There is no file or folder `{source}`{_suggestion(path)}")
 
 
+@contextmanager
+def set_aside(model: LanguageModel, folder: Path) -> Iterator[None]:
+    """While open, a model's weights are not in memory; `folder` holds them, as `save` wrote them.
+
+    Nothing is done where the weights are in another precision, which the folder would not give back.
+    """
+    network = model.network
+    if network.dtype is not torch.bfloat16:  # what `save` writes
+        yield
+        return
+    for parameter in network.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    try:
+        yield
+    finally:
+        kept = load(str(folder), network.dtype).network
+        for name, parameter in network.named_parameters():
+            parameter.data = kept.get_parameter(name).data
+
+
 def weight_bytes(source: str) -> int:
     """Return the bytes of a source's weights on disk; 0 where they are not on this disk yet."""
     path = Path(source).expanduser()

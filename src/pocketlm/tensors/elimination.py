@@ -17,7 +17,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.tensors.formats import Format, Quantized, effective, fit_scales, fit_steps, inverse_scale
 
 GPTQ_ROWS = 16384  # rows whose codes are chosen together
-REFIT_ROWS = 1024  # rows whose normal equations are in memory together
+REFIT_NUMBERS = 1 << 18  # of the weights whose normal equations are made together: they stay in the CPU's cache
 # Of the way to the original's output. All of it is too far: what the layer reads has noise, on which least squares
 # shrinks the weights, in every block again. On the reference model a quarter lowers the KL, the whole multiplies it.
 DRIFT_SHARE = 0.25
@@ -50,11 +50,16 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
     """
     # Factored from the last column backwards, G + λI = R Rᵀ with R upper-triangular, and U is its inverse: one
     # factorisation and one triangular inverse instead of two factorisations around a full inverse.
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for growth in range(MOST_TENFOLDS):
-        lower, failed = torch.linalg.cholesky_ex((gram + ridge(gram, damping * 10**growth) * eye).flip(0, 1))
+        damped = gram.flip(0, 1)
+        damped.diagonal().add_(ridge(gram, damping * 10**growth))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            del damped  # matrices of wide layers are large: as few of them at a time as can be
+            upper = lower.flip(0, 1)
+            del lower
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            return torch.linalg.solve_triangular(upper, eye, upper=True)
     raise PocketlmError(
         "The inputs of a layer overflow or are not numbers, so it cannot be quantized. "
         "Check that the model answers sensibly before it is compressed"
@@ -147,13 +152,13 @@ def gptq(
     sizes = dict.fromkeys((form.span, form.group, form.vector))
     order = group_order(gram.diagonal(), *(size for size in sizes if size > 1))
     order = order.reshape(-1, form.vector).sort(1).values.flatten()  # a codebook's vectors keep their order
-    factor = inverse_factor(gram[order][:, order], damping)
+    factor = inverse_factor(gram[order[:, None], order], damping)
     parts = []
     for start in range(0, len(weight), GPTQ_ROWS):  # each row is quantized on its own: a large embedding goes in parts
         rows = slice(start, start + GPTQ_ROWS)
         target = weight[rows].float()
         if drift is not None:
-            target = aimed(target, gram, DRIFT_SHARE * drift, damping)
+            target = aimed(target, drift, factor, order)
         kept = None if mask is None else mask[rows][:, order].T.contiguous()
         parts.append(refit_scales(target, _gptq_rows(target, factor, order, form, kept), gram, damping))
     fields = ("codes", "scales", "steps")
@@ -201,13 +206,21 @@ def _gptq_rows(weight: Tensor, factor: Tensor, order: Tensor, form: Format, kept
     return Quantized(form, form.codes_of(levels.T[:, order.argsort()]), scales, steps)
 
 
-def aimed(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> Tensor:
-    """Return the weights that, on the inputs there are, come closest to W on the inputs there should have been.
+def aimed(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor, share: float = DRIFT_SHARE) -> Tensor:
+    """Return the weights that, on the inputs there are, come closer to W on the inputs there should have been.
 
     The least-squares answer of min ‖W X̃ - V X‖² + λ‖W - V‖² is V = W + W D (G + λI)⁻¹ with D = Σ (x̃ - x) xᵀ.
+
+    Args:
+        weight: W, (rows, columns) float32.
+        drift: D, (columns, columns).
+        factor: U with (G + λI)⁻¹ = UᵀU, its columns in another order.
+        order: That order.
+        share: How much of the way to go.
     """
-    factor = inverse_factor(gram, damping)
-    return weight + (weight @ drift) @ (factor.T @ factor)
+    change = torch.empty_like(weight)
+    change[:, order] = (weight @ drift)[:, order] @ factor.T @ factor
+    return weight + share * change
 
 
 @torch.no_grad()
@@ -224,13 +237,12 @@ def refit_scales(weight: Tensor, quantized: Quantized, gram: Tensor, damping: fl
         damping: Share of the mean diagonal added to the diagonal, as when the codes were chosen.
     """
     form = quantized.format
-    metric = gram + ridge(gram, damping) * torch.eye(len(gram), device=gram.device)
-    fitted = torch.cat(
-        [
-            _best_scales(weight[start : start + REFIT_ROWS], quantized.rows(slice(start, start + REFIT_ROWS)), metric)
-            for start in range(0, len(weight), REFIT_ROWS)
-        ]
-    )
+    metric = gram.clone()
+    metric.diagonal().add_(ridge(gram, damping))
+    seen = weight @ metric
+    at_once = max(1, REFIT_NUMBERS // len(gram))
+    parts = (slice(start, start + at_once) for start in range(0, len(weight), at_once))
+    fitted = torch.cat([_best_scales(seen[rows], quantized.rows(rows), metric) for rows in parts])
     fitted = form.storable(torch.nan_to_num(fitted, nan=0.0))[0]
     refit = Quantized(form, quantized.codes, fitted, quantized.steps)
     better = output_errors(weight, refit.decode(), metric) < output_errors(weight, quantized.decode(), metric)
@@ -254,21 +266,25 @@ def coefficients(quantized: Quantized) -> Tensor:
             return torch.stack([first, steps[..., 1]], -1)
 
 
-def _best_scales(weight: Tensor, quantized: Quantized, metric: Tensor) -> Tensor:
+def _best_scales(seen: Tensor, quantized: Quantized, metric: Tensor) -> Tensor:
+    # `seen` is the target through the metric, (rows, columns).
     span = quantized.format.span
-    basis = coefficients(quantized)
-    per_span = basis.unflatten(1, (-1, span))  # (rows, spans, span, scales)
-    normal, target = [], []
-    for start in range(0, len(metric), span):
-        for kind in range(basis.shape[2]):
-            reach = basis[:, start : start + span, kind] @ metric[start : start + span]  # seen through the metric
-            normal.append((reach.unflatten(1, (-1, span, 1)) * per_span).sum(2).flatten(1))
-            target.append((reach * weight).sum(1))
-    equations = torch.stack(normal, 1)  # (rows, spans * scales, spans * scales)
+    basis = coefficients(quantized).unflatten(1, (-1, span))
+    rows, spans, _, kinds = basis.shape
+    target = torch.einsum("rsck,rsc->rsk", basis, seen.unflatten(1, (-1, span)))
+    equations = basis.new_zeros(rows, spans, kinds, spans, kinds)
+    for place in range(spans):
+        columns = slice(place * span, (place + 1) * span)
+        for kind in range(kinds):
+            # What a change of this scale does, seen through the metric; the equations are symmetric.
+            reach = (basis[:, place, :, kind] @ metric[columns, columns.start :]).unflatten(1, (-1, span))
+            for other in range(kinds):
+                equations[:, place, kind, place:, other] = torch.linalg.vecdot(reach, basis[:, place:, :, other])
+    equations = equations.view(rows, spans * kinds, spans * kinds)
     diagonal = equations.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-6 * diagonal.mean(1, keepdim=True).clamp_min(1e-20))
-    solved = torch.linalg.solve_ex(equations, torch.stack(target, 1))[0]
-    return solved.unflatten(1, (-1, basis.shape[2]))
+    factor = torch.linalg.cholesky_ex(equations, upper=True)[0]
+    return torch.cholesky_solve(target.view(rows, -1, 1), factor, upper=True).view(rows, spans, kinds)
 
 
 def output_errors(weight: Tensor, cheap: Tensor, gram: Tensor) -> Tensor:
