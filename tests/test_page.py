@@ -34,6 +34,11 @@ def test_what_a_model_says_can_only_become_text():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", PAGE.read_text(encoding="utf-8"))
 
 
+def letters(text):
+    """Return a text without its blanks, which a page lays out in its own way."""
+    return "".join(text.split())
+
+
 @pytest.fixture(scope="module")
 def browser():
     with chromium() as browser:
@@ -134,7 +139,7 @@ def test_a_chat_streams_remembers_and_says_how_fast_it_was(visit, address):
         {"role": "user", "content": QUESTION},
     ]
     assert [message["role"] for message in after["messages"]] == ["system", "user", "assistant", "user"]
-    assert after["messages"][2]["content"].strip() == first.strip()
+    assert letters(after["messages"][2]["content"]) == letters(first)
     assert all(request.url.startswith(address) for request in someone.requests if not request.url.startswith("data:"))
     assert someone.complaints == []
 
@@ -173,19 +178,22 @@ def test_a_stopped_answer_stays_as_far_as_it_went_and_the_next_question_is_answe
 def test_a_comparison_asks_both_and_each_remembers_its_own_answers(visit, address):
     someone = visit(address)
     someone.single()
+    someone.setting("Temperature", 1.5)  # the files are the same: other draws tell their answers apart
     someone.setting("Seed", 1)
     someone.setting("Longest answer", 12)
     someone.ask("Name a fruit.")
+    someone.setting("Seed", 2)
     someone.page.get_by_role("button", name="Compare").click()  # the original catches up
     someone.rest()
     someone.ask("Name another.")
 
     small, large = someone.said("optimised"), someone.said("original")
     assert [body["model"] for body in someone.bodies()] == ["small", "large", "small", "large"]
+    assert letters(small[0]) != letters(large[0])
     for body, said in zip(someone.bodies()[2:], (small, large), strict=True):
         assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
-        assert body["messages"][1]["content"].strip() == said[0].strip()
-        assert body["seed"] == 1
+        assert letters(body["messages"][1]["content"]) == letters(said[0])
+        assert body["seed"] == 2
     ours, original = (someone.answers(role).nth(1).bounding_box() for role in ("optimised", "original"))
     assert ours["y"] == original["y"]
     assert ours["x"] + ours["width"] < original["x"]
