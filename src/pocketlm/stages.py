@@ -8,6 +8,7 @@ same bytes.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pocketlm.cache import Finished, stage
+from pocketlm.cache import Finished, stage, unfinished
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
-from pocketlm.model.respelling import Spelling
+from pocketlm.model.respelling import Respeller, Spelling
 from pocketlm.model.sampling import sample_documents
 from pocketlm.model.source import load
 from pocketlm.model.text import (
@@ -33,6 +34,7 @@ from pocketlm.model.text import (
     python_topics,
     read_corpus,
 )
+from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
 from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
@@ -282,14 +284,15 @@ def _change(
             model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():
             model, report = distil(
-                teacher.model,
+                teacher.model if teacher.spelling is None else Respeller(teacher.model, teacher.spelling),
                 model,
                 step,
                 teacher.texts.calibration.windows,
                 teacher.texts.validation.windows,
-                lambda i, n, loss: progress(f"distilling (loss {loss:.3f})", i, n),
-                teacher.spelling,
+                lambda i, n, pace: progress(f"distilling ({pace})", i, n),
+                unfinished(folder),
             )
+            shutil.copy(unfinished(folder) / LOSSES, folder)
     save(model, folder / "hf")
     return asdict(report)
 
@@ -321,7 +324,7 @@ def _tune(
         step,
         texts.calibration.windows,
         texts.validation.windows,
-        lambda i, n, loss: progress(f"tuning (loss {loss:.3f})", i, n),
+        lambda i, n, pace: progress(f"tuning ({pace})", i, n),
     )
     write_packed(packed, folder)
     norms = {name: value.detach() for name, value in model.network.named_parameters() if value.dim() == 1}
