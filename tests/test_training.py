@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pocketlm.errors import PocketlmError
 from pocketlm.model import training
+from pocketlm.model.files import written_whole
 from pocketlm.model.learning import Updates
-from pocketlm.model.training import CHECKPOINT, LOSSES, Course, Training, train, written_whole
+from pocketlm.model.training import CHECKPOINT, LOSSES, Course, Training, train
 
 KILLED = """
 import sys

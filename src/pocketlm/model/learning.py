@@ -13,7 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketlm.model.anatomy import blocks_of
 from pocketlm.model.compute import as_forward, fast_forward
-from pocketlm.tensors.divergence import Loss, cross_entropy_with_gradient, loss_with_gradient
+from pocketlm.model.targets import Targets
+from pocketlm.tensors.divergence import (
+    Loss,
+    Sparse,
+    cross_entropy_with_gradient,
+    loss_with_gradient,
+    mixed,
+    sparse_kl_with_gradient,
+)
 
 POSITIONS_AT_ONCE = 512  # logits of so many positions are in memory together, whatever the vocabulary
 TOKENS_AT_ONCE = 4096  # activations of so many tokens are; the gradients of longer batches are summed up
@@ -30,11 +38,13 @@ class Lessons:
         places: (windows, length), each token's place in its own example where a window holds several, which then do
             not see each other; None where a window is one text.
         counted: (windows, length) bool, the tokens whose prediction is learnt; None for all.
+        targets: What a teacher said about the windows, to learn from instead of asking it; None to ask.
     """
 
     ids: Tensor
     places: Tensor | None = None
     counted: Tensor | None = None
+    targets: Targets | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -200,6 +210,8 @@ def _judged_by(
 ) -> Judged:
     """Return what judges the student's logits: the teacher's on the same text, the tokens that follow, or both."""
     labels = None if places is None else lessons.ids.flatten()[(places + 1) % lessons.numel()]
+    if lessons.targets is not None and loss.cross_entropy < 1:
+        return _judged_by_targets(lessons.targets.read(), places, labels, loss)
     if teacher is None or loss.cross_entropy == 1:
         return lambda chunk, logits: cross_entropy_with_gradient(logits, labels[chunk])
     words = min(len(teacher.lm_head.weight), len(student.lm_head.weight))
@@ -211,6 +223,16 @@ def _judged_by(
     def judged(chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         answers = None if labels is None else labels[chunk]
         return loss_with_gradient(loss, as_forward(truth[chunk]) @ reference.T, logits[:, :words], answers)
+
+    return judged
+
+
+def _judged_by_targets(target: Sparse, places: Tensor | None, labels: Tensor | None, loss: Loss) -> Judged:
+    places = torch.arange(len(target.lengths)) if places is None else places
+
+    def judged(chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        soft = sparse_kl_with_gradient(target.at(places[chunk]), logits)
+        return mixed(soft, logits, None if labels is None else labels[chunk], loss.cross_entropy)
 
     return judged
 

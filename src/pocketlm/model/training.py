@@ -4,7 +4,6 @@ import csv
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pocketlm.errors import PocketlmError
 from pocketlm.model.compute import reusing_memory
+from pocketlm.model.files import written_whole
 from pocketlm.model.learning import Updates
 
 CHECKPOINT_SECONDS = 180
@@ -201,14 +201,3 @@ def _found(course: Course, update: Updates) -> tuple[Training, list[Tensor]] | N
     found = torch.load(path, map_location=update.parameters[0].device, weights_only=True)
     update.restore(found["update"])
     return Training(**found["done"]), found["best"]
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a name to write under that becomes `path` at the end, so that a kill leaves what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

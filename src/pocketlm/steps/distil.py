@@ -107,6 +107,9 @@ def distil(
     length = windows.numel() // len(windows)
     steps = max(1, config.tokens // (config.windows_per_step * length))
     update = Updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
+    from_disk = isinstance(windows, Lessons) and windows.targets is not None
+    if from_disk and (loss.kind, loss.temperature) != ("forward_kl", 1):
+        raise BadInputError("Targets on disk are for forward KL at temperature 1, which leaves out its `loss`")
     step, held_out_kl = _teaching(teacher, network, loss, held_out)
 
     def learn(batch: Tensor | Lessons) -> float:

@@ -6,7 +6,7 @@ as often. For q = softmax(logits) and a loss L(q) with g = dL/dq, the gradient b
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -79,12 +79,15 @@ def loss_with_gradient(
     """
     if loss.cross_entropy == 1:
         return cross_entropy_with_gradient(other, labels)
-    value, slope = _divergence_with_gradient(loss, reference, other)
-    if loss.cross_entropy:
-        hard, hard_slope = cross_entropy_with_gradient(other, labels)
-        value = value.lerp_(hard, loss.cross_entropy)
-        slope = slope.lerp_(hard_slope, loss.cross_entropy)
-    return value, slope
+    return mixed(_divergence_with_gradient(loss, reference, other), other, labels, loss.cross_entropy)
+
+
+def mixed(soft: tuple[Tensor, Tensor], logits: Tensor, labels: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
+    """Return a loss and its gradient, `soft`, mixed with `share` of the cross-entropy; the tensors are used up."""
+    if not share:
+        return soft
+    hard = cross_entropy_with_gradient(logits, labels)
+    return soft[0].lerp_(hard[0], share), soft[1].lerp_(hard[1], share)
 
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +101,65 @@ def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor,
     value = -mine.gather(-1, labels[:, None]).squeeze(-1)
     slope = mine.exp_()
     slope[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+    return value, slope
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Part of a teacher's distributions, one position after the other.
+
+    Attributes:
+        lengths: (positions,) int64, how many tokens of each are here.
+        ids: (entries,) int64, the tokens, none twice in a position.
+        weights: (entries,) float32, their probabilities, or unbiased estimates of them.
+        entropy: (positions,) float32, of the whole distribution, in nats.
+        rest: (positions,) float32, the probability of all other tokens together; None where `weights` add up to 1.
+    """
+
+    COLUMNS: ClassVar = ("lengths", "ids", "weights", "entropy")
+
+    lengths: Tensor
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+    rest: Tensor | None = None
+
+    def at(self, positions: Tensor) -> "Sparse":
+        """Return the distributions at some positions, (positions,)."""
+        lengths = self.lengths[positions]
+        begins = (self.lengths.cumsum(0) - self.lengths)[positions]
+        moved = (begins - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+        entries = torch.arange(len(moved), device=moved.device) + moved
+        rest = None if self.rest is None else self.rest[positions]
+        return Sparse(lengths, self.ids[entries], self.weights[entries], self.entropy[positions], rest)
+
+
+def sparse_kl_with_gradient(target: Sparse, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(target ‖ student) in nats for each position, and its gradient by the student's logits.
+
+    With sampled targets an unbiased estimate of both; with a `rest`, the KL over its tokens and all others as one,
+    which is a lower bound: the gradient is q - p at the tokens, and q (1 - rest / Σ q over the others) at the others.
+
+    Args:
+        target: Of the teacher.
+        logits: (positions, vocabulary) of the student.
+    """
+    mine = torch.log_softmax(logits.float(), -1)
+    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(target.lengths)
+    said = mine[rows, target.ids]
+    value = torch.zeros(len(logits), device=logits.device)
+    slope = mine.exp_()
+    if target.rest is None:
+        value.index_add_(0, rows, target.weights * said).add_(target.entropy).neg_()
+        slope[rows, target.ids] -= target.weights
+        return value, slope
+    value.index_add_(0, rows, torch.xlogy(target.weights, target.weights) - target.weights * said)
+    known = slope[rows, target.ids]
+    slope[rows, target.ids] = 0.0
+    others = slope.sum(-1).clamp_min(torch.finfo(value.dtype).tiny)
+    value += torch.xlogy(target.rest, target.rest) - target.rest * others.log()
+    slope *= (1 - target.rest / others)[:, None]
+    slope[rows, target.ids] = known - target.weights
     return value, slope
 
 
