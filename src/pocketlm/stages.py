@@ -88,10 +88,12 @@ class Texts:
         return {"calibration": self.calibration.sha256, "validation": self.validation.sha256}
 
 
-def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Progress) -> Texts:
+def gather_texts(
+    model: LanguageModel, data: list[Path], seed: int, progress: Progress, learning: int = LEARNING_WINDOWS
+) -> Texts:
     """Return the person's text, or the model's own samples with Python's help topics, split three ways.
 
-    Samples only calibrate: what judges a model was not written by it.
+    Samples only calibrate: what judges a model was not written by it. At most `learning` windows teach.
 
     Raises:
         BadInputError: A file of text cannot be used, or the text is too short.
@@ -105,7 +107,7 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
             progress("the model writes calibration text", 0, 1)
             samples = sample_documents(model, SAMPLES, seed)
         (folder / "samples.json").write_text(json.dumps(samples))
-        windows = _windows(_documents(corpus, samples), model.tokenizer, length)
+        windows = _windows(_documents(corpus, samples), model.tokenizer, length, learning)
         for part in ("validation", "test"):
             check_length(corpus, part, windows[part], length)
         save_file(windows, folder / "windows.safetensors")
@@ -115,7 +117,7 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
             "counts": {k: len(v) for k, v in windows.items()},
         }
 
-    inputs = {"model": model.origin.sha256, "text": corpus.sha256, "own": not data, "seed": seed}
+    inputs = {"model": model.origin.sha256, "text": corpus.sha256, "own": not data, "seed": seed, "learning": learning}
     done = stage("text", inputs, produce)
     windows = load_file(done.folder / "windows.safetensors")
     names = {"calibration": f"{corpus.name} and the model's own samples" if not data else corpus.name}
@@ -132,8 +134,13 @@ def _documents(corpus: Corpus, samples: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _windows(documents: dict[str, list[str]], tokenizer: "PreTrainedTokenizerFast", length: int) -> dict[str, Tensor]:
-    limits = {"calibration": LEARNING_WINDOWS, "validation": VALIDATION_WINDOWS, "test": TEST_WINDOWS}
+def _windows(
+    documents: dict[str, list[str]],
+    tokenizer: "PreTrainedTokenizerFast",
+    length: int,
+    learning: int = LEARNING_WINDOWS,
+) -> dict[str, Tensor]:
+    limits = {"calibration": learning, "validation": VALIDATION_WINDOWS, "test": TEST_WINDOWS}
     return {part: pack_windows(documents[part], tokenizer, limit, length) for part, limit in limits.items()}
 
 

@@ -15,6 +15,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
 from pocketlm.model.respelling import Respeller, respelled_divergence, respelled_step
 from pocketlm.model.training import Course, Training, train
+from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.divergence import Kind, Loss
 
@@ -44,6 +45,8 @@ class Distil:
     """Of the teacher in the mixture of `jensen_shannon` (0.5 where None) and `skewed_kl` (0.1)."""
     cross_entropy: float = 0.0
     """Weight of the text's own next tokens beside the teacher's probabilities; 1 is training without a teacher."""
+    adapters: int = 0
+    """Rank of adapters (LoRA) that learn in place of the weights and are merged at the end; 0 for the weights."""
     seed: int = 0
 
     @property
@@ -89,6 +92,7 @@ def distil(
 
     Raises:
         BadInputError: There is no text, a setting is out of range, or the tokenizers differ.
+        MissingExtraError: There is no peft for adapters.
         PocketlmError: The loss is not a number.
     """
     loss, network = config.objective, student.network
@@ -103,21 +107,11 @@ def distil(
         )
     if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
         raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    length = windows.numel() // len(windows)
-    steps = max(1, config.tokens // (config.windows_per_step * length))
-    update = Updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
     from_disk = isinstance(windows, Lessons) and windows.targets is not None
     if from_disk and (loss.kind, loss.temperature) != ("forward_kl", 1):
         raise BadInputError("Targets on disk are for forward KL at temperature 1, which leaves out its `loss`")
     step, held_out_kl = _teaching(teacher, network, loss, held_out)
-
-    def learn(batch: Tensor | Lessons) -> float:
-        value = step(batch)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        update()
-        return value
-
+    steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
     course = Course(
         batches=lambda start: batches(windows, config.windows_per_step, steps, config.seed, start),
         steps=steps,
@@ -125,7 +119,16 @@ def distil(
         patience=config.patience,
         folder=folder,
     )
-    done = train(course, update, learn, held_out_kl, progress)
+    with learning_parts(network, config.adapters, config.seed) as trained:
+        update = Updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
+
+        def learn(batch: Tensor | Lessons) -> float:
+            value = step(batch)
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            update()
+            return value
+
+        done = train(course, update, learn, held_out_kl, progress)
     return student, _report(done, loss)
 
 
