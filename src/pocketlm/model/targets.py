@@ -5,7 +5,7 @@
 
 Keeping only the likeliest and scaling them up to 1 would teach the student that nothing else ever comes next; samples
 are right on average (Sparse Logit Sampling, https://arxiv.org/abs/2503.16870). They are taken at equal distances along
-the cumulative distribution, from a random start: as unbiased as independent draws, with a third of their variance.
+the cumulative distribution, from a random start: as unbiased as independent draws, with less than half their variance.
 
 One file of `safetensors` per shard of windows, read by memory mapping; the index has their hashes and is written last.
 """
