@@ -12,8 +12,8 @@ def command_line() -> str:
     return re.sub(r"(?<=[\s='])/[^\s=']*/", "", shlex.join(["python", *sys.argv]))
 
 
-def write_results(out: Path, lines: list[str], rows: list[dict]) -> None:
-    """Write a page as Markdown and its rows as JSON beside it."""
+def write_results(out: Path, lines: list[str], rows: list[dict] | dict) -> None:
+    """Write a page as Markdown and its figures as JSON beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join([*lines, ""]))
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1))

@@ -24,8 +24,9 @@ ROWS = (
     ("artefact",),
     ("fit",),
     ("integers", "pruning"),
+    ("distillation",),
     ("inspection", "terminal"),
-    ("api",),
+    ("api", "exits"),
     ("cli",),
     ("__main__",),
 )

@@ -8,7 +8,7 @@ from tests.conftest import Tiny
 from torch import Tensor, nn
 
 from pocketlm.model.learning import distillation_step
-from pocketlm.model.respelling import respell, respelled_divergence, respelled_step
+from pocketlm.model.respelling import Respeller, respell, respelled_divergence, respelled_step
 from pocketlm.model.vocabulary import spellings
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
@@ -119,7 +119,7 @@ def test_distilling_across_vocabularies_comes_nearer_to_the_teacher(pair):
     teacher, student, spelling = pair
     windows = windows_of(teacher, 8)
     config = Distil(tokens=8 * POSITIONS * 6, learning_rate=3e-3, windows_per_step=4)
-    _, report = distil(teacher, student, config, windows, windows[:4], spelling=spelling)
+    _, report = distil(Respeller(teacher, spelling), student, config, windows, windows[:4])
     (_, before), *_, (_, after) = report.details["held_out_kl"]
     assert after < 0.9 * before
     assert report.details["kept"]

@@ -6,6 +6,7 @@ report = fit(Fit(model="demo", size="70MB", out=Path("p70")))
 print(report.product.perplexity_ratio)
 """
 
+from pocketlm.distillation import Distillation, distill
 from pocketlm.fit import Fit, fit, plan
 from pocketlm.inspection import bench, doctor, evaluate, inspect
 from pocketlm.integers import quantize_integers
@@ -13,13 +14,17 @@ from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.pruning import Prune, prune
 from pocketlm.run.chat import chat_loop as chat
+from pocketlm.steps.distil import Distil
 
 __all__ = [
+    "Distil",
+    "Distillation",
     "Fit",
     "LanguageModel",
     "Prune",
     "bench",
     "chat",
+    "distill",
     "doctor",
     "evaluate",
     "fit",

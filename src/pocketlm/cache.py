@@ -82,6 +82,7 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         (partial / DONE).write_text(json.dumps({"facts": facts, "seconds": seconds}))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        shutil.rmtree(unfinished(partial), ignore_errors=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutOfResourcesError(
@@ -92,6 +93,12 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         shutil.rmtree(partial, ignore_errors=True)
     facts = json.loads(json.dumps(facts))  # as a later run will read them
     return Finished(folder, key, facts, seconds, reused=False)
+
+
+def unfinished(folder: Path) -> Path:
+    """Return where a stage that works in `folder` keeps what a later run of it can go on from; gone when it is done."""
+    name = folder.name.removesuffix(".partial").rpartition(".")[0]
+    return folder.parent / f"{name}.unfinished"
 
 
 def remove_leftovers() -> None:

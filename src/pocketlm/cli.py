@@ -1,17 +1,16 @@
 """The command line: parse, call, print."""
 
-import errno
 import json
 import shlex
 import sys
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
+from pocketlm.errors import BadInputError
+from pocketlm.exits import run
 
 app = typer.Typer(
     help="Make a small language model fit a device, and prove what that cost.",
@@ -178,6 +177,72 @@ def prune(
 
 
 @app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="Who teaches: a folder, a hub id, a GGUF file, or `demo`.")],
+    student: Annotated[
+        str, typer.Option(help="A shape cut from the teacher (depth=12,ffn=768), or a model with its tokenizer.")
+    ],
+    tokens: Annotated[int | None, typer.Option(help="To train on; the text is repeated where there is less.")] = None,
+    time: Annotated[str, typer.Option(help="Of training, such as 30m, where no --tokens are given.")] = "10m",
+    loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl, jensen_shannon or skewed_kl.")] = "forward_kl",
+    temperature: Annotated[float, typer.Option(help="Of both models' probabilities.")] = 1.0,
+    cross_entropy: Annotated[
+        float, typer.Option(help="Weight of the text's own next tokens, 0 to 1; 1 is without a teacher.")
+    ] = 0.0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="3e-4 for a cut student or adapters, 1e-4 for a model of its own.")
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="Train adapters (LoRA) of this rank in place of the weights.")] = 0,
+    targets: Annotated[str, typer.Option(help="live, or from disk: sampled or top, under 64 bytes a token.")] = "live",
+    task: Annotated[Path | None, typer.Option(help="Learn this .jsonl of `prompt` and `answer`, not text.")] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf in F16 too.")] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a student on what a teacher says; a run that is stopped goes on where it was.
+
+    Example: pocketlm distill demo --student depth=24,ffn=1152 --time 30m -o smaller
+    """
+    from pocketlm import api
+    from pocketlm.plan.budget import parse_time
+    from pocketlm.terminal import Screen, distilled_lines
+
+    _one_of("--loss", loss, ("forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"))
+    _one_of("--targets", targets, ("live", "sampled", "top"))
+    cut = "=" in student or adapters
+    how = api.Distil(
+        tokens=tokens or 0,
+        learning_rate=learning_rate or (3e-4 if cut else 1e-4),
+        warm_up=0.05,
+        evaluations=8,
+        loss=loss,
+        temperature=temperature,
+        cross_entropy=cross_entropy,
+        adapters=adapters,
+        seed=seed,
+    )
+    job = api.Distillation(
+        teacher=teacher,
+        student=student,
+        how=how,
+        seconds=None if tokens else parse_time(time),
+        targets=targets,
+        task=task,
+        gguf=gguf,
+        out=out,
+        data=tuple(data or ()),
+        force=force,
+    )
+    with Screen() as screen:
+        made = api.distill(job, screen.progress)
+    _print(distilled_lines(made, out), asdict(made), json_output)
+
+
+@app.command()
 def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
     """Show what a model is made of, and which budgets `fit` can meet."""
     from pocketlm import api
@@ -289,6 +354,11 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
         _print(result_lines(report, job.out), to_dict(report), json_output)
 
 
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise BadInputError(f"Unknown {option} `{value}`. Known: {', '.join(known)}")
+
+
 def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:
     """Read NAME=FORMAT options."""
     pairs = [text.partition("=")[::2] for text in texts]
@@ -326,35 +396,4 @@ def _print(lines: list[str], data: object, json_output: bool) -> None:
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
-    try:
-        app(standalone_mode=False)
-    except PocketlmError as error:
-        _fail(error, error.exit_code)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
-    except typer.Abort:
-        _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
-    except KeyboardInterrupt:
-        _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
-    except (MemoryError, OSError) as problem:
-        if isinstance(problem, OSError) and problem.errno != errno.ENOSPC:
-            _fail(PocketlmError(f"{problem.strerror}: {problem.filename or 'unknown file'}"), 1)
-        full = isinstance(problem, OSError)
-        what = "The disk is full. Free some space" if full else "Out of memory. Close other programs"
-        error = OutOfResourcesError(f"{what}, and give the same command again: finished stages are kept")
-        _fail(error, error.exit_code)
-    except Exception as error:
-        if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(2)
-        _fail(
-            PocketlmError(f"Unexpected {type(error).__name__}: {error}. Run again with --debug and report it"),
-            1,
-        )
-
-
-def _fail(error: PocketlmError, code: int) -> None:
-    if "--debug" in sys.argv:
-        traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+    run(app)

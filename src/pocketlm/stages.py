@@ -8,6 +8,7 @@ same bytes.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pocketlm.cache import Finished, stage
+from pocketlm.cache import Finished, stage, unfinished
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
-from pocketlm.model.respelling import Spelling
+from pocketlm.model.respelling import Respeller, Spelling
 from pocketlm.model.sampling import sample_documents
 from pocketlm.model.source import load, set_aside
 from pocketlm.model.text import (
@@ -33,6 +34,7 @@ from pocketlm.model.text import (
     python_topics,
     read_corpus,
 )
+from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
 from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
@@ -86,10 +88,12 @@ class Texts:
         return {"calibration": self.calibration.sha256, "validation": self.validation.sha256}
 
 
-def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Progress) -> Texts:
+def gather_texts(
+    model: LanguageModel, data: list[Path], seed: int, progress: Progress, learning: int = LEARNING_WINDOWS
+) -> Texts:
     """Return the person's text, or the model's own samples with Python's help topics, split three ways.
 
-    Samples only calibrate: what judges a model was not written by it.
+    Samples only calibrate: what judges a model was not written by it. At most `learning` windows teach.
 
     Raises:
         BadInputError: A file of text cannot be used, or the text is too short.
@@ -103,7 +107,7 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
             progress("the model writes calibration text", 0, 1)
             samples = sample_documents(model, SAMPLES, seed)
         (folder / "samples.json").write_text(json.dumps(samples))
-        windows = _windows(_documents(corpus, samples), model.tokenizer, length)
+        windows = _windows(_documents(corpus, samples), model.tokenizer, length, learning)
         for part in ("validation", "test"):
             check_length(corpus, part, windows[part], length)
         save_file(windows, folder / "windows.safetensors")
@@ -113,7 +117,7 @@ def gather_texts(model: LanguageModel, data: list[Path], seed: int, progress: Pr
             "counts": {k: len(v) for k, v in windows.items()},
         }
 
-    inputs = {"model": model.origin.sha256, "text": corpus.sha256, "own": not data, "seed": seed}
+    inputs = {"model": model.origin.sha256, "text": corpus.sha256, "own": not data, "seed": seed, "learning": learning}
     done = stage("text", inputs, produce)
     windows = load_file(done.folder / "windows.safetensors")
     names = {"calibration": f"{corpus.name} and the model's own samples" if not data else corpus.name}
@@ -130,8 +134,13 @@ def _documents(corpus: Corpus, samples: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _windows(documents: dict[str, list[str]], tokenizer: "PreTrainedTokenizerFast", length: int) -> dict[str, Tensor]:
-    limits = {"calibration": LEARNING_WINDOWS, "validation": VALIDATION_WINDOWS, "test": TEST_WINDOWS}
+def _windows(
+    documents: dict[str, list[str]],
+    tokenizer: "PreTrainedTokenizerFast",
+    length: int,
+    learning: int = LEARNING_WINDOWS,
+) -> dict[str, Tensor]:
+    limits = {"calibration": learning, "validation": VALIDATION_WINDOWS, "test": TEST_WINDOWS}
     return {part: pack_windows(documents[part], tokenizer, limit, length) for part, limit in limits.items()}
 
 
@@ -282,14 +291,15 @@ def _change(
             model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():
             model, report = distil(
-                teacher.model,
+                teacher.model if teacher.spelling is None else Respeller(teacher.model, teacher.spelling),
                 model,
                 step,
                 teacher.texts.calibration.windows,
                 teacher.texts.validation.windows,
-                lambda i, n, loss: progress(f"distilling (loss {loss:.3f})", i, n),
-                teacher.spelling,
+                lambda i, n, pace: progress(f"distilling ({pace})", i, n),
+                unfinished(folder),
             )
+            shutil.copy(unfinished(folder) / LOSSES, folder)
     save(model, folder / "hf")
     return asdict(report)
 
@@ -328,7 +338,7 @@ def _tune(
         step,
         texts.calibration.windows,
         texts.validation.windows,
-        lambda i, n, loss: progress(f"tuning (loss {loss:.3f})", i, n),
+        lambda i, n, pace: progress(f"tuning ({pace})", i, n),
     )
     write_packed(packed, folder)
     norms = {name: value.detach() for name, value in model.network.named_parameters() if value.dim() == 1}

@@ -8,10 +8,12 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pocketlm.distillation import Distilled
 from pocketlm.fit import Planned
 from pocketlm.integers import IntegerFolder
 from pocketlm.measure.device import Speeds
 from pocketlm.measure.quality import Interval, Quality
+from pocketlm.model.training import LOSSES
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.pruning import Pruned
@@ -148,6 +150,19 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
     ]
 
 
+def distilled_lines(made: Distilled, out: Path) -> list[str]:
+    """Say what a distillation did and what came of it."""
+    before, after = made.parameters
+    return [
+        *made.summaries,
+        *quality_lines(made.qualities),
+        f"{made.tokens:,} tokens at {made.details['tokens_per_second']:,.0f} tokens/s; "
+        f"{after:,} parameters where the teacher has {before:,}",
+        f"wrote {out}: {out / 'hf'} loads in transformers, {out / LOSSES} has every step; "
+        f"`pocketlm quantize {out / 'hf'}` makes a small file of it",
+    ]
+
+
 def inspection_lines(found: Any) -> list[str]:
     """Lay a model's parts out as a table."""
     lines = [
@@ -174,11 +189,11 @@ def inspection_lines(found: Any) -> list[str]:
 def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     """Lay qualities out as a table, intervals in brackets."""
     per_byte = any(quality.bits_per_byte for quality in qualities.values())
-    head = f"{'':<12}{'perplexity':<26}{'ratio':<26}{'KL (nats/token)':<26}{'agreement':<26}"
+    head = f"{'':<16}{'perplexity':<26}{'ratio':<26}{'KL (nats/token)':<26}{'agreement':<26}"
     lines = [head + "bits per byte" if per_byte else head]
     for name, quality in qualities.items():
         cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement, quality.bits_per_byte)
-        lines.append(f"{name:<12}" + "".join(f"{_cell(value):<26}" for value in cells).rstrip())
+        lines.append(f"{name:<16}" + "".join(f"{_cell(value):<26}" for value in cells).rstrip())
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]

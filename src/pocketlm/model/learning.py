@@ -1,25 +1,123 @@
-"""What every training loop shares: batches, the learning-rate schedule, and the gradient of one distillation step."""
+"""What every training shares: lessons, batches, the learning-rate schedule, and the gradient of one step."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pocketlm.errors import PocketlmError
 from pocketlm.model.anatomy import blocks_of
-from pocketlm.model.compute import as_forward, fast_forward, reusing_memory
-from pocketlm.model.sweep import final_hidden
-from pocketlm.tensors.divergence import kl_with_gradient
+from pocketlm.model.compute import as_forward, fast_forward
+from pocketlm.model.targets import Targets
+from pocketlm.tensors.divergence import (
+    Loss,
+    Sparse,
+    cross_entropy_with_gradient,
+    loss_with_gradient,
+    mixed,
+    sparse_kl_with_gradient,
+)
 
 POSITIONS_AT_ONCE = 512  # logits of so many positions are in memory together, whatever the vocabulary
+TOKENS_AT_ONCE = 4096  # activations of so many tokens are; the gradients of longer batches are summed up
+FORWARD_KL = Loss()
 CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Windows of text to learn from.
+
+    Attributes:
+        ids: (windows, length) token ids.
+        places: (windows, length), each token's place in its own example where a window holds several, which then do
+            not see each other; None where a window is one text.
+        counted: (windows, length) bool, the tokens whose prediction is learnt; None for all.
+        targets: What a teacher said about the windows, to learn from instead of asking it; None to ask.
+    """
+
+    ids: Tensor
+    places: Tensor | None = None
+    counted: Tensor | None = None
+    targets: Targets | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | list[int]) -> Self:
+        values = (getattr(self, each.name) for each in fields(self))
+        return type(self)(*(None if value is None else value[rows] for value in values))
+
+    def numel(self) -> int:
+        """Return the number of tokens."""
+        return self.ids.numel()
+
+    def predicting(self, loss: Loss) -> Tensor | None:
+        """Return which positions, flattened, are trained; None where all are, the last of each window included.
+
+        Nobody knows what follows the last one, so that only a teacher can be learnt from there.
+        """
+        if self.counted is None and not loss.cross_entropy:
+            return None
+        following = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.ids.device)
+        following[:, :-1] = True if self.counted is None else self.counted[:, 1:]
+        return following.flatten().nonzero().squeeze(1)
+
+
+class Updates:
+    """AdamW with the cosine schedule: what to call after each gradient. Gradients are freed.
+
+    Attributes:
+        parameters: All that are trained.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], steps: int, warm_up: float) -> None:
+        self._peaks = [group["lr"] for group in groups]
+        self._steps, self._warm_up, self._factor, self._done = steps, warm_up, 1.0, 0
+        self._adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.parameters = [parameter for group in self._adam.param_groups for parameter in group["params"]]
+
+    def __call__(self) -> None:
+        """Take one step along the gradients."""
+        share = self._factor * cosine(self._done, self._steps, self._warm_up)
+        for group, peak in zip(self._adam.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * share
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        self._done += 1
+
+    def weights(self) -> list[Tensor]:
+        """Return a copy of what is trained."""
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def put_weights(self, weights: list[Tensor]) -> None:
+        """Give the parameters the values of such a copy."""
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """Return, without copying, all that the next step depends on besides its batch."""
+        weights = [parameter.detach() for parameter in self.parameters]
+        return {"weights": weights, "adam": self._adam.state_dict(), "done": self._done, "factor": self._factor}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.put_weights(state["weights"])
+        self._adam.load_state_dict(state["adam"])
+        self._done, self._factor = state["done"], state["factor"]
+
+    def restart(self, weights: list[Tensor], done: int, slower: float) -> None:
+        """Go on from other weights as after `done` steps, without momentum, with the learning rate times `slower`."""
+        self.put_weights(weights)
+        self._adam.zero_grad(set_to_none=True)
+        self._adam.state.clear()
+        self._done, self._factor = done, self._factor * slower
 
 
 def cosine(step: int, steps: int, warm_up: float) -> float:
@@ -30,34 +128,27 @@ def cosine(step: int, steps: int, warm_up: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def updates(groups: list[dict[str, Any]], steps: int, warm_up: float) -> Callable[[], None]:
-    """Return what to call after each of `steps` gradients: AdamW with the cosine schedule; gradients are freed.
+Windows = TypeVar("Windows", Tensor, Lessons)
+
+
+def batches(windows: Windows, per_step: int, steps: int, seed: int, start: int = 0) -> Iterator[Windows]:
+    """Yield `steps` batches of windows; every pass over the text has a new order, all decided by the seed.
 
     Args:
-        groups: `params` and their peak `lr`, as torch's optimizers take them.
-        steps: How many there will be.
-        warm_up: Share of the steps over which the learning rate rises.
+        windows: Token ids, (windows, length), or lessons.
+        per_step: Windows in a batch.
+        steps: How many batches there are.
+        seed: Of the order.
+        start: How many of the batches to leave out at the beginning.
     """
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, warm_up))
-
-    def update() -> None:
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update
-
-
-def batches(windows: Tensor, per_step: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Yield `steps` batches of windows; every pass over the text has a new order, all decided by the seed."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for _ in range(steps):
+    for step in range(steps):
         while len(order) < per_step:
             order += torch.randperm(len(windows), generator=generator).tolist()
         batch, order = order[:per_step], order[per_step:]
-        yield windows[batch]
+        if step >= start:
+            yield windows[batch]
 
 
 @contextmanager
@@ -74,113 +165,134 @@ def recomputing(network: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def distillation_step(teacher: nn.Module, student: nn.Module, batch: Tensor) -> float:
-    """Add the gradient of KL(teacher ‖ student) on one batch to the student; return the loss in nats per token.
+def distillation_step(
+    teacher: nn.Module | None, student: nn.Module, batch: Tensor | Lessons, loss: Loss = FORWARD_KL
+) -> float:
+    """Add the gradient of a loss on one batch to the student; return the loss in nats per trained position.
 
     The head runs some positions at a time on a detached copy of the hidden states: logits of the whole batch are never
     in memory.
+
+    Args:
+        teacher: May have more rows in its head, or fewer, where the rest is padding; None for cross-entropy alone.
+        student: Whose gradients are added to.
+        batch: (windows, length) token ids, or lessons.
+        loss: What is learnt.
     """
-    truth = final_hidden(teacher, batch).flatten(0, 1)
-    with recomputing(student), fast_forward(batch.device):
-        hidden = student.base_model(input_ids=batch, use_cache=False).last_hidden_state
-    loss, slope = _through_head(truth, teacher.lm_head, hidden.detach().flatten(0, 1), student.lm_head)
-    hidden.backward(slope.view_as(hidden))
-    return loss
+    lessons = batch if isinstance(batch, Lessons) else Lessons(batch)
+    at_once = max(1, TOKENS_AT_ONCE // lessons.ids.shape[1])
+    parts = [lessons[start : start + at_once] for start in range(0, len(lessons), at_once)]
+    places = [part.predicting(loss) for part in parts]
+    count = sum(part.numel() if each is None else len(each) for part, each in zip(parts, places, strict=True))
+    total = 0.0
+    for part, each in zip(parts, places, strict=True):
+        judged = _judged_by(teacher, student, part, each, loss)
+        with recomputing(student), fast_forward(part.ids.device):
+            hidden = _read(student, part)
+        value, slope = through_head(hidden.detach().flatten(0, 1), each, student.lm_head, judged, count)
+        hidden.backward(slope.view_as(hidden))
+        total += value
+    return total
+
+
+def _read(network: nn.Module, lessons: Lessons) -> Tensor:
+    """Return what the head reads, (windows, length, width)."""
+    return network.base_model(input_ids=lessons.ids, position_ids=lessons.places, use_cache=False).last_hidden_state
+
+
+Judged = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""From some of the trained positions and the student's logits there to the loss of each and its gradient by logits."""
 
 
 @torch.no_grad()
-def _through_head(truth: Tensor, teacher: nn.Linear, hidden: Tensor, student: nn.Linear) -> tuple[float, Tensor]:
-    """Return the mean KL of two heads' probabilities and its gradient by `hidden`, (tokens, width).
+def _judged_by(
+    teacher: nn.Module | None, student: nn.Module, lessons: Lessons, places: Tensor | None, loss: Loss
+) -> Judged:
+    """Return what judges the student's logits: the teacher's on the same text, the tokens that follow, or both."""
+    labels = None if places is None else lessons.ids.flatten()[(places + 1) % lessons.numel()]
+    if lessons.targets is not None and loss.cross_entropy < 1:
+        return _judged_by_targets(lessons.targets.read(), places, labels, loss)
+    if teacher is None or loss.cross_entropy == 1:
+        return lambda chunk, logits: cross_entropy_with_gradient(logits, labels[chunk])
+    words = min(len(teacher.lm_head.weight), len(student.lm_head.weight))
+    reference = as_forward(teacher.lm_head.weight)[:words]
+    with fast_forward(lessons.ids.device):
+        truth = _read(teacher, lessons).float().flatten(0, 1)
+    truth = truth if places is None else truth[places]
 
-    The student's head is given its gradient, unless it does not learn.
+    def judged(chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        answers = None if labels is None else labels[chunk]
+        return loss_with_gradient(loss, as_forward(truth[chunk]) @ reference.T, logits[:, :words], answers)
+
+    return judged
+
+
+def _judged_by_targets(target: Sparse, places: Tensor | None, labels: Tensor | None, loss: Loss) -> Judged:
+    places = torch.arange(len(target.lengths)) if places is None else places
+
+    def judged(chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        soft = sparse_kl_with_gradient(target.at(places[chunk]), logits)
+        return mixed(soft, logits, None if labels is None else labels[chunk], loss.cross_entropy)
+
+    return judged
+
+
+@torch.no_grad()
+def through_head(
+    hidden: Tensor, places: Tensor | None, head: nn.Linear, judged: Judged, count: int
+) -> tuple[float, Tensor]:
+    """Return the summed loss over `count`, and its gradient by `hidden`; the head is given its own if it learns.
+
+    Args:
+        hidden: (tokens, width) of what the head reads.
+        places: Which of them are trained; all where None.
+        head: The student's.
+        judged: The loss and its gradient by some positions' logits, of which there may be fewer than the head has:
+            the rest is padding, and learns nothing.
+        count: What the sum is divided by.
     """
-    reference, head = as_forward(teacher.weight), as_forward(student.weight)
-    total, slope, slope_of_head = 0.0, torch.empty_like(hidden), None
-    for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+    weight = as_forward(head.weight)
+    trained = hidden if places is None else hidden[places]
+    total, slope, slope_of_head = 0.0, torch.empty_like(trained), None
+    for start in range(0, len(trained), POSITIONS_AT_ONCE):
         chunk = slice(start, start + POSITIONS_AT_ONCE)
-        states = as_forward(hidden[chunk])
-        divergence, by_logits = kl_with_gradient(as_forward(truth[chunk]) @ reference.T, states @ head.T)
-        by_logits = as_forward(by_logits.div_(len(hidden)))
-        slope[chunk] = by_logits @ head
-        if student.weight.requires_grad:
+        states = as_forward(trained[chunk])
+        values, by_logits = judged(chunk, states @ weight.T)
+        by_logits = as_forward(by_logits.div_(count))
+        words = by_logits.shape[1]
+        slope[chunk] = by_logits @ weight[:words]
+        if head.weight.requires_grad:
             part = by_logits.T @ states
             slope_of_head = part.float() if slope_of_head is None else slope_of_head.add_(part)
-        total += divergence.sum().item()
+        total += values.sum().item()
     if slope_of_head is not None:
-        add_gradient(student.weight, slope_of_head)
-    return total / len(hidden), slope
+        missing = len(weight) - len(slope_of_head)
+        add_gradient(head.weight, nn.functional.pad(slope_of_head, (0, 0, 0, missing)) if missing else slope_of_head)
+    if places is not None:
+        slope = torch.zeros_like(hidden).index_copy_(0, places, slope)
+    return total / count, slope
+
+
+@torch.no_grad()
+def held_out_loss(teacher: nn.Module | None, student: nn.Module, text: Tensor | Lessons, loss: Loss) -> float:
+    """Return a student's mean loss in nats per trained position; the arguments are those of `distillation_step`."""
+    lessons = text if isinstance(text, Lessons) else Lessons(text)
+    weight, total, count = as_forward(student.lm_head.weight), 0.0, 0
+    for row in range(len(lessons)):
+        part = lessons[row : row + 1]
+        places = part.predicting(loss)
+        judged = _judged_by(teacher, student, part, places, loss)
+        with fast_forward(part.ids.device):
+            hidden = as_forward(_read(student, part).flatten(0, 1))
+        hidden = hidden if places is None else hidden[places]
+        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+            chunk = slice(start, start + POSITIONS_AT_ONCE)
+            total += judged(chunk, hidden[chunk] @ weight.T)[0].sum().item()
+        count += len(hidden)
+    return total / count
 
 
 def add_gradient(parameter: nn.Parameter, slope: Tensor) -> None:
     """Add to a parameter's gradient, where it learns."""
     if parameter.requires_grad:
         parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What came of a training.
-
-    Attributes:
-        best: The snapshot with the lowest held-out KL.
-        held_out_kl: (step, nats per token) at the start and at each evaluation.
-        losses: Nats per token of each step.
-        tokens_per_second: Evaluations included.
-    """
-
-    best: Any
-    held_out_kl: list[tuple[int, float]]
-    losses: list[float]
-    tokens_per_second: float
-
-    @property
-    def lowest(self) -> float:
-        """The held-out KL of the best snapshot."""
-        return min(kl for _, kl in self.held_out_kl)
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """The figures for a report."""
-        figures = {"losses": self.losses, "held_out_kl": self.held_out_kl}
-        return figures | {"tokens_per_second": round(self.tokens_per_second, 1)}
-
-
-def train(
-    windows: Iterator[Tensor],
-    steps: int,
-    learn: Callable[[Tensor], float],
-    held_out_kl: Callable[[], float],
-    snapshot: Callable[[], Any],
-    evaluations: int,
-    progress: Callable[[int, int, float], None],
-) -> Training:
-    """Run a training and keep its best state; the state before it is one of the candidates.
-
-    Args:
-        windows: `steps` batches of (windows, length) token ids.
-        steps: How many there are.
-        learn: Does one step on a batch and returns its loss.
-        held_out_kl: Measures the present state.
-        snapshot: Copies the present state.
-        evaluations: How often to measure, evenly spread, the last time at the end.
-        progress: Called after each step with steps done, steps in all, and the loss.
-
-    Raises:
-        PocketlmError: The loss is not a number.
-    """
-    measured, losses, tokens, began = [(0, held_out_kl())], [], 0, time.monotonic()
-    best = snapshot()
-    evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    with reusing_memory():
-        for step, batch in enumerate(windows, 1):
-            loss = learn(batch)
-            if not math.isfinite(loss):
-                raise PocketlmError(f"The loss became {loss} at step {step}. Use a lower learning rate")
-            losses.append(loss)
-            tokens += batch.numel()
-            if step in evaluate_at:
-                measured.append((step, held_out_kl()))
-                if measured[-1][1] < min(kl for _, kl in measured[:-1]):
-                    best = snapshot()
-            progress(step, steps, loss)
-    return Training(best, measured, losses, tokens / (time.monotonic() - began))

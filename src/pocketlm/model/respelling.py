@@ -17,11 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.compute import as_forward, fast_forward
+from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, recomputing
 from pocketlm.model.sweep import final_hidden
 
 Spelling = Sequence[Sequence[int]]
 """The student's ids for each of the teacher's, at least one."""
+
+
+@dataclass(frozen=True)
+class Respeller:
+    """A teacher whose student has fewer tokens.
+
+    Attributes:
+        model: The teacher.
+        spelling: The student's ids for each of its tokens.
+    """
+
+    model: LanguageModel
+    spelling: Spelling
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,16 @@ def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, 
     return recipe
 
 
-def tokens_in(model: LanguageModel, calibration: Tokens, seconds: float) -> int:
-    """Return how many tokens of distillation fit into a time on this machine, to two digits."""
-    trial = LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
+def tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, student: LanguageModel | None = None) -> int:
+    """Return how many tokens of distillation fit into a time on this machine, to two digits.
+
+    Args:
+        model: The teacher.
+        calibration: What will be learnt from.
+        seconds: The time.
+        student: Who learns, and is spoilt by the trial; a copy of the teacher where None.
+    """
+    trial = student or LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
     config = Distil(tokens=1)
     batch = calibration.first(config.windows_per_step)
     config = Distil(tokens=TIMED_STEPS * batch.numel(), evaluations=1)

@@ -1,9 +1,9 @@
 """Recover what pruning lost: the smaller model learns the original's next-token probabilities."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from pocketlm.errors import BadInputError
 from pocketlm.model.compute import fast_copy
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import Training, batches, distillation_step, train, updates
-from pocketlm.model.respelling import Spelling, respelled_divergence, respelled_step
+from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
+from pocketlm.model.respelling import Respeller, respelled_divergence, respelled_step
+from pocketlm.model.training import Course, Training, train
+from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
+from pocketlm.tensors.divergence import Kind, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,76 +37,139 @@ class Distil:
     """Share of the steps over which the learning rate rises."""
     evaluations: int = 3
     """How often the held-out divergence is measured; the best of these checkpoints is kept."""
+    patience: int = 0
+    """Evaluations without a new best after which the training stops; 0 for never."""
+    loss: Kind = "forward_kl"
+    temperature: float = 1.0
+    share: float | None = None
+    """Of the teacher in the mixture of `jensen_shannon` (0.5 where None) and `skewed_kl` (0.1)."""
+    cross_entropy: float = 0.0
+    """Weight of the text's own next tokens beside the teacher's probabilities; 1 is training without a teacher."""
+    adapters: int = 0
+    """Rank of adapters (LoRA) that learn in place of the weights and are merged at the end; 0 for the weights."""
     seed: int = 0
+
+    @property
+    def objective(self) -> Loss:
+        """The loss.
+
+        Raises:
+            BadInputError: A setting is out of its range.
+        """
+        loss = Loss(kind=self.loss, temperature=self.temperature, share=self.share, cross_entropy=self.cross_entropy)
+        if self.temperature <= 0 or not 0 <= self.cross_entropy <= 1 or not 0 <= loss.teacher_share < 1:
+            raise BadInputError(
+                "distil needs a `temperature` above 0, `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
+                f"given: {self.temperature}, {self.cross_entropy}, {self.share}"
+            )
+        return loss
 
 
 def distil(
-    teacher: LanguageModel,
+    teacher: LanguageModel | Respeller,
     student: LanguageModel,
     config: Distil,
-    windows: Tensor,
-    held_out: Tensor,
-    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
-    spelling: Spelling | None = None,
+    windows: Tensor | Lessons,
+    held_out: Tensor | Lessons,
+    progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
+    folder: Path | None = None,
 ) -> tuple[LanguageModel, StepReport]:
-    """Train `student` on KL(teacher ‖ student) over full next-token distributions, at temperature 1.
+    """Train `student` on its divergence from the teacher over full next-token distributions.
 
-    Logits-only forward KL, as pruned models are best recovered (Minitron, https://arxiv.org/abs/2407.14679). The
-    checkpoint with the lowest held-out divergence is kept, and the untrained student is one of the candidates.
+    Logits only, by default forward KL at temperature 1, as pruned models are best recovered (Minitron,
+    https://arxiv.org/abs/2407.14679). The checkpoint with the lowest held-out KL(teacher ‖ student) is kept (without a
+    teacher, cross-entropy), and the untrained student is one of the candidates.
 
     Args:
-        teacher: The original; not changed.
+        teacher: The original; not changed. A `Respeller` where the student has fewer tokens; `windows` and `held_out`
+            are the teacher's ids.
         student: Trained in place and returned.
-        config: How long and how fast.
-        windows: (windows, length) token ids to learn from.
-        held_out: (windows, length) token ids to choose the checkpoint by.
-        progress: Called after each step with steps done, steps in all, and the loss.
-        spelling: The student's ids for each of the teacher's, where the student has fewer tokens; `windows` and
-            `held_out` are the teacher's ids.
+        config: How long and how fast, and on which loss.
+        windows: (windows, length) token ids to learn from, or lessons.
+        held_out: The same, to choose the checkpoint by.
+        progress: Called after each step with steps done, steps in all, and the loss, speed and time left in words.
+        folder: For checkpoints; a run that was killed goes on from what it finds there.
 
     Raises:
-        BadInputError: There is no text, or the vocabularies differ and there is no spelling.
+        BadInputError: There is no text, a setting is out of range, or the tokenizers differ.
+        MissingExtraError: There is no peft for adapters.
         PocketlmError: The loss is not a number.
     """
-    if spelling is None and teacher.network.config.vocab_size != student.network.config.vocab_size:
-        raise BadInputError("Teacher and student have different vocabularies, so probabilities cannot be compared")
+    loss, network = config.objective, student.network
+    if isinstance(teacher, LanguageModel) and loss.cross_entropy < 1 and not alike(teacher, student):
+        raise BadInputError(
+            "Teacher and student have different vocabularies, so probabilities cannot be compared. Take a student with "
+            "the teacher's tokenizer, or train on the teacher's answers with `cross_entropy: 1`"
+        )
+    if isinstance(teacher, Respeller) and loss != Loss():
+        raise BadInputError(
+            "Across two vocabularies distil has forward KL at temperature 1 alone. Leave out its `loss`"
+        )
     if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
         raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
-    network = student.network
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
-    update = updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
-    original = fast_copy(teacher.network)
-    if spelling is None:
-        opinion = judge(teacher.network, held_out)
-        distance, step = partial(divergence_of, network, held_out, opinion), distillation_step
-    else:
-        distance = partial(respelled_divergence, original, network, held_out, spelling)
-        step = partial(respelled_step, spelling=spelling)
-
-    def learn(batch: Tensor) -> float:
-        loss = step(original, network, batch)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        update()
-        return loss
-
-    done = train(
-        batches(windows, config.windows_per_step, steps, config.seed),
-        steps,
-        learn,
-        distance,
-        lambda: copy.deepcopy(network.state_dict()),
-        config.evaluations,
-        progress,
+    from_disk = isinstance(windows, Lessons) and windows.targets is not None
+    if from_disk and (loss.kind, loss.temperature) != ("forward_kl", 1):
+        raise BadInputError("Targets on disk are for forward KL at temperature 1, which leaves out its `loss`")
+    step, held_out_kl = _teaching(teacher, network, loss, held_out)
+    steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
+    course = Course(
+        batches=lambda start: batches(windows, config.windows_per_step, steps, config.seed, start),
+        steps=steps,
+        evaluations=config.evaluations,
+        patience=config.patience,
+        folder=folder,
     )
-    network.load_state_dict(done.best)
-    return student, _report(done)
+    with learning_parts(network, config.adapters, config.seed) as trained:
+        update = Updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
+
+        def learn(batch: Tensor | Lessons) -> float:
+            value = step(batch)
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            update()
+            return value
+
+        done = train(course, update, learn, held_out_kl, progress)
+    return student, _report(done, loss)
 
 
-def _report(done: Training) -> StepReport:
-    before, best = done.held_out_kl[0][1], done.lowest
-    if best < before:
-        summary = f"held-out KL to the original fell from {before:.4f} to {best:.4f} nats per token"
+def alike(teacher: LanguageModel, student: LanguageModel) -> bool:
+    """Whether two models mean the same by every token id; rows of the embedding that no token has may differ."""
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    return ours is theirs or ours.get_vocab() == theirs.get_vocab()
+
+
+def _teaching(
+    teacher: LanguageModel | Respeller, network: nn.Module, loss: Loss, held_out: Tensor | Lessons
+) -> tuple[Callable[[Tensor | Lessons], float], Callable[[], float]]:
+    """Return what adds a batch's gradient, and what measures the student on the held-out text."""
+    if isinstance(teacher, Respeller):
+        original = fast_copy(teacher.model.network)
+        return (
+            lambda batch: respelled_step(original, network, batch, teacher.spelling),
+            lambda: respelled_divergence(original, network, held_out, teacher.spelling),
+        )
+    if loss.cross_entropy == 1:
+        original, measured_by = None, loss
     else:
-        summary = "distillation did not lower the held-out KL, so the pruned model is kept as it was"
+        original, measured_by = fast_copy(teacher.network), Loss()
+    step = partial(distillation_step, original, network, loss=loss)
+    if original is None or isinstance(held_out, Lessons) or not _same_rows(teacher.network, network):
+        return step, lambda: held_out_loss(original, network, held_out, measured_by)
+    opinion = judge(teacher.network, held_out)
+    return step, lambda: divergence_of(network, held_out, opinion)
+
+
+def _same_rows(teacher: nn.Module, student: nn.Module) -> bool:
+    return len(teacher.lm_head.weight) == len(student.lm_head.weight)
+
+
+def _report(done: Training, loss: Loss) -> StepReport:
+    before, best = done.held_out_kl[0][1], done.lowest
+    what = "cross-entropy" if loss.cross_entropy == 1 else "KL to the original"
+    if best < before:
+        summary = f"held-out {what} fell from {before:.4f} to {best:.4f} nats per token"
+    else:
+        summary = f"distillation did not lower the held-out {what}, so the model is kept as it was"
+    if done.rollbacks:
+        summary += f"; the loss diverged {len(done.rollbacks)} times, undone with half the learning rate each time"
     return StepReport("distil", summary, done.details | {"kept": best < before})

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pocketlm.model.learning import updates
+from pocketlm.model.learning import Updates
 from pocketlm.model.sweep import Layer, run_block
 from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.tensors.formats import Quantized
@@ -57,7 +57,7 @@ def _learn(
     block.requires_grad_(False)
     for linear in learners:
         linear.weight.requires_grad_(True)
-    update = updates(learning_groups(list(learners.values()), SCALE_RATE, CODE_RATE), iterations, WARM_UP)
+    update = Updates(learning_groups(list(learners.values()), SCALE_RATE, CODE_RATE), iterations, WARM_UP)
     generator = torch.Generator().manual_seed(seed)
 
     def show() -> dict[nn.Module, Quantized]:

@@ -1,6 +1,5 @@
 """Tune a quantized model end to end: what the file stores learns the original's next-token probabilities."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,11 +7,11 @@ from typing import Literal
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.compute import fast_copy
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import batches, distillation_step, train, updates
+from pocketlm.model.learning import Updates, batches, distillation_step
+from pocketlm.model.training import Course, train
 from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.formats import Packed, pack, unpack
@@ -45,7 +44,7 @@ def tune(
     config: Tune,
     windows: Tensor,
     held_out: Tensor,
-    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
 ) -> tuple[LanguageModel, dict[str, Packed], StepReport]:
     """Train scales and norms, or the codes too, on KL(teacher ‖ student) over full next-token distributions.
 
@@ -60,7 +59,7 @@ def tune(
         config: What learns, for how long and how fast.
         windows: (windows, length) token ids to learn from.
         held_out: (windows, length) token ids to choose the state by.
-        progress: Called after each step with steps done, steps in all, and the loss.
+        progress: Called after each step with steps done, steps in all, and the loss, speed and time left in words.
 
     Raises:
         BadInputError: There is no text, or nothing is quantized.
@@ -80,35 +79,33 @@ def tune(
         parameter.requires_grad_(name in packed or parameter.dim() == 1)
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
     groups = learning_groups(list(learners.values()), config.scale_rate, config.code_rate)
-    update = updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
+    update = Updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
     opinion, original = judge(teacher.network, held_out), fast_copy(teacher.network)
-    for learner in learners.values():
-        learner.show()
+
+    def show() -> None:
+        for learner in learners.values():
+            learner.show()
 
     def learn(batch: Tensor) -> float:
+        show()
         loss = distillation_step(original, network, batch)
         for learner in learners.values():
             learner.take_gradient()
         update()
-        for learner in learners.values():
-            learner.show()
         return loss
 
-    done = train(
-        batches(windows, config.windows_per_step, steps, config.seed),
-        steps,
-        learn,
-        lambda: divergence_of(network, held_out, opinion),
-        lambda: ([learner.quantized() for learner in learners.values()], copy.deepcopy(norms)),
-        config.evaluations,
-        progress,
+    def held_out_kl() -> float:
+        show()
+        return divergence_of(network, held_out, opinion)
+
+    course = Course(
+        batches=lambda start: batches(windows, config.windows_per_step, steps, config.seed, start),
+        steps=steps,
+        evaluations=config.evaluations,
     )
-    quantized, best_norms = done.best
-    for learner, best in zip(learners.values(), quantized, strict=True):
-        overwrite_weight(learner.module, best.decode())
-    for parameter, best in zip(norms, best_norms, strict=True):
-        parameter.data.copy_(best.data)
+    done = train(course, update, learn, held_out_kl, progress)
+    show()
     network.requires_grad_(True)
     summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
-    stored = {name: pack(best) for name, best in zip(learners, quantized, strict=True)}
+    stored = {name: pack(learner.quantized()) for name, learner in learners.items()}
     return student, stored, StepReport("tune", summary, done.details)

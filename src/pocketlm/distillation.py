@@ -1,0 +1,284 @@
+"""Distillation by itself: a student learns from a teacher, and both are measured.
+
+teacher ─> text ─> student (cut from the teacher, or a model of its own) ─> [targets on disk] ─> distil ─> measure
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pocketlm.artefact import new_folder
+from pocketlm.cache import remove_leftovers, stage, unfinished
+from pocketlm.errors import BadInputError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.quality import Quality
+from pocketlm.model.examples import pack_examples, read_examples, split_examples
+from pocketlm.model.judge import judge
+from pocketlm.model.language_model import LanguageModel, save
+from pocketlm.model.learning import Lessons
+from pocketlm.model.source import load
+from pocketlm.model.targets import fitting, open_targets, predicted_bytes, write_targets
+from pocketlm.model.training import LOSSES
+from pocketlm.plan.decide import tokens_in
+from pocketlm.plan.importance import block_influence
+from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.sensitivity import depth_damage
+from pocketlm.preflight import check_resources
+from pocketlm.proof import measure_models, original_file
+from pocketlm.pruning import Prune, check_shape
+from pocketlm.report.distilled import distilled_page
+from pocketlm.report.write import file_sha256, write_manifest
+from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
+from pocketlm.steps.distil import Distil, alike, distil
+from pocketlm.steps.prune_depth import PruneDepth
+from pocketlm.steps.prune_width import PruneWidth
+from pocketlm.steps.quantize import Quantize
+
+SHAPE = ("depth", "ffn", "kv_groups", "hidden")
+LEARNING_WINDOWS = 20_000  # of text at most: ten million tokens
+# Up to this share of the blocks, those go that measured damage misses least, tried one by one; beyond, which takes too
+# long, those that turn the hidden states least.
+TRIED_SHARE = 1 / 3
+TRIAL_WINDOWS = 8
+
+Kept = Literal["live", "sampled", "top"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What a person asks for."""
+
+    teacher: str  # a folder, a hub id, a GGUF file, or `demo`
+    student: str  # a shape to cut from the teacher, such as depth=12,ffn=768, or a model of its own
+    how: Distil  # its tokens count only where `seconds` is None
+    seconds: float | None = None  # of training
+    targets: Kept = "live"  # who is listened to: the teacher itself, or what is kept of its opinion on disk
+    task: Path | None = None  # prompts and answers to learn instead of text
+    gguf: bool = False  # whether the folder has model.gguf in F16 too
+    out: Path = Path("pocketlm-out")
+    data: tuple[Path, ...] = ()  # text files; the teacher's samples and Python's help topics where empty
+    force: bool = False  # replace `out`
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What was made.
+
+    Attributes:
+        summaries: What was done, in order.
+        parameters: Of teacher and student.
+        qualities: Of the teacher, the student before and behind training, F16 files read in llama.cpp on text that
+            nothing else has seen.
+        tokens: That were trained on.
+        details: Losses, held-out divergence, speed; bytes per token of targets on disk.
+    """
+
+    summaries: tuple[str, ...]
+    parameters: tuple[int, int]
+    qualities: dict[str, Quality]
+    tokens: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A student before it learns."""
+
+    source: str
+    key: str
+    summaries: tuple[str, ...]
+
+
+def distill(job: Distillation, progress: Progress = silent) -> Distilled:
+    """Train a student on what its teacher says, and write the folder `job.out`, whole or not at all.
+
+    The folder has `hf`, which plain transformers loads, every step's loss as CSV, and a page of what came of it.
+
+    Raises:
+        BadInputError: The student is neither a shape nor a model, or its tokenizer is another.
+    """
+    remove_leftovers()
+    job.how.objective  # noqa: B018  (refuses what is out of range, before any work)
+    with new_folder(job.out, job.force) as folder:
+        teacher = load(job.teacher)
+        shape = read_shape(job.student)
+        if shape:
+            check_shape(teacher, Prune(model=job.teacher, **shape))
+        check_resources(teacher, job.out, trained=True)
+        texts = gather_texts(teacher, list(job.data), job.how.seed, progress, LEARNING_WINDOWS)
+        start = _cut(teacher, shape, texts, progress) if shape else _stock(job.student, teacher)
+        lessons, held_out, of_text = _lessons(job, teacher, texts)
+        config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
+        inputs = {"teacher": teacher.origin.sha256, "student": start.key, "text": of_text, "how": asdict(config)}
+        facts: dict[str, Any] = {}
+        if job.targets != "live":
+            lessons, facts = _from_disk(job, teacher, lessons, of_text, progress)
+        done = stage(
+            "distill",
+            inputs | {"targets": job.targets},
+            lambda work: _train(teacher, start, config, (lessons, held_out), progress, work),
+        )
+        shutil.copytree(done.folder / "hf", folder / "hf")
+        shutil.copy(done.folder / LOSSES, folder)
+        made = _measured(teacher, start, done.folder / "hf", texts, progress)
+        made = replace(made, tokens=config.tokens, details=done.facts["details"] | facts)
+        made = replace(made, summaries=(*start.summaries, done.facts["summary"]))
+        if job.gguf:
+            write_gguf(load(str(folder / "hf")), {}, folder / "model.gguf")
+        (folder / "report.md").write_text(distilled_page(teacher.origin.base_model, job.student, made))
+        (folder / "distillation.json").write_text(json.dumps(asdict(made), indent=1, default=str))
+        write_manifest(folder)
+    return made
+
+
+def read_shape(student: str) -> dict[str, int]:
+    """Read a shape such as `depth=12,ffn=768`; nothing where it is the name of a model.
+
+    Raises:
+        BadInputError: It looks like a shape and is none.
+    """
+    if "=" not in student:
+        return {}
+    shape = {}
+    for part in student.split(","):
+        name, _, value = part.strip().partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in SHAPE or not value.strip().isdigit():
+            raise BadInputError(
+                f"Cannot read `{part}` in the student `{student}`. Write a shape like depth=12,ffn=768, of "
+                f"{', '.join(SHAPE)}, or the name of a model"
+            )
+        shape[name] = int(value)
+    return shape
+
+
+def _cut(teacher: LanguageModel, shape: dict[str, int], texts: Texts, progress: Progress) -> Start:
+    """Cut the student from the teacher by pocketlm's own steps."""
+    blocks = teacher.network.config.num_hidden_layers
+    gone, steps = blocks - shape.get("depth", blocks), []
+    if gone:
+        steps.append(PruneDepth(drop=_blocks_to_drop(teacher, gone, texts, progress), repair=True))
+    widths = {name: value for name, value in shape.items() if name != "depth"}
+    if widths:
+        steps.append(PruneWidth(**widths))
+    recipe = Recipe(steps=(*steps, Quantize(formats={"*": "F16"})))
+    cut = [done for done in run_recipe(teacher, recipe, texts, progress).stages if done.facts["step"] != "quantize"]
+    summaries = tuple(done.facts["summary"] for done in cut[1:])
+    return Start(str(cut[-1].folder / "hf"), cut[-1].key, summaries)
+
+
+def _blocks_to_drop(teacher: LanguageModel, gone: int, texts: Texts, progress: Progress) -> tuple[int, ...]:
+    """Return the blocks that are missed least; the first and the last always stay."""
+    windows = texts.validation.first(TRIAL_WINDOWS)
+    blocks = teacher.network.config.num_hidden_layers
+    if gone > blocks - 2:
+        raise BadInputError(f"Cannot keep fewer than 2 of {blocks} blocks: the first and the last always stay")
+
+    def produce(_: Path) -> dict[str, Any]:
+        if gone <= TRIED_SHARE * blocks:
+            damage = depth_damage(teacher.network, windows, judge(teacher.network, windows), gone, progress)
+            return {"drop": sorted(block for block, _ in damage)}
+        influence = block_influence(teacher.network, windows)
+        return {"drop": sorted(sorted(range(1, blocks - 1), key=influence.__getitem__)[:gone])}
+
+    inputs = {"model": teacher.origin.sha256, "gone": gone, **texts.sha256}
+    return tuple(stage("distill-blocks", inputs, produce).facts["drop"])
+
+
+def _stock(student: str, teacher: LanguageModel) -> Start:
+    """Take a model of its own as the student."""
+    model = load(student)
+    if not alike(teacher, model):
+        raise BadInputError(
+            f"{student} has another tokenizer than {teacher.origin.source}, so their probabilities cannot be compared. "
+            "Take a student of the same family, or cut one: --student depth=12"
+        )
+    return Start(student, model.origin.sha256, (f"the student is {model.origin.base_model}",))
+
+
+def _tokens(job: Distillation, teacher: LanguageModel, start: Start, texts: Texts) -> int:
+    """Return how many tokens to train on; a time is turned into tokens once, so that a resumed run does the same."""
+    if job.seconds is None:
+        return job.how.tokens
+    inputs = {"teacher": teacher.origin.sha256, "student": start.key, "seconds": job.seconds, **texts.sha256}
+
+    def produce(_: Path) -> dict[str, int]:
+        return {"tokens": tokens_in(teacher, texts.calibration, job.seconds, load(start.source))}
+
+    return stage("distill-tokens", inputs, produce).facts["tokens"]
+
+
+def _lessons(
+    job: Distillation, teacher: LanguageModel, texts: Texts
+) -> tuple[Lessons, Tensor | Lessons, dict[str, str]]:
+    """Return what is learnt, what chooses the checkpoint, and the hashes of both."""
+    if job.task is None:
+        return Lessons(texts.calibration.windows), texts.validation.windows, texts.sha256
+    if job.targets != "live":
+        raise BadInputError("Targets on disk are for text. Leave out --targets where a --task is learnt")
+    length = texts.calibration.windows.shape[1]
+    learnt, choosing = (
+        pack_examples(part, teacher.tokenizer, length) for part in split_examples(read_examples(job.task))
+    )
+    return learnt, choosing, {"task": file_sha256(job.task)}
+
+
+def _from_disk(
+    job: Distillation, teacher: LanguageModel, lessons: Lessons, of_text: dict[str, str], progress: Progress
+) -> tuple[Lessons, dict[str, Any]]:
+    """Return lessons with the teacher's opinion from disk, written once, and what it takes."""
+    sampling = fitting(len(teacher.network.lm_head.weight), job.targets)
+
+    def produce(folder: Path) -> dict[str, float]:
+        predicted = predicted_bytes(teacher.network, lessons.ids, sampling)
+        what = f"keeping the teacher's opinion ({predicted:.0f} bytes a token)"
+        work = unfinished(folder)
+        write_targets(teacher.network, lessons.ids, work, sampling, job.how.seed, lambda i, n: progress(what, i, n))
+        shutil.copytree(work, folder, dirs_exist_ok=True)
+        actual = sum(path.stat().st_size for path in folder.iterdir()) / lessons.numel()
+        return {"target_bytes_predicted": round(predicted, 1), "target_bytes": round(actual, 1)}
+
+    inputs = {"teacher": teacher.origin.sha256, "text": of_text, "sampling": asdict(sampling), "seed": job.how.seed}
+    kept = stage("targets", inputs, produce)
+    return replace(lessons, targets=open_targets(kept.folder)), kept.facts
+
+
+def _train(
+    teacher: LanguageModel,
+    start: Start,
+    config: Distil,
+    text: tuple[Lessons, Tensor | Lessons],
+    progress: Progress,
+    folder: Path,
+) -> dict[str, Any]:
+    student, report = distil(
+        teacher,
+        load(start.source),
+        config,
+        *text,
+        lambda i, n, pace: progress(f"distilling ({pace})", i, n),
+        unfinished(folder),
+    )
+    save(student, folder / "hf")
+    shutil.copy(unfinished(folder) / LOSSES, folder)
+    return asdict(report)
+
+
+def _measured(teacher: LanguageModel, start: Start, made: Path, texts: Texts, progress: Progress) -> Distilled:
+    """Read teacher, student before and student after in llama.cpp, on text that nothing else has seen."""
+    models = {"teacher": teacher, "student before": load(start.source), "student": load(str(made))}
+    with tempfile.TemporaryDirectory() as beside:
+        files = {"teacher": original_file(teacher)}
+        for name in ("student before", "student"):
+            files[name] = Path(beside) / f"{name.replace(' ', '-')}.gguf"
+            write_gguf(models[name], {}, files[name])
+        qualities = measure_models(files, models, texts.test.windows, progress).qualities
+    counts = tuple(
+        sum(parameter.numel() for parameter in models[name].network.parameters()) for name in ("teacher", "student")
+    )
+    return Distilled((), counts, qualities, 0, {})

@@ -1,0 +1,127 @@
+"""The command `distill`: students of every kind, folders that are whole or not there, a way out of every mistake."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.command_line import command, environment, pocketlm
+from tests.tiny import tiny_folder
+from transformers import AutoModelForCausalLM
+
+from pocketlm.distillation import read_shape
+from pocketlm.errors import BadInputError
+
+QUICK = ("--tokens", 2048, "--learning-rate", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher, a student of its own, a model with another tokenizer, text and a task."""
+    base = tmp_path_factory.mktemp("distillation")
+    text = base / "text.txt"
+    text.write_text("\n\n".join(f"The {n}th of many short paragraphs of text, {n * n} of them." for n in range(3000)))
+    task = base / "task.jsonl"
+    task.write_text("\n".join(json.dumps({"prompt": f"Is {n} odd", "answer": ["no", "yes"][n % 2]}) for n in range(50)))
+    return {
+        "teacher": tiny_folder("llama", base / "teacher", num_hidden_layers=5),
+        "stock": tiny_folder("llama", base / "stock", 1, num_hidden_layers=1),
+        "stranger": tiny_folder("qwen2", base / "stranger"),
+        "text": text,
+        "task": task,
+        "cache": base / "cache",
+    }
+
+
+def test_shapes_are_read():
+    assert read_shape("depth=12,ffn=768") == {"depth": 12, "ffn": 768}
+    assert read_shape("kv-groups=1, hidden=64") == {"kv_groups": 1, "hidden": 64}
+    assert read_shape("some/model") == {}
+    for wrong in ("depth=x", "layers=3", "depth=3,", "depth=-1"):
+        with pytest.raises(BadInputError, match="Write a shape like depth=12,ffn=768"):
+            read_shape(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("student", "more"),
+    [
+        ("depth=4,ffn=96", ("--gguf",)),
+        ("depth=2", ("--targets", "sampled")),
+        ("depth=4", ("--adapters", 2, "--loss", "jensen_shannon")),
+        ("stock", ("--cross-entropy", 0.5, "--targets", "top")),
+        ("stock", ("--task", "task")),
+    ],
+    ids=["cut", "targets", "adapters", "stock", "task"],
+)
+def test_students_of_every_kind(student: str, more: tuple, folders: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    more = [folders.get(word, word) if isinstance(word, str) else word for word in more]
+    done = pocketlm(
+        *("distill", folders["teacher"], "--student", folders.get(student, student), *QUICK, *more),
+        *("--data", folders["text"], "-o", out, "--json"),
+        cache=folders["cache"],
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert set(made["qualities"]) == {"teacher", "student before", "student"}
+    assert made["parameters"][1] < made["parameters"][0]
+    losses = (out / "loss.csv").read_text().splitlines()
+    assert losses[0] == "step,tokens,loss,held_out_kl"
+    assert len(losses) == 2 + len(made["details"]["losses"])
+    assert "student before" in (out / "report.md").read_text()
+    assert (out / "model.gguf").exists() == ("--gguf" in more)
+    listed = {entry["path"] for entry in json.loads((out / "manifest.json").read_text())["files"]}
+    assert {"hf/config.json", "loss.csv", "report.md", "distillation.json"} <= listed
+    network = AutoModelForCausalLM.from_pretrained(out / "hf")
+    assert network.config.num_hidden_layers == {"depth=2": 2, "stock": 1}.get(student, 4)
+    if "--targets" in more:
+        assert made["details"]["target_bytes"] < 64
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_the_same(folders: dict[str, Path], tmp_path: Path):
+    words = ("distill", folders["teacher"], "--student", "depth=3", "--tokens", 30000, "--data", folders["text"])
+    with subprocess.Popen(
+        command(*words, "-o", tmp_path / "killed"),
+        env=environment(tmp_path / "cache"),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stderr:
+            if "distilling" in line:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not (tmp_path / "killed").exists()
+    for name, cache in (("killed", "cache"), ("whole", "other")):
+        done = pocketlm(*words, "-o", tmp_path / name, cache=tmp_path / cache)
+        assert done.returncode == 0, done.stderr
+    one, other = (tmp_path / name / "hf" / "model.safetensors" for name in ("killed", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--student", "depth=9"), "the model has 5"),
+        (("--student", "depth=1"), "Cannot keep fewer than 2"),
+        (("--student", "stranger"), "another tokenizer"),
+        (("--student", "depth=4", "--loss", "kl"), "Unknown --loss `kl`"),
+        (("--student", "depth=4", "--temperature", "0"), "`temperature` above 0"),
+        (("--student", "depth=4", "--targets", "sampled", "--loss", "reverse_kl"), "forward KL at temperature 1"),
+        (("--student", "depth=4", "--task", "missing.jsonl"), "Cannot read missing.jsonl"),
+    ],
+    ids=str,
+)
+def test_mistakes_have_a_way_out_and_leave_nothing(
+    words: tuple[str, ...], message: str, folders: dict[str, Path], tmp_path: Path
+):
+    words = tuple(folders.get(word, word) for word in words)
+    done = pocketlm(
+        *("distill", folders["teacher"], *words, *QUICK, "--data", folders["text"], "-o", tmp_path / "out"),
+        cache=folders["cache"],
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
