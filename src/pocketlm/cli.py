@@ -195,6 +195,7 @@ def distill(
     adapters: Annotated[int, typer.Option(help="Train adapters (LoRA) of this rank in place of the weights.")] = 0,
     targets: Annotated[str, typer.Option(help="live, or from disk: sampled or top, under 64 bytes a token.")] = "live",
     task: Annotated[Path | None, typer.Option(help="Learn this .jsonl of `prompt` and `answer`, not text.")] = None,
+    remote: Annotated[str | None, typer.Option(help="Learn the answers of a server: http://localhost:8080/v1.")] = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf in F16 too.")] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     data: Data = None,
@@ -232,6 +233,7 @@ def distill(
         seconds=None if tokens else parse_time(time),
         targets=targets,
         task=task,
+        remote=remote,
         gguf=gguf,
         out=out,
         data=tuple(data or ()),
@@ -349,7 +351,7 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
         else:
             report = api.fit(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
     if dry_run:
-        _print(plan_lines(planned), _plan_data(planned), json_output)
+        _print(plan_lines(planned), planned.as_data(), json_output)
     else:
         _print(result_lines(report, job.out), to_dict(report), json_output)
 
@@ -376,18 +378,6 @@ def _gguf(name: str) -> Path:
         return demo_file()
     path = Path(name)
     return path / "model.gguf" if path.is_dir() else path
-
-
-def _plan_data(planned: Any) -> dict:
-    from pocketlm.plan.recipe import to_dict
-
-    plan = None if planned.plan is None else asdict(planned.plan)
-    return {
-        "budget_bytes": planned.budget.bytes,
-        "predicted_bytes": planned.predicted_bytes,
-        "recipe": to_dict(planned.recipe),
-        "plan": plan,
-    }
 
 
 def _print(lines: list[str], data: object, json_output: bool) -> None:

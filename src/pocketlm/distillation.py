@@ -17,7 +17,7 @@ from pocketlm.cache import remove_leftovers, stage, unfinished
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
-from pocketlm.model.examples import pack_examples, read_examples, split_examples
+from pocketlm.model.examples import Example, pack_examples, read_examples, split_examples, that_fit
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.learning import Lessons
@@ -33,6 +33,7 @@ from pocketlm.proof import measure_models, original_file
 from pocketlm.pruning import Prune, check_shape
 from pocketlm.report.distilled import distilled_page
 from pocketlm.report.write import file_sha256, write_manifest
+from pocketlm.run.remote import ask
 from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.steps.distil import Distil, alike, distil
 from pocketlm.steps.prune_depth import PruneDepth
@@ -45,6 +46,8 @@ LEARNING_WINDOWS = 20_000  # of text at most: ten million tokens
 # long, those that turn the hidden states least.
 TRIED_SHARE = 1 / 3
 TRIAL_WINDOWS = 8
+
+ANSWERS = "answers.jsonl"
 
 Kept = Literal["live", "sampled", "top"]
 
@@ -59,6 +62,7 @@ class Distillation:
     seconds: float | None = None  # of training
     targets: Kept = "live"  # who is listened to: the teacher itself, or what is kept of its opinion on disk
     task: Path | None = None  # prompts and answers to learn instead of text
+    remote: str | None = None  # a server whose answers to the task's prompts are learnt, without probabilities
     gguf: bool = False  # whether the folder has model.gguf in F16 too
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the teacher's samples and Python's help topics where empty
@@ -103,6 +107,10 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         BadInputError: The student is neither a shape nor a model, or its tokenizer is another.
     """
     remove_leftovers()
+    if job.remote and not job.task:
+        raise BadInputError(
+            "A remote teacher answers prompts. Give some with --task: a .jsonl with a `prompt` per line"
+        )
     job.how.objective  # noqa: B018  (refuses what is out of range, before any work)
     with new_folder(job.out, job.force) as folder:
         teacher = load(job.teacher)
@@ -112,8 +120,10 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         check_resources(teacher, job.out, trained=True)
         texts = gather_texts(teacher, list(job.data), job.how.seed, progress, LEARNING_WINDOWS)
         start = _cut(teacher, shape, texts, progress) if shape else _stock(job.student, teacher)
-        lessons, held_out, of_text = _lessons(job, teacher, texts)
+        lessons, held_out, of_text = _lessons(job, teacher, texts, progress)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
+        if job.remote:  # which says words, and no probabilities
+            config = replace(config, cross_entropy=1.0)
         inputs = {"teacher": teacher.origin.sha256, "student": start.key, "text": of_text, "how": asdict(config)}
         facts: dict[str, Any] = {}
         if job.targets != "live":
@@ -214,7 +224,7 @@ def _tokens(job: Distillation, teacher: LanguageModel, start: Start, texts: Text
 
 
 def _lessons(
-    job: Distillation, teacher: LanguageModel, texts: Texts
+    job: Distillation, teacher: LanguageModel, texts: Texts, progress: Progress
 ) -> tuple[Lessons, Tensor | Lessons, dict[str, str]]:
     """Return what is learnt, what chooses the checkpoint, and the hashes of both."""
     if job.task is None:
@@ -222,10 +232,26 @@ def _lessons(
     if job.targets != "live":
         raise BadInputError("Targets on disk are for text. Leave out --targets where a --task is learnt")
     length = texts.calibration.windows.shape[1]
-    learnt, choosing = (
-        pack_examples(part, teacher.tokenizer, length) for part in split_examples(read_examples(job.task))
-    )
-    return learnt, choosing, {"task": file_sha256(job.task)}
+    examples = that_fit(_asked(job, progress), teacher.tokenizer, length) if job.remote else read_examples(job.task)
+    learnt, choosing = (pack_examples(part, teacher.tokenizer, length) for part in split_examples(examples))
+    return learnt, choosing, {"task": file_sha256(job.task), "remote": job.remote or ""}
+
+
+def _asked(job: Distillation, progress: Progress) -> list[Example]:
+    """Return a server's answers to the task's prompts, got once."""
+    prompts = [example.prompt for example in read_examples(job.task, answered=False)]
+
+    def produce(folder: Path) -> dict[str, int]:
+        work = unfinished(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        asked = ask(job.remote, prompts, work / ANSWERS, progress=lambda i, n: progress("asking the teacher", i, n))
+        if not asked:
+            raise BadInputError(f"The server at {job.remote} had nothing to say to any prompt of {job.task}")
+        (folder / ANSWERS).write_text("\n".join(json.dumps(vars(example)) for example in asked))
+        return {"answers": len(asked)}
+
+    done = stage("answers", {"server": job.remote, "task": file_sha256(job.task)}, produce)
+    return read_examples(done.folder / ANSWERS)
 
 
 def _from_disk(

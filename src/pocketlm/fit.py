@@ -5,8 +5,9 @@ model ─> text ─> plan ─> [prune ─> distil ─> quantize] ─> export ─
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
 from pocketlm.plan.budget import Budget, parse_size
 from pocketlm.plan.decide import Wanted, tokens_in, uniform_recipe
-from pocketlm.plan.recipe import Recipe, read_recipe, to_yaml
+from pocketlm.plan.recipe import Recipe, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Plan, check_budget
 from pocketlm.plan.sizes import Sizes, bits_budget, check_fixed, recipe_bytes, sizes_of
 from pocketlm.preflight import check_resources
@@ -62,6 +63,15 @@ class Planned:
     sizes: Sizes
     plan: Plan | None  # None where the recipe came from a person
     engine: float = 0.0  # KL that the engine's 8-bit activations add to what the plan expects of weights
+
+    def as_data(self) -> dict[str, Any]:
+        """Return what a program needs to know of it."""
+        return {
+            "budget_bytes": self.budget.bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "recipe": to_dict(self.recipe),
+            "plan": None if self.plan is None else asdict(self.plan),
+        }
 
 
 def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], None] = lambda planned: None) -> Report:

@@ -30,8 +30,8 @@ class Example:
     answer: str
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Read a .jsonl file with a `prompt` and an `answer` per line.
+def read_examples(path: Path, answered: bool = True) -> list[Example]:
+    """Read a .jsonl file with a `prompt` and, where they are to be there, an `answer` per line.
 
     Raises:
         BadInputError: It cannot be read, or a line has not both.
@@ -46,12 +46,16 @@ def read_examples(path: Path) -> list[Example]:
             continue
         try:
             entry = json.loads(line)
-            example = Example(entry["prompt"], entry["answer"])
+            example = Example(entry["prompt"], entry["answer"] if answered else "")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise BadInputError(
                 f'{path}, line {number}: not an example. Write {{"prompt": "...", "answer": "..."}} on each line'
             ) from error
-        if not isinstance(example.prompt, str) or not isinstance(example.answer, str) or not example.answer:
+        if (
+            not isinstance(example.prompt, str)
+            or not isinstance(example.answer, str)
+            or answered > bool(example.answer)
+        ):
             raise BadInputError(f"{path}, line {number}: `prompt` and `answer` must be text, and the answer not empty")
         examples.append(example)
     if not examples:
@@ -113,6 +117,18 @@ def pack_examples(examples: list[Example], tokenizer: "PreTrainedTokenizerFast",
     columns: list[tuple[list, list, list]] = [_window(window, length, end) for window in windows]
     ids, places, counted = (torch.tensor(column) for column in zip(*columns, strict=True))
     return Lessons(ids, places, counted)
+
+
+def that_fit(examples: list[Example], tokenizer: "PreTrainedTokenizerFast", length: int) -> list[Example]:
+    """Return the examples that a window has room for.
+
+    Raises:
+        BadInputError: None does.
+    """
+    short = [example for example in examples if len(_encoded(tokenizer, example, 0)[0]) <= length]
+    if not short:
+        raise BadInputError(f"No answer fits into {length} tokens with its prompt. Ask for shorter ones in the prompts")
+    return short
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerFast", example: Example, end: int) -> tuple[list[int], list[bool]]:
