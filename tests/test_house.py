@@ -26,6 +26,8 @@ ROWS = (
     ("integers", "pruning"),
     ("inspection", "terminal"),
     ("api",),
+    ("options",),
+    ("serving_cli",),
     ("cli",),
     ("__main__",),
 )

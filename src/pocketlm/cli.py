@@ -1,7 +1,6 @@
 """The command line: parse, call, print."""
 
 import errno
-import json
 import shlex
 import sys
 import traceback
@@ -11,7 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from pocketlm import serving_cli
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
+from pocketlm.options import Data, Debug, Json, Model, Threads
+from pocketlm.options import gguf_file as _gguf
+from pocketlm.options import print_result as _print
 
 app = typer.Typer(
     help="Make a small language model fit a device, and prove what that cost.",
@@ -20,11 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or `demo`.")]
-Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt, .jsonl); may be repeated.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1)]
+app.command()(serving_cli.serve)
 
 
 @app.command()
@@ -298,16 +297,6 @@ def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, form.upper()) for name, form in pairs)
 
 
-def _gguf(name: str) -> Path:
-    """Return the GGUF file that a name stands for: itself, the one in a folder made by `fit`, or the demo's."""
-    from pocketlm.model.source import DEMO, demo_file
-
-    if name == DEMO:
-        return demo_file()
-    path = Path(name)
-    return path / "model.gguf" if path.is_dir() else path
-
-
 def _plan_data(planned: Any) -> dict:
     from pocketlm.plan.recipe import to_dict
 
@@ -318,10 +307,6 @@ def _plan_data(planned: Any) -> dict:
         "recipe": to_dict(planned.recipe),
         "plan": plan,
     }
-
-
-def _print(lines: list[str], data: object, json_output: bool) -> None:
-    print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))
 
 
 def main() -> None:
