@@ -269,10 +269,10 @@ async def _embedding(request: web.Request) -> web.Response:
     service = request.app[_SERVICE]
     asked = parse(Embedding, await request.read())
     model = _pick(service, asked.model)
-    async with _turn(service, model), model.post("/v1/embeddings", asked.for_engine()) as answer:
-        found = await answer.read()
-    _count_bytes(service, model, found)
-    return web.Response(body=found, content_type="application/json")
+    async with _turn(service, model):
+        answer = await model.embed(asked.inputs(), asked.encoding_format or "float")
+    _count(service, model, answer)
+    return web.json_response(answer)
 
 
 async def _respond(
@@ -294,7 +294,7 @@ async def _respond(
             await response.prepare(request)
             pieces = upstream.content.iter_any()
             last = await _pass_on(_with_legacy_logprobs(pieces) if legacy else pieces, response)
-        _count_bytes(service, model, last)
+        _count_stream(service, model, last)
     return response
 
 
@@ -331,11 +331,9 @@ def _count(service: Service, model: LocalModel, answer: dict) -> None:
     service.metrics.answer_tokens.labels(model.name).inc(usage.get("completion_tokens", 0))
 
 
-def _count_bytes(service: Service, model: LocalModel, last: bytes) -> None:
-    """Count the tokens from the end of an answer: timings close a stream of text, usage an embedding."""
-    counts = {
-        name: int(count) for name, count in re.findall(rb'"(cache_n|prompt_n|predicted_n|prompt_tokens)":(\d+)', last)
-    }
-    read = counts.get(b"cache_n", 0) + counts.get(b"prompt_n", 0) or counts.get(b"prompt_tokens", 0)
+def _count_stream(service: Service, model: LocalModel, last: bytes) -> None:
+    """Count the tokens of a stream from the timings in its last event."""
+    counts = {name: int(count) for name, count in re.findall(rb'"(cache_n|prompt_n|predicted_n)":(\d+)', last)}
+    read = counts.get(b"cache_n", 0) + counts.get(b"prompt_n", 0)
     service.metrics.prompt_tokens.labels(model.name).inc(read)
     service.metrics.answer_tokens.labels(model.name).inc(counts.get(b"predicted_n", 0))

@@ -18,7 +18,8 @@ from pocketlm.run.server.line import Line
 from pocketlm.run.server.refusals import RefusalError, from_engine
 
 _LONGEST_PAUSE = 30.0  # seconds between two attempts to start an engine that keeps dying
-_PROMPT = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
+_EMBEDDINGS = "/v1/embeddings"
+_PROMPT = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", _EMBEDDINGS: "input"}
 _QUICK_DEATH = 60.0  # an engine that lived longer than these seconds is started again at once
 
 
@@ -38,6 +39,7 @@ class LocalModel:
         self.name, self.line = settings.name, Line(settings.slots, queue)
         self.ready: Ready | None = None
         self.starts = 0
+        self._embedding = asyncio.Lock()
         self._process: Process | None = None
         self._watching: asyncio.Task | None = None
 
@@ -50,7 +52,8 @@ class LocalModel:
         """
         await self._launch()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            # The engine closes connections when it likes: one that is kept may be closed just when it is used again.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None),
             headers={"Authorization": f"Bearer {self._settings.key}", "Content-Type": "application/json"},
             read_bufsize=2**20,
@@ -139,6 +142,22 @@ class LocalModel:
         if not answer["choices"][0]["finish_reason"]:
             raise down()
         return answer
+
+    async def embed(self, inputs: list[str] | list[list[int]], encoding: str) -> Answer:
+        """Return the embeddings of texts or of lists of tokens, with their usage.
+
+        Raises:
+            RefusalError: As `post`.
+        """
+        data, tokens = [], 0
+        for index, one in enumerate(inputs):
+            # In a batch of texts of different lengths the engine pools over the end of the longer ones alone.
+            async with self._embedding, self.post(_EMBEDDINGS, {"input": one, "encoding_format": encoding}) as response:
+                found = await response.json()
+            data.append(found["data"][0] | {"index": index, "object": "embedding"})
+            tokens += found["usage"]["prompt_tokens"]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": self.name, "usage": usage}
 
 
 def down() -> RefusalError:

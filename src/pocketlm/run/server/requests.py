@@ -213,6 +213,7 @@ class Chat(Request):
         if self.tools:
             asked["tools"] = [tool.model_dump(exclude_none=True) for tool in self._chosen_tools()]
             must = self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+            asked.setdefault("parallel_tool_calls", False)
             asked["tool_choice"] = "required" if must else self.tool_choice or "auto"
             if must and wraps_tools:
                 # The engine's grammar would let a small model talk for ever before it calls.
@@ -259,9 +260,11 @@ class Embedding(_Strict):
     )
     encoding_format: Literal["float", "base64"] | None = None
 
-    def for_engine(self) -> dict[str, Any]:
-        """Return the request as the engine takes it."""
-        return self.model_dump(exclude_none=True, exclude={"model"})
+    def inputs(self) -> list[str] | list[list[int]]:
+        """Return the texts, or lists of tokens, one for each embedding."""
+        if isinstance(self.input, str):
+            return [self.input]
+        return [self.input] if isinstance(self.input[0], int) else self.input
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
