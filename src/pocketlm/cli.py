@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(serving_cli.serve)
+app.command()(serving_cli.calibrate)
 
 
 @app.command()

@@ -1,11 +1,14 @@
 """The commands of serving; `pocketlm.cli` has the others."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from pocketlm.errors import BadInputError
-from pocketlm.options import Debug, Threads, gguf_file
+from pocketlm.options import Debug, Json, Threads, gguf_file, print_result
 
 File = Annotated[str, typer.Argument(help="A folder made by `fit`, a GGUF file, or `demo`.")]
 Url = Annotated[str | None, typer.Option(help="OpenAI-compatible API of a larger model, such as https://host/v1.")]
@@ -66,6 +69,41 @@ def serve(
     )
 
 
+def calibrate(
+    file: File,
+    data: Annotated[Path, typer.Argument(help="JSON lines with `prompt` (or `messages`) and `answer`.")],
+    target_accuracy: Annotated[float, typer.Option(help="To be reached by both models together.", min=0, max=1)] = 0.95,
+    escalate_to: Url = None,
+    escalate_model: LargerModel = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSON file to write.")] = Path("calibration.json"),
+    slots: Slots = 4,
+    context: Context = None,
+    threads: Threads = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the confidence below which `serve --escalate-to` should ask the larger model, on your own examples.
+
+    Example: pocketlm calibrate p70 questions.jsonl --target-accuracy 0.95
+    """
+    from pocketlm.run.server.serve import check_installed
+
+    check_installed()
+    from pocketlm.run.server.calibration import calibrate as run
+    from pocketlm.run.server.calibration import lines
+    from pocketlm.run.server.engine_process import EngineSettings
+    from pocketlm.terminal import Screen
+
+    threshold = 0.0 if escalate_to or escalate_model else None
+    larger = _escalation(escalate_to, escalate_model, threshold, "mean", timeout=120)
+    settings = EngineSettings(str(gguf_file(file)), file, key="", slots=slots, context=context, threads=threads)
+    with Screen() as screen:
+        found = run(settings, data, target_accuracy, larger, screen.progress)
+    written = json.dumps(asdict(found), indent=1)
+    out.write_text(written + "\n", encoding="utf-8")
+    print_result([*lines(found), "", f"wrote {out}"], asdict(found), json_output)
+
+
 def _escalation(
     url: str | None, model: str | None, threshold: float | None, measure: str, timeout: float
 ) -> object | None:
@@ -75,7 +113,7 @@ def _escalation(
     if not any(given):
         return None
     if not all(given):
-        raise BadInputError("Escalation needs --escalate-to, --escalate-model and --threshold together")
+        raise BadInputError("Escalation needs --escalate-to, --escalate-model and (to serve) --threshold together")
     if not url.startswith(("http://", "https://")):
         raise BadInputError(f"`{url}` is no address of an API. It begins like https:// and ends like /v1")
     return Escalation(url, model, threshold, measure, timeout)
