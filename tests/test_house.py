@@ -27,6 +27,8 @@ ROWS = (
     ("distillation",),
     ("inspection", "terminal"),
     ("api", "exits"),
+    ("options",),
+    ("serving_cli",),
     ("cli",),
     ("__main__",),
 )

@@ -1,6 +1,5 @@
 """The command line: parse, call, print."""
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -9,8 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from pocketlm import serving_cli
 from pocketlm.errors import BadInputError
 from pocketlm.exits import run
+from pocketlm.options import Data, Debug, Json, Model, Threads
+from pocketlm.options import gguf_file as _gguf
+from pocketlm.options import print_result as _print
 
 app = typer.Typer(
     help="Make a small language model fit a device, and prove what that cost.",
@@ -19,11 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or `demo`.")]
-Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt, .jsonl); may be repeated.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1)]
+app.command()(serving_cli.serve)
+app.command()(serving_cli.calibrate)
 
 
 @app.command()
@@ -368,20 +368,6 @@ def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:
         if not name or not form:
             raise BadInputError(f"Cannot read `{text}`. Write it like embedding=Q8_0 or 'model.layers.0.*=Q5_0'")
     return tuple((name, form.upper()) for name, form in pairs)
-
-
-def _gguf(name: str) -> Path:
-    """Return the GGUF file that a name stands for: itself, the one in a folder made by `fit`, or the demo's."""
-    from pocketlm.model.source import DEMO, demo_file
-
-    if name == DEMO:
-        return demo_file()
-    path = Path(name)
-    return path / "model.gguf" if path.is_dir() else path
-
-
-def _print(lines: list[str], data: object, json_output: bool) -> None:
-    print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))
 
 
 def main() -> None:

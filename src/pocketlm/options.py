@@ -1,0 +1,30 @@
+"""What commands share: options, names of files, and how a result is printed."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or `demo`.")]
+Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt, .jsonl); may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1)]
+
+
+def gguf_file(name: str) -> Path:
+    """Return the GGUF file that a name stands for: itself, the one in a folder made by `fit`, or the demo's."""
+    path = Path(name)
+    if path.is_dir():
+        return path / "model.gguf"
+    if path.suffix == ".gguf":
+        return path
+    from pocketlm.model.source import DEMO, demo_file
+
+    return demo_file() if name == DEMO else path
+
+
+def print_result(lines: list[str], data: object, json_output: bool) -> None:
+    """Print a result for a person, or as one JSON object."""
+    print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))

@@ -1,0 +1,339 @@
+"""The routes."""
+
+import asyncio
+import hmac
+import re
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp import web
+
+from pocketlm.run.server.answers import chunks, event_bytes, events, legacy_logprobs
+from pocketlm.run.server.escalation import Escalation, better
+from pocketlm.run.server.local import LocalModel, down
+from pocketlm.run.server.metrics import Metrics
+from pocketlm.run.server.refusals import RefusalError
+from pocketlm.run.server.requests import Chat, Completion, Embedding, Request, parse
+
+LARGEST_REQUEST = 4 * 2**20  # bytes
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_OPEN = ("/", "/health")  # without a key
+# The page is one file; whatever it shows, it can reach nothing but this server.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_ANSWERED_BY = "x-pocketlm-answered-by"
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _ClientLeft(Exception):
+    """Nobody is there to read the answer."""
+
+
+@dataclass
+class Service:
+    """What the routes work with.
+
+    Attributes:
+        models: The optimised model and, where there is one, the original it is compared with.
+        key: What clients must know; None if nothing.
+        local_only: Whether the server listens to this machine alone.
+        escalation: When to ask a larger model; None for never.
+        metrics: What is counted.
+        in_flight: Requests that are being answered.
+        draining: Whether the server is about to end and takes no new requests.
+        idle: Set where nothing is in flight.
+    """
+
+    models: list[LocalModel]
+    key: str | None
+    local_only: bool
+    escalation: Escalation | None
+    metrics: Metrics = field(default_factory=Metrics)
+    in_flight: int = 0
+    draining: bool = False
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    began: int = field(default_factory=lambda: int(time.time()))
+
+
+_SERVICE = web.AppKey("service", Service)
+_OUTSIDE = web.AppKey("outside", aiohttp.ClientSession)
+
+
+def application(service: Service) -> web.Application:
+    """Return the server as an application of aiohttp."""
+    app = web.Application(client_max_size=LARGEST_REQUEST, middlewares=[_answer_or_refuse])
+    app[_SERVICE] = service
+    app.add_routes(
+        [
+            web.get("/", _page),
+            web.get("/health", _health),
+            web.get("/metrics", _metrics),
+            web.get("/v1/models", _models),
+            web.get("/v1/models/{name}", _model),
+            web.post("/v1/chat/completions", _chat),
+            web.post("/v1/completions", _completion),
+            web.post("/v1/embeddings", _embedding),
+        ]
+    )
+    if service.escalation:
+        app.cleanup_ctx.append(_outside)
+    return app
+
+
+async def _outside(app: web.Application) -> AsyncIterator[None]:
+    async with aiohttp.ClientSession() as app[_OUTSIDE]:
+        yield
+
+
+@web.middleware
+async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Answer, or say in OpenAI's shape why not; count both."""
+    service = request.app[_SERVICE]
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource else "unknown"
+    service.in_flight += 1
+    service.idle.clear()
+    began = time.monotonic()
+    try:
+        try:
+            _admit(request, service)
+            response = await handler(request)
+        except RefusalError as error:
+            response = _refuse(error)
+        except web.HTTPException as error:
+            response = _refuse(_from_http(error))
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            response = _refuse(RefusalError(500, "The server failed; its log has the reason"))
+        service.metrics.requests.labels(route, response.status).inc()
+        service.metrics.latency.labels(route).observe(time.monotonic() - began)
+        return response
+    except (asyncio.CancelledError, _ClientLeft):
+        service.metrics.left.labels(route).inc()
+        raise
+    finally:
+        service.in_flight -= 1
+        if not service.in_flight:
+            service.idle.set()
+
+
+def _admit(request: web.Request, service: Service) -> None:
+    """Let in who knows the key and does not come from another site's page.
+
+    Raises:
+        RefusalError: Status 401, 403, or 503 where the server is ending.
+    """
+    if service.local_only and _host_name(request.headers.get("Host", "")) not in _LOOPBACK:
+        # Another site whose name was pointed at this machine.
+        raise RefusalError(403, "This server answers to localhost only; serve with --host to change that")
+    origin = request.headers.get("Origin")
+    if origin and urlsplit(origin).netloc != request.headers.get("Host"):
+        raise RefusalError(403, "Pages of other sites may not use this server")
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if service.key and request.path not in _OPEN and not hmac.compare_digest(given.encode(), service.key.encode()):
+        raise RefusalError(401, "Incorrect API key. Send it as `Authorization: Bearer KEY`", code="invalid_api_key")
+    if service.draining and request.method == "POST":
+        raise RefusalError(503, "The server is shutting down", code="shutting_down", headers={"Connection": "close"})
+
+
+def _host_name(host: str) -> str:
+    return (urlsplit(f"//{host}").hostname or "").lower()
+
+
+def _refuse(error: RefusalError) -> web.Response:
+    return web.json_response(error.body(), status=error.status, headers=error.headers)
+
+
+def _from_http(error: web.HTTPException) -> RefusalError:
+    messages = {
+        404: "There is no such route. Those under /v1 are OpenAI's: models, chat/completions, completions, embeddings",
+        405: "This route does not take this method",
+        413: f"The request is larger than {LARGEST_REQUEST // 2**20} MiB",
+    }
+    return RefusalError(error.status, messages.get(error.status, error.reason))
+
+
+async def _page(request: web.Request) -> web.Response:
+    page = files("pocketlm.run") / "page" / "index.html"
+    if not page.is_file():
+        raise web.HTTPNotFound
+    return web.Response(text=page.read_text(encoding="utf-8"), content_type="text/html", headers=_PAGE_HEADERS)
+
+
+async def _health(request: web.Request) -> web.Response:
+    service = request.app[_SERVICE]
+    models = {model.name: "ok" if model.ready else "starting" for model in service.models}
+    well = all(model.ready for model in service.models) and not service.draining
+    says = "ending" if service.draining else "ok" if well else "starting"
+    return web.json_response({"status": says, "models": models}, status=200 if well else 503)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    service = request.app[_SERVICE]
+    for model in service.models:
+        service.metrics.running.labels(model.name).set(model.line.running)
+        service.metrics.waiting.labels(model.name).set(model.line.waiting)
+        service.metrics.engine_up.labels(model.name).set(model.ready is not None)
+        service.metrics.engine_starts.labels(model.name).set(model.starts)
+    return web.Response(body=service.metrics.text(), headers={"Content-Type": Metrics.content_type})
+
+
+def _described(model: LocalModel, service: Service) -> dict:
+    context = {"context_length": model.ready.context} if model.ready else {}
+    return {"id": model.name, "object": "model", "created": service.began, "owned_by": "pocketlm"} | context
+
+
+async def _models(request: web.Request) -> web.Response:
+    service = request.app[_SERVICE]
+    return web.json_response({"object": "list", "data": [_described(model, service) for model in service.models]})
+
+
+async def _model(request: web.Request) -> web.Response:
+    service = request.app[_SERVICE]
+    return web.json_response(_described(_pick(service, request.match_info["name"]), service))
+
+
+def _pick(service: Service, name: str | None) -> LocalModel:
+    """Return the model of this name; the optimised one if none is named."""
+    for model in service.models:
+        if not name or model.name == name:
+            return model
+    known = ", ".join(model.name for model in service.models)
+    raise RefusalError(
+        404, f"The model `{name}` is not served here. Known: {known}", code="model_not_found", param="model"
+    )
+
+
+@asynccontextmanager
+async def _turn(service: Service, model: LocalModel) -> AsyncIterator[None]:
+    async with model.line.turn() as waited:
+        service.metrics.queueing.labels(model.name).observe(waited)
+        yield
+
+
+async def _chat(request: web.Request) -> web.StreamResponse:
+    service = request.app[_SERVICE]
+    asked = parse(Chat, await request.read())
+    model = _pick(service, asked.model)
+    if not model.ready:
+        raise down()
+    if not model.ready.chats:
+        raise RefusalError(400, f"`{model.name}` has no chat template: it goes on with texts, at /v1/completions")
+    body = asked.for_engine(model.ready.wraps_tools)
+    if service.escalation and model is service.models[0]:
+        return await _chat_or_escalate(request, asked, body)
+    return await _respond(request, model, "/v1/chat/completions", asked, body)
+
+
+async def _chat_or_escalate(request: web.Request, asked: Chat, body: dict) -> web.StreamResponse:
+    """Wait for the whole local answer, judge it, and give it or the larger model's; a stream starts after that."""
+    service, model = request.app[_SERVICE], request.app[_SERVICE].models[0]
+    async with _turn(service, model):
+        answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
+    _count(service, model, answer)
+    answer = await better(answer, asked, service.escalation, request.app[_OUTSIDE])
+    mark = answer["pocketlm"]
+    service.metrics.confidence.observe(mark["confidence"])
+    if mark["escalated"]:
+        service.metrics.escalations.labels("failed" if "escalation_failed" in mark else "answered").inc()
+    headers = {_ANSWERED_BY: mark["answered_by"]}
+    if not asked.stream:
+        return web.json_response(answer, headers=headers)
+    response = web.StreamResponse(headers=_STREAM_HEADERS | headers)
+    await response.prepare(request)
+    for chunk in chunks(answer, bool(asked.stream_options and asked.stream_options.include_usage)):
+        await _write(response, chunk)
+    return response
+
+
+async def _completion(request: web.Request) -> web.StreamResponse:
+    asked = parse(Completion, await request.read())
+    model = _pick(request.app[_SERVICE], asked.model)
+    return await _respond(request, model, "/v1/completions", asked, asked.for_engine())
+
+
+async def _embedding(request: web.Request) -> web.Response:
+    service = request.app[_SERVICE]
+    asked = parse(Embedding, await request.read())
+    model = _pick(service, asked.model)
+    async with _turn(service, model):
+        answer = await model.embed(asked.inputs(), asked.encoding_format or "float")
+    _count(service, model, answer)
+    return web.json_response(answer)
+
+
+async def _respond(
+    request: web.Request, model: LocalModel, path: str, asked: Request, body: dict
+) -> web.StreamResponse:
+    """Give the engine's answer, whole or as a stream."""
+    service = request.app[_SERVICE]
+    headers = {_ANSWERED_BY: model.name}
+    legacy = isinstance(asked, Completion) and asked.logprobs is not None
+    async with _turn(service, model):
+        if not asked.stream:
+            answer = await model.answer(path, body)
+            _count(service, model, answer)
+            return web.json_response(legacy_logprobs(answer) if legacy else answer, headers=headers)
+        if asked.stream_options:
+            body["stream_options"] = {"include_usage": asked.stream_options.include_usage}
+        async with model.post(path, body) as upstream:
+            response = web.StreamResponse(headers=_STREAM_HEADERS | headers)
+            await response.prepare(request)
+            pieces = upstream.content.iter_any()
+            last = await _pass_on(_with_legacy_logprobs(pieces) if legacy else pieces, response)
+        _count_stream(service, model, last)
+    return response
+
+
+async def _pass_on(pieces: AsyncIterator[bytes], response: web.StreamResponse) -> bytes:
+    """Pass a stream on as it comes, unread; return its last bytes, which have the counts."""
+    last = b""
+    try:
+        async for piece in pieces:
+            await _write(response, piece)
+            last = (last + piece)[-2048:]
+    except aiohttp.ClientError:
+        pass
+    if b"data: [DONE]" not in last:
+        await _write(response, event_bytes(down().body()))
+    return last
+
+
+async def _with_legacy_logprobs(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for event in events(pieces):
+        yield event_bytes(legacy_logprobs(event) if "choices" in event else event)
+    yield b"data: [DONE]\n\n"
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    try:
+        await response.write(data)
+    except ConnectionError as error:
+        raise _ClientLeft from error
+
+
+def _count(service: Service, model: LocalModel, answer: dict) -> None:
+    usage = answer.get("usage") or {}
+    service.metrics.prompt_tokens.labels(model.name).inc(usage.get("prompt_tokens", 0))
+    service.metrics.answer_tokens.labels(model.name).inc(usage.get("completion_tokens", 0))
+
+
+def _count_stream(service: Service, model: LocalModel, last: bytes) -> None:
+    """Count the tokens of a stream from the timings in its last event."""
+    counts = {name: int(count) for name, count in re.findall(rb'"(cache_n|prompt_n|predicted_n)":(\d+)', last)}
+    read = counts.get(b"cache_n", 0) + counts.get(b"prompt_n", 0)
+    service.metrics.prompt_tokens.labels(model.name).inc(read)
+    service.metrics.answer_tokens.labels(model.name).inc(counts.get(b"predicted_n", 0))

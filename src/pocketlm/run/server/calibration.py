@@ -1,0 +1,311 @@
+"""Find the confidence below which answers should go to a larger model, on a person's own examples."""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketlm.errors import BadInputError, PocketlmError
+from pocketlm.run.server.answers import Answer, confidence
+from pocketlm.run.server.engine_process import EngineSettings
+from pocketlm.run.server.escalation import Escalation, ask_larger
+from pocketlm.run.server.local import LocalModel
+from pocketlm.run.server.refusals import RefusalError
+from pocketlm.run.server.requests import Chat, parse
+
+Measure = Literal["mean", "min"]
+Progress = Callable[[str, int, int], None]
+MEASURES: tuple[Measure, ...] = ("mean", "min")
+_WHAT = "answering the examples"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question whose right answer is known."""
+
+    asked: Chat
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An example that was answered.
+
+    Attributes:
+        confidence: Of the local answer, by measure.
+        right: Whether it is right.
+        larger_right: Whether the larger model's is; None where it was not asked.
+    """
+
+    confidence: dict[Measure, float]
+    right: bool
+    larger_right: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a threshold gives on the examples; intervals are Wilson's, 95 %.
+
+    Attributes:
+        threshold: Answers with a confidence below it are escalated.
+        escalated: The share that is.
+        accuracy: Of local and larger model together.
+        accuracy_interval: Of that.
+        kept_accuracy: Of the answers that are kept; None where none is.
+        kept_interval: Of that.
+    """
+
+    threshold: float
+    escalated: float
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    kept_accuracy: float | None
+    kept_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The accuracy-cost curve and what was chosen on it.
+
+    Attributes:
+        target: The accuracy that was asked for.
+        measure: How confidence is read: the one that escalates less at the target.
+        chosen: The point that escalates least among those that reach the target; None where none does.
+        sure: The same with the lower end of the interval at the target.
+        examples: How many there were.
+        local_accuracy: Of the local model alone.
+        larger_accuracy: Of the larger model alone; None where it was assumed to be always right.
+        ranking: How often a right answer is more confident than a wrong one (AUROC), by measure.
+        curve: All points, from nothing escalated to everything.
+    """
+
+    target: float
+    measure: Measure
+    chosen: Point | None
+    sure: Point | None
+    examples: int
+    local_accuracy: float
+    larger_accuracy: float | None
+    ranking: dict[Measure, float | None]
+    curve: tuple[Point, ...]
+
+
+def calibrate(
+    settings: EngineSettings,
+    data: Path,
+    target: float,
+    larger: Escalation | None,
+    progress: Progress,
+) -> Calibration:
+    """Answer the examples with the local model and draw the curve of accuracy against escalations.
+
+    Args:
+        settings: The local model.
+        data: JSON lines: a chat request, or `prompt` for one message of the user, and `answer`, a text or a list of
+            texts of which any is right.
+        target: Accuracy to reach, 0 to 1.
+        larger: The larger model, to be measured too; where None, it is taken to be always right.
+        progress: Told how many examples are done.
+
+    Raises:
+        BadInputError: The data cannot be read, or the engine or the larger model refuses an example.
+    """
+    judged = asyncio.run(_judge(settings, read_examples(data), larger, progress))
+    return choose(judged, target)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read examples.
+
+    Raises:
+        BadInputError: A line is no example, or there are fewer than two.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"Cannot read {path}: {error}") from error
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                examples.append(_example(json.loads(line)))
+            except (ValueError, TypeError, AttributeError, KeyError, RefusalError) as error:
+                says = error.message if isinstance(error, RefusalError) else error
+                raise BadInputError(
+                    f'{path}, line {number} is no example ({says}). Write it like {{"prompt": "...", "answer": "..."}}'
+                ) from None
+    if len(examples) < 2:
+        raise BadInputError(f"{path} has {len(examples)} examples. A threshold needs some dozens, better hundreds")
+    return examples
+
+
+def _example(line: dict[str, Any]) -> Example:
+    answer = line.pop("answer")
+    answers = (answer,) if isinstance(answer, str) else tuple(answer)
+    if not answers or not all(isinstance(text, str) for text in answers):
+        raise TypeError("`answer` is neither a text nor a list of texts")
+    if "prompt" in line:
+        line["messages"] = [{"role": "user", "content": line.pop("prompt")}]
+    return Example(parse(Chat, json.dumps({"temperature": 0, "max_tokens": 64} | line).encode()), answers)
+
+
+async def _judge(
+    settings: EngineSettings, examples: Sequence[Example], larger: Escalation | None, progress: Progress
+) -> list[Judged]:
+    import aiohttp
+
+    model, done = LocalModel(settings, queue=len(examples)), 0
+
+    async def one(example: Example) -> Judged:
+        nonlocal done
+        async with model.line.turn():
+            body = example.asked.for_engine(model.ready.wraps_tools if model.ready else False)
+            answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
+            theirs = await ask_larger(example.asked.for_others(), larger, session) if larger else None
+        done += 1
+        progress(_WHAT, done, len(examples))
+        return Judged(
+            {measure: confidence(answer, measure) for measure in MEASURES},
+            is_right(_said(answer), example.answers),
+            None if theirs is None else is_right(_said(theirs), example.answers),
+        )
+
+    try:
+        await model.start()
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(example)) for example in examples]
+        return [task.result() for task in tasks]
+    except ExceptionGroup as group:
+        raise _worded(group.exceptions[0]) from group
+    finally:
+        await model.stop()
+
+
+def _worded(error: Exception) -> Exception:
+    if isinstance(error, RefusalError):
+        return BadInputError(f"The engine refuses an example: {error.message}")
+    if isinstance(error, PocketlmError):
+        return error
+    return BadInputError(f"The larger model did not answer: {error or type(error).__name__}")
+
+
+def _said(answer: Answer) -> str:
+    message = answer["choices"][0]["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    return json.dumps(calls[0]) if calls else message.get("content") or ""
+
+
+def is_right(said: str, answers: Sequence[str]) -> bool:
+    """Whether what was said is one of the answers: as JSON where both are, else without case, blanks and full stops."""
+    return any(_same(said, answer) for answer in answers)
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return _plain(one) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .!\"'")
+
+
+def choose(judged: Sequence[Judged], target: float) -> Calibration:
+    """Draw the curve for each measure and choose the one that escalates least at the target."""
+    curves = {measure: _curve(judged, measure) for measure in MEASURES}
+
+    def first(points: Sequence[Point], reaches: Callable[[Point], bool]) -> Point | None:
+        return next((point for point in points if reaches(point)), None)
+
+    chosen = {measure: first(curves[measure], lambda point: point.accuracy >= target) for measure in MEASURES}
+    ranking = {measure: _ranking(judged, measure) for measure in MEASURES}
+    # Where both escalate the same share, the one that ranks better.
+    measure = min(MEASURES, key=lambda m: (chosen[m].escalated if chosen[m] else 2, -(ranking[m] or 0)))
+    larger = [one.larger_right for one in judged if one.larger_right is not None]
+    return Calibration(
+        target=target,
+        measure=measure,
+        chosen=chosen[measure],
+        sure=first(curves[measure], lambda point: point.accuracy_interval[0] >= target),
+        examples=len(judged),
+        local_accuracy=sum(one.right for one in judged) / len(judged),
+        larger_accuracy=sum(larger) / len(larger) if larger else None,
+        ranking=ranking,
+        curve=curves[measure],
+    )
+
+
+def _curve(judged: Sequence[Judged], measure: Measure) -> tuple[Point, ...]:
+    """Return a point per distinct confidence, from nothing escalated to everything."""
+    levels = sorted({one.confidence[measure] for one in judged})
+    between = [max((low + high) / 2, math.nextafter(low, 2)) for low, high in pairwise(levels)]
+    # A threshold of 1 would keep an answer whose every token was certain.
+    return tuple(_point(judged, measure, threshold) for threshold in (0.0, *between, math.nextafter(levels[-1], 2)))
+
+
+def _point(judged: Sequence[Judged], measure: Measure, threshold: float) -> Point:
+    kept = [one.right for one in judged if one.confidence[measure] >= threshold]
+    passed_on = [one.larger_right is not False for one in judged if one.confidence[measure] < threshold]
+    right, count = sum(kept) + sum(passed_on), len(judged)
+    return Point(
+        threshold=threshold,
+        escalated=len(passed_on) / count,
+        accuracy=right / count,
+        accuracy_interval=wilson(right, count),
+        kept_accuracy=sum(kept) / len(kept) if kept else None,
+        kept_interval=wilson(sum(kept), len(kept)) if kept else None,
+    )
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval of a share, 95 % by default (Wilson 1927)."""
+    share, weight = right / count, z * z / count
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / count + weight / count / 4) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _ranking(judged: Sequence[Judged], measure: Measure) -> float | None:
+    """Return the share of pairs of a right and a wrong answer that confidence puts in order; ties count half."""
+    right = [one.confidence[measure] for one in judged if one.right]
+    wrong = [one.confidence[measure] for one in judged if not one.right]
+    if not right or not wrong:
+        return None
+    ordered = sum((r > w) + 0.5 * (r == w) for r in right for w in wrong)
+    return ordered / (len(right) * len(wrong))
+
+
+def lines(found: Calibration) -> list[str]:
+    """Say for a person what was found."""
+    larger = "taken to be always right" if found.larger_accuracy is None else f"right in {found.larger_accuracy:.1%}"
+    out = [
+        f"{found.examples} examples: the local model is right in {found.local_accuracy:.1%}, the larger one {larger}",
+        "",
+        "escalated  threshold  accuracy of both     accuracy of what is kept",
+    ]
+    step = max(1, len(found.curve) // 12)
+    for point in found.curve[::step]:
+        kept = _percent(point.kept_accuracy, point.kept_interval)
+        accuracy = _percent(point.accuracy, point.accuracy_interval)
+        out.append(f"{point.escalated:8.1%}  {point.threshold:9.4f}  {accuracy:19}  {kept}")
+    if found.chosen is None:
+        return [*out, "", f"No threshold reaches {found.target:.1%}: the larger model is not right often enough"]
+    out += ["", f"{found.target:.1%} is reached with {found.chosen.escalated:.1%} escalated:"]
+    out.append(f"  --threshold {found.chosen.threshold:.6g} --confidence {found.measure}")
+    if found.sure and found.sure != found.chosen:
+        out.append(
+            f"To be sure of it on other questions too (lower end of the interval), {found.sure.escalated:.1%}: "
+            f"--threshold {found.sure.threshold:.6g} --confidence {found.measure}"
+        )
+    return out
+
+
+def _percent(share: float | None, interval: tuple[float, float] | None) -> str:
+    if share is None or interval is None:
+        return "-"
+    return f"{share:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"

@@ -1,0 +1,83 @@
+"""Answers that the small model is unsure of go to a larger one, wherever an OpenAI-compatible endpoint is."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from pocketlm.run.server.answers import Answer, confidence
+from pocketlm.run.server.requests import Chat
+
+KEY_VARIABLE = "POCKETLM_ESCALATE_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Escalation:
+    """When to ask whom.
+
+    Attributes:
+        url: Of the larger model's API, such as `https://example.org/v1`.
+        model: Its name there.
+        threshold: Answers with a confidence below it are not trusted.
+        measure: How confidence is read from the tokens' probabilities: `mean` or `min`.
+        timeout: Seconds the larger model may take.
+    """
+
+    url: str
+    model: str
+    threshold: float
+    measure: str = "mean"
+    timeout: float = 30.0
+
+
+async def better(answer: Answer, asked: Chat, escalation: Escalation, session: aiohttp.ClientSession) -> Answer:
+    """Return the larger model's answer where the local one is not sure enough; the local one in any other case.
+
+    Args:
+        answer: The local model's answer, with the logprobs of its tokens.
+        asked: What the client asked.
+        escalation: When to ask whom.
+        session: To ask with.
+
+    Returns:
+        The answer with a field `pocketlm`: `answered_by`, `confidence` (of the local answer), `escalated`, and
+        `escalation_failed` with the reason where the larger model should have answered but did not.
+    """
+    mark: dict[str, Any] = {"answered_by": answer["model"], "confidence": confidence(answer, escalation.measure)}
+    mark["escalated"] = mark["confidence"] < escalation.threshold
+    if not asked.logprobs:
+        answer["choices"][0]["logprobs"] = None
+    if mark["escalated"]:
+        try:
+            answer = await ask_larger(asked.for_others(), escalation, session)
+            mark["answered_by"] = escalation.model
+        except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
+            mark["escalation_failed"] = str(error) or type(error).__name__
+    return answer | {"pocketlm": mark}
+
+
+async def ask_larger(body: dict, escalation: Escalation, session: aiohttp.ClientSession) -> Answer:
+    """Ask the larger model; the key is taken from the environment variable POCKETLM_ESCALATE_KEY.
+
+    Raises:
+        TimeoutError: It took too long.
+        aiohttp.ClientError: It cannot be reached, or refuses.
+        ValueError: What it says is no chat completion.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    async with session.post(
+        f"{escalation.url.rstrip('/')}/chat/completions",
+        json=body | {"model": escalation.model, "stream": False},
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=aiohttp.ClientTimeout(total=escalation.timeout),
+        raise_for_status=True,
+    ) as response:
+        answer = await response.json(content_type=None)
+    try:
+        (choice,) = answer["choices"]
+        if not isinstance(choice["message"].get("content") or choice["message"]["tool_calls"], str | list):
+            raise TypeError
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError("The larger model's answer is no chat completion") from error
+    return answer

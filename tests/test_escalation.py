@@ -1,0 +1,249 @@
+"""Escalation between two real servers, and the threshold that calibrates it."""
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.command_line import pocketlm
+from tests.serving import ENDLESS, serving, tiny_file
+
+from pocketlm.errors import BadInputError
+from pocketlm.run.server.answers import confidence
+from pocketlm.run.server.calibration import Judged, choose, is_right, read_examples, wilson
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("escalation")
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    return tiny_file(folder, "small")
+
+
+@pytest.fixture(scope="module")
+def large(folder):
+    return tiny_file(folder, "large", seed=1)
+
+
+@pytest.fixture(scope="module")
+def larger(folder, large):
+    with serving(large, cache=folder, POCKETLM_API_KEY="secret") as running:
+        yield running
+
+
+def escalating(small, url, threshold, *more, folder):
+    arguments = ("--escalate-to", url, "--escalate-model", "large", "--threshold", threshold, *more)
+    return serving(small, *arguments, cache=folder, POCKETLM_ESCALATE_KEY="secret")
+
+
+def ask(server, **options):
+    asked = {"model": "small", "messages": HELLO, "max_tokens": 12, "temperature": 0, "logit_bias": ENDLESS} | options
+    return server.client("secret").chat.completions.create(**asked)
+
+
+def text(answer):
+    return answer.choices[0].message.content
+
+
+def test_an_unsure_answer_is_replaced_and_says_by_whom(folder, small, larger):
+    with serving(small, cache=folder) as alone:
+        local = text(ask(alone))
+    theirs = text(ask(larger, model="large"))
+    assert local != theirs
+    with escalating(small, f"{larger.address}/v1", 1.01, folder=folder) as server:
+        answer = ask(server)
+        assert text(answer) == theirs
+        assert answer.pocketlm["answered_by"] == "large"
+        assert answer.pocketlm["escalated"] is True
+        assert 0 < answer.pocketlm["confidence"] < 1
+        raw = server.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 2})
+        assert raw.headers["x-pocketlm-answered-by"] == "large"
+
+        chunks = list(ask(server, stream=True, stream_options={"include_usage": True}))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == theirs
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+        assert chunks[-2].pocketlm["answered_by"] == "large"
+        assert chunks[-1].usage.completion_tokens == 12
+        assert server.metric("escalations_total") == 3
+    with escalating(small, f"{larger.address}/v1", 0.0, folder=folder) as server:
+        answer = ask(server)
+        assert text(answer) == local
+        assert answer.pocketlm["answered_by"] == "small"
+        assert answer.pocketlm["escalated"] is False
+        assert answer.choices[0].logprobs is None
+        streamed = list(ask(server, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in streamed) == local
+        probabilities = ask(server, logprobs=True).choices[0].logprobs.content
+        assert confidence(
+            {"choices": [{"logprobs": {"content": [t.model_dump() for t in probabilities]}}]}, "mean"
+        ) == (pytest.approx(answer.pocketlm["confidence"], rel=1e-3))
+
+
+@pytest.fixture
+def silent():
+    """An endpoint that takes every connection and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        kept = []
+
+        def accept():
+            while True:
+                try:
+                    kept.append(listener.accept())
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+def test_a_larger_model_that_is_silent_or_gone_means_the_local_answer_with_a_mark(folder, small, silent):
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        nobody = f"http://127.0.0.1:{gone.getsockname()[1]}/v1"
+    for url in (silent, nobody):
+        with escalating(small, url, 1.01, "--escalate-timeout", 0.5, folder=folder) as server:
+            for stream in (False, True):
+                answer = ask(server, stream=stream)
+                mark = list(answer)[-1].pocketlm if stream else answer.pocketlm
+                assert mark["answered_by"] == "small"
+                assert mark["escalation_failed"]
+            assert server.metric("escalations_total") == 2
+
+
+def test_a_larger_model_that_answers_nonsense_is_not_passed_on(folder, small, larger):
+    with escalating(small, f"{larger.address}/v2", 1.01, folder=folder) as server:
+        mark = ask(server).pocketlm
+        assert mark["answered_by"] == "small"
+        assert "404" in mark["escalation_failed"]
+
+
+def test_no_request_fails_when_the_larger_model_is_killed_on_the_way(folder, small, large):
+    with (
+        serving(large, cache=folder, POCKETLM_API_KEY="secret") as theirs,
+        escalating(small, f"{theirs.address}/v1", 1.01, folder=folder) as server,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        answers = [pool.submit(ask, server, max_tokens=100) for _ in range(36)]
+        for answer in answers[:6]:
+            answer.result()
+        theirs.process.kill()
+        by = [answer.result().pocketlm["answered_by"] for answer in answers]
+    assert by[0] == "large"
+    assert by[-1] == "small"
+
+
+def test_the_original_it_is_compared_with_is_never_replaced(folder, small, large, larger):
+    with escalating(small, f"{larger.address}/v1", 1.01, "--compare", large, folder=folder) as server:
+        raw = server.post("/v1/chat/completions", json={"model": "large", "messages": HELLO, "max_tokens": 2})
+        assert "pocketlm" not in raw.json()
+        assert server.metric("escalations_total") == 0
+
+
+# Calibration
+
+judgements = st.lists(
+    st.builds(
+        lambda mean, least, right, theirs: Judged({"mean": mean, "min": least}, right, theirs),
+        st.floats(0, 1),
+        st.floats(0, 1),
+        st.booleans(),
+        st.none(),
+    ),
+    min_size=2,
+    max_size=40,
+)
+
+
+@given(judgements, st.floats(0, 1))
+def test_the_chosen_threshold_reaches_the_target_and_none_escalates_less(judged, target):
+    found = choose(judged, target)
+
+    def mix(threshold):
+        kept = [one.right for one in judged if one.confidence[found.measure] >= threshold]
+        return (sum(kept) + len(judged) - len(kept)) / len(judged), 1 - len(kept) / len(judged)
+
+    accuracy, escalated = mix(found.chosen.threshold)  # the larger model is always right: one is always found
+    assert accuracy == pytest.approx(found.chosen.accuracy)
+    assert accuracy >= target
+    for one in judged:
+        other_accuracy, other_escalated = mix(one.confidence[found.measure])
+        assert other_accuracy < target or other_escalated >= escalated - 1e-9
+    assert [point.escalated for point in found.curve] == sorted(point.escalated for point in found.curve)
+    assert (found.curve[0].escalated, found.curve[-1].escalated) == (0, 1)
+    low, high = found.chosen.accuracy_interval
+    assert low <= accuracy + 1e-9
+    assert high >= accuracy - 1e-9
+
+
+def test_a_target_that_the_larger_model_misses_is_not_reached():
+    judged = [Judged({"mean": 0.5, "min": 0.5}, right=False, larger_right=i > 5) for i in range(20)]
+    found = choose(judged, 0.95)
+    assert found.chosen is None
+    assert found.larger_accuracy == 0.7
+
+
+def test_wilsons_interval():
+    assert wilson(95, 100) == pytest.approx((0.8883, 0.9785), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+def test_the_measure_that_ranks_better_is_chosen():
+    judged = [Judged({"mean": 0.5, "min": i / 20}, right=i >= 10, larger_right=None) for i in range(20)]
+    found = choose(judged, 0.95)
+    assert found.measure == "min"
+    assert found.ranking == {"mean": 0.5, "min": 1.0}
+    assert found.chosen.escalated == 0.45  # one mistake of twenty may stay
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        ("Paris.", "paris", True),
+        (" Card  arrival\n", "card arrival", True),
+        ('{"on": true, "room": "bath"}', '{"room":"bath","on":true}', True),
+        ('{"on": false}', '{"on": true}', False),
+        ("Lyon", "Paris", False),
+    ],
+)
+def test_what_counts_as_right(said, answer, right):
+    assert is_right(said, ["something else", answer]) is right
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{}", "[]", '{"prompt": "x"}', '{"prompt": 3, "answer": "x"}', '{"prompt": "x", "answer": [3]}', "{"]
+)
+def test_lines_that_are_no_examples_are_named(tmp_path, line):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "x", "answer": "y"}\n' + line)
+    with pytest.raises(BadInputError, match="line 2 is no example" if line else "has 1 examples"):
+        read_examples(path)
+
+
+def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, small, large, larger, tmp_path):
+    """Right is what the larger model says; the small one is told it now and then by a schema that leaves no choice."""
+    examples, words = [], ["yes", "no", "perhaps", "never"]
+    for i in range(24):
+        form = {"type": "json_schema", "json_schema": {"schema": {"const": words[i % 4]}}}
+        free = i % 3 == 0
+        example = {"prompt": f"Question {i}?", "answer": "impossible" if free else json.dumps(words[i % 4])}
+        examples.append(example | ({} if free else {"response_format": form}))
+    data, out = tmp_path / "data.jsonl", tmp_path / "calibration.json"
+    data.write_text("\n".join(map(json.dumps, examples)))
+    done = pocketlm(
+        "calibrate", small, data, "--target-accuracy", 0.9, "-o", out, "--threads", 1, "--context", 512, cache=folder
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["examples"] == 24
+    assert found["local_accuracy"] == pytest.approx(2 / 3, abs=0.01)
+    assert found["chosen"]["accuracy"] >= 0.9
+    assert f"--threshold {found['chosen']['threshold']:.6g} --confidence {found['measure']}" in done.stdout
+    refused = pocketlm("calibrate", small, tmp_path / "none.jsonl", "-o", out, cache=folder)
+    assert refused.returncode == 2

@@ -1,0 +1,550 @@
+"""The server as OpenAI's client, a careless client and an operator find it."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.command_line import command, environment, pocketlm
+from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+LAMP = {
+    "type": "function",
+    "function": {
+        "name": "switch_lamp",
+        "description": "Switch a lamp on or off",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"enum": ["kitchen", "bath"]}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+        },
+    },
+}
+DOOR = {"type": "function", "function": {"name": "open_door", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return tiny_file(folder, "small")
+
+
+@pytest.fixture(scope="module")
+def other_model(folder):
+    return tiny_file(folder, "large", seed=1)
+
+
+@pytest.fixture(scope="module")
+def server(folder, model, other_model):
+    with serving(model, "--compare", other_model, "--context", CONTEXT, cache=folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+def ask(client, **options):
+    asked = {"model": "small", "messages": HELLO, "max_tokens": 12, "temperature": 0, "logit_bias": ENDLESS} | options
+    return client.chat.completions.create(**asked)
+
+
+def forever(client, **options):
+    """Ask for an answer that takes the tiny model seconds, and return its stream once it has begun."""
+    stream = ask(client, stream=True, max_tokens=CONTEXT, **options)
+    next(stream)
+    return stream
+
+
+def wait_until(holds, seconds=30):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_the_models_are_listed_and_chosen_by_name(client):
+    assert [model.id for model in client.models.list()] == ["small", "large"]
+    assert client.models.retrieve("large").id == "large"
+    answers = {name: ask(client, model=name) for name in ("small", "large", "")}
+    assert answers["small"].model == "small"
+    assert answers["large"].model == "large"
+    texts = {name: answer.choices[0].message.content for name, answer in answers.items()}
+    assert texts[""] == texts["small"] != texts["large"]
+    with pytest.raises(openai.NotFoundError, match="not served here") as caught:
+        ask(client, model="gpt-4o")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_a_stream_carries_the_answer_its_end_and_its_usage(client):
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "length"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 12
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens > 10
+    assert chunks[0].object == "chat.completion.chunk"
+    assert whole.object == "chat.completion"
+
+
+def test_a_stop_word_ends_the_answer_before_it(client):
+    whole = ask(client).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:2]
+    stopped = ask(client, stop=[stop]).choices[0]
+    assert stopped.message.content == whole[: whole.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_a_seed_repeats_a_draw(client):
+    draws = [
+        ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in (7, 7, 8, -1, 2**64 // 2 - 1)
+    ]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) >= 3
+    assert ask(client, temperature=2, top_p=0).choices[0].message.content == ask(client).choices[0].message.content
+
+
+def test_logprobs_are_those_of_the_tokens(client):
+    choice = ask(client, logprobs=True, top_logprobs=3).choices[0]
+    tokens = choice.logprobs.content
+    assert "".join(token.token for token in tokens) == choice.message.content
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob <= max(top.logprob for top in token.top_logprobs)
+        assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.001
+    assert ask(client).choices[0].logprobs is None
+
+
+def test_a_schema_is_kept_even_by_a_random_model(client):
+    schema = LAMP["function"]["parameters"] | {"additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "lamp", "schema": schema, "strict": True}}
+    for seed in range(5):
+        answer = ask(client, response_format=form, temperature=1, seed=seed, max_tokens=200, logit_bias={}).choices[0]
+        if answer.finish_reason == "stop":  # a random model may fill the rest with blanks
+            said = json.loads(answer.message.content)
+            assert said["room"] in ("kitchen", "bath")
+            assert isinstance(said["on"], bool)
+            break
+    else:
+        pytest.fail("no answer ended")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "switch_lamp"}}])
+def test_a_tool_is_called_though_the_template_knows_none(client, stream, choice):
+    tools = [LAMP] if choice == "required" else [DOOR, LAMP]
+    for seed in range(8):
+        options = {
+            "tools": tools,
+            "tool_choice": choice,
+            "max_tokens": 300,
+            "temperature": 1,
+            "seed": seed,
+            "logit_bias": {},
+        }
+        if stream:
+            name, arguments, reason = "", "", None
+            for chunk in ask(client, stream=True, **options):
+                for call in chunk.choices[0].delta.tool_calls or ():
+                    name += call.function.name or ""
+                    arguments += call.function.arguments or ""
+                reason = chunk.choices[0].finish_reason
+        else:
+            answer = ask(client, **options).choices[0]
+            reason = answer.finish_reason
+            if reason == "tool_calls":
+                (call,) = answer.message.tool_calls
+                name, arguments = call.function.name, call.function.arguments
+        if reason == "tool_calls":
+            assert name == "switch_lamp"
+            assert set(json.loads(arguments)) == {"room", "on"}
+            return
+    pytest.fail("no call ended")
+
+
+def test_a_conversation_with_a_tool_goes_on(client):
+    call = {"id": "1", "type": "function", "function": {"name": "switch_lamp", "arguments": '{"on": true}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "done", "tool_call_id": "1"},
+    ]
+    plain = ask(client, messages=messages)
+    told = ask(client, messages=messages, tools=[LAMP])
+    assert told.usage.prompt_tokens > plain.usage.prompt_tokens + 50
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]}]
+    assert ask(client, messages=parts).choices[0].message == ask(client).choices[0].message
+
+
+def test_texts_are_continued_with_the_old_api(client):
+    options = {"model": "small", "prompt": "def main", "temperature": 0, "logit_bias": ENDLESS}
+    whole = client.completions.create(**options, logprobs=2)
+    assert whole.usage.completion_tokens == 16  # OpenAI's default here
+    logprobs = whole.choices[0].logprobs
+    assert "".join(logprobs.tokens) == whole.choices[0].text
+    # Tokens that end inside a character come with the next one.
+    assert 8 < len(logprobs.top_logprobs) == len(logprobs.token_logprobs) == len(logprobs.text_offset) <= 16
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert whole.choices[0].text[offset:].startswith(token)
+    chunks = list(client.completions.create(**options, stream=True, logprobs=2))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    parts = [chunk.choices[0].logprobs.tokens for chunk in chunks if chunk.choices[0].logprobs]
+    assert [token for part in parts for token in part] == logprobs.tokens
+
+
+def test_embeddings_are_of_one_length_and_in_order(client):
+    def embed(texts, **options):
+        made = client.embeddings.create(model="small", input=texts, **options)
+        assert [one.index for one in made.data] == list(range(len(made.data)))
+        return [one.embedding for one in made.data], made.usage
+
+    both, usage = embed(["print", "while True"])
+    (alone,), _ = embed("while True", encoding_format="float")
+    assert usage.prompt_tokens > 2
+    assert both[1] == pytest.approx(alone, abs=1e-3)
+    assert both[0] != pytest.approx(alone, abs=1e-3)
+    assert sum(x * x for x in alone) == pytest.approx(1, abs=1e-3)
+
+
+def test_what_does_not_fit_the_context_is_refused_by_its_name(client):
+    words = "word " * CONTEXT
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {CONTEXT} tokens") as chat:
+        ask(client, messages=[{"role": "user", "content": words}])
+    with pytest.raises(openai.BadRequestError) as stream:
+        ask(client, messages=[{"role": "user", "content": words}], stream=True)
+    with pytest.raises(openai.BadRequestError) as text:
+        client.completions.create(model="small", prompt=words)
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model="small", input=words)
+    assert {caught.value.code for caught in (chat, stream, text)} == {"context_length_exceeded"}
+    assert [caught.value.param for caught in (chat, text)] == ["messages", "prompt"]
+
+
+# Malformed requests
+
+VALID = {"messages": HELLO, "max_tokens": 2}
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+WRONG = [
+    b"",
+    b"null",
+    b"{",
+    b"[]",
+    b'"\xff\xfe"',
+    b'{"messages": [{"role": "user", "content": "\xc3\x28"}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b"[" * 100_000,
+    b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    *(
+        json.dumps(VALID | change).encode()
+        for change in (
+            {"messages": []},
+            {"messages": {}},
+            {"messages": [{}]},
+            {"messages": [{"role": "user"}]},
+            {"messages": [{"role": "robot", "content": "x"}]},
+            {"messages": [{"role": 5, "content": "x"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            {"messages": [{"role": "user", "content": None}]},
+            {"max_tokens": 0},
+            {"max_tokens": -1},
+            {"max_tokens": "many"},
+            {"max_tokens": 1e99},
+            {"temperature": float("nan")},
+            {"temperature": -0.1},
+            {"temperature": "0.5"},
+            {"top_p": 1.5},
+            {"stop": ""},
+            {"stop": ["x"] * 17},
+            {"stop": {"a": 1}},
+            {"n": 2},
+            {"seed": 2**70},
+            {"logit_bias": {"word": 1}},
+            {"logit_bias": {"1": 1000}},
+            {"top_logprobs": 2},
+            {"logprobs": True, "top_logprobs": 21},
+            {"stream": "yes"},
+            {"stream_options": 3},
+            {"tools": [{"type": "function", "function": {"name": "two words"}}]},
+            {"tools": [LAMP], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            {"tool_choice": "required"},
+            {"tools": [LAMP | {"type": "web_search"}]},
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "frob"}}}]},
+            {"response_format": {"type": "xml"}},
+            {"response_format": {"type": "json_schema"}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "frob"}}}},
+            {"model": 3},
+            {"frobnicate": True},
+        )
+    ),
+]
+
+
+def refused(response):
+    """Whether a response is a 4xx in OpenAI's shape."""
+    assert 400 <= response.status_code < 500, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+
+
+@pytest.mark.parametrize("body", WRONG, ids=[body[:60].decode("ascii", "replace") for body in WRONG])
+def test_malformed_requests_are_refused_in_openais_shape(server, body):
+    refused(server.post("/v1/chat/completions", content=body))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    route=st.sampled_from(["chat/completions", "completions", "embeddings"]),
+    field=st.sampled_from(["messages", "prompt", "input", "stop", "tools", "response_format", "logit_bias", "user2"]),
+    value=ANYTHING,
+)
+def test_whatever_is_sent_the_server_answers_or_refuses_and_stays_up(server, route, field, value):
+    body = json.dumps({"max_tokens": 2} | ({"messages": HELLO} if "chat" in route else {}) | {field: value})
+    response = server.post(f"/v1/{route}", content=body.encode("utf-8", "surrogatepass"))
+    if response.status_code != 200:
+        refused(response)
+    assert server.get("/health").status_code == 200
+
+
+def test_routes_methods_and_sizes(server):
+    refused(server.get("/v1/nothing"))
+    refused(server.get("/v1/models/nothing"))
+    assert server.get("/v1/chat/completions").status_code == 405
+    large = server.post("/v1/completions", content=b'{"prompt": "' + b"x" * 5_000_000 + b'"}')
+    assert large.status_code == 413
+    refused(large)
+
+
+# Who may ask
+
+
+def test_other_sites_may_not_use_the_server(server):
+    body = json.dumps(VALID)
+    for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}, {"Origin": "null"}):
+        response = server.post("/v1/chat/completions", content=body, headers=headers)
+        assert response.status_code == 403
+        refused(response)
+    own = server.post("/v1/chat/completions", content=body, headers={"Origin": server.address})
+    assert own.status_code == 200
+
+
+def test_the_page_can_reach_nothing_but_the_server(server):
+    page = files("pocketlm.run") / "page" / "index.html"
+    response = server.get("/")
+    assert response.status_code == (200 if page.is_file() else 404)
+    if page.is_file():
+        assert response.text == page.read_text(encoding="utf-8")
+        policy = response.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "connect-src 'self'" in policy
+        assert "http" not in policy
+
+
+def test_a_key_is_asked_for(folder, model):
+    with serving(model, cache=folder, POCKETLM_API_KEY="open sesame") as server:
+        assert server.get("/health").status_code == 200
+        assert server.get("/metrics").status_code == 401
+        with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+            ask(server.client("guess"))
+        refused(server.get("/v1/models"))
+        assert ask(server.client("open sesame")).usage.completion_tokens == 12
+
+
+# Load and trouble
+
+
+def test_many_clients_get_their_own_answers(server):
+    """Each is told by a grammar what to say, so that a lost, wrong or mixed answer shows."""
+
+    def echo(number):
+        form = {"type": "json_schema", "json_schema": {"schema": {"const": f"client {number}"}}}
+        client, stream = server.client(), number % 2 == 0
+        answer = ask(client, response_format=form, max_tokens=100, stream=stream, temperature=1, logit_bias={})
+        if stream:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(12) as pool:
+        assert [json.loads(said) for said in pool.map(echo, range(48))] == [f"client {i}" for i in range(48)]
+
+
+def test_the_queue_is_bounded_and_a_client_that_leaves_makes_room(folder, model):
+    with serving(model, "--slots", 1, "--queue", 1, "--context", CONTEXT, cache=folder) as server:
+        client = server.client()
+        first = forever(client)
+        answers = []
+        second = threading.Thread(target=lambda: answers.append(ask(client)))
+        second.start()
+        wait_until(lambda: server.metric("waiting") == 1)
+        with pytest.raises(
+            openai.RateLimitError, match="busy: 1 answers are being written and 1 requests wait"
+        ) as full:
+            ask(client)
+        assert int(full.value.response.headers["Retry-After"]) >= 1
+        assert not answers
+        first.close()
+        second.join(30)
+        assert answers[0].usage.completion_tokens == 12
+        wait_until(lambda: server.metric("clients_left_total") == 1)
+
+        with pytest.raises(openai.APITimeoutError):  # not a stream this time
+            ask(client, max_tokens=CONTEXT, timeout=0.3)
+        wait_until(lambda: server.metric("clients_left_total") == 2)
+        assert ask(client).usage.completion_tokens == 12
+        assert server.metric("running") == server.metric("waiting") == 0
+
+
+def test_told_to_end_the_server_finishes_what_it_accepted(folder, model):
+    with serving(model, "--slots", 2, cache=folder) as server, ThreadPoolExecutor(8) as pool:
+        client = server.client()
+        answers = [pool.submit(lambda: ask(client, max_tokens=600)) for _ in range(8)]
+        wait_until(lambda: server.metric("waiting") >= 4)
+        server.process.send_signal(signal.SIGTERM)
+        assert [answer.result().usage.completion_tokens for answer in answers] == [600] * 8
+        assert server.process.wait(30) == 0
+        with pytest.raises(openai.APIConnectionError):
+            ask(client)
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_an_engine_that_dies_is_started_again(folder, model):
+    with serving(model, "--context", CONTEXT, cache=folder) as server:
+        client = server.client()
+        stream = forever(client)
+        (engine,) = children(server.process)
+        os.kill(engine, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="engine is not running"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="engine is not running"):
+            ask(client)
+        assert server.get("/health").status_code == 503
+        wait_until(lambda: server.get("/health").status_code == 200)
+        assert ask(client).usage.completion_tokens == 12
+        assert server.metric("engine_starts") == 2
+        (engine,) = children(server.process)
+        server.process.kill()  # even then the engine does not stay behind
+        wait_until(lambda: not Path(f"/proc/{engine}/exe").exists())
+
+
+NOTE_CONNECTIONS = """
+import sys
+def note(event, arguments):
+    if event in ("socket.connect", "socket.sendto"):
+        where = arguments[-1]
+    elif event == "socket.getaddrinfo":
+        where = arguments[0]
+    else:
+        return
+    with open({log!r}, "a") as log:
+        log.write(f"{{event}} {{where}}\\n")
+sys.addaudithook(note)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_nothing_leaves_the_machine(folder, model, tmp_path):
+    """Every process of the server writes down where Python connects to; what the engine does, the kernel tells."""
+    log = tmp_path / "connections"
+    (tmp_path / "sitecustomize.py").write_text(NOTE_CONNECTIONS.format(log=str(log)))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with serving(model, cache=folder, PYTHONPATH=path) as server:
+        client = server.client()
+        for stream in (False, True):
+            answer = ask(client, stream=stream)
+            list(answer)
+        client.embeddings.create(model="small", input="x")
+        everyone = [server.process.pid, *children(server.process)]
+        assert len(everyone) == 2
+        peers = {peer for pid in everyone for peer in connected_to(pid)}
+    lines = log.read_text().splitlines()
+    assert any(line.startswith("socket.connect ('127.0.0.1'") for line in lines)  # the log works: the engine
+    assert all("127.0.0.1" in line or "localhost" in line for line in lines), lines
+    assert peers <= {"127.0.0.1"}
+
+
+def connected_to(pid):
+    """Return the addresses that a process has connections to, as the kernel lists them."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = str(link.readlink())
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    for table in ("tcp", "udp", "tcp6", "udp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, port = fields[2].split(":")
+            if fields[9] in inodes and int(port, 16):
+                raw = bytes.fromhex(address)
+                last = raw[-4:][::-1]
+                yield socket.inet_ntoa(last)
+
+
+# Before it serves
+
+
+def test_what_cannot_be_served_is_said_in_a_line(folder, model, tmp_path):
+    damaged, other = tmp_path / "damaged.gguf", tmp_path / "other.gguf"
+    damaged.write_bytes(model.read_bytes()[:-60_000])
+    other.write_bytes(b"PK\3\4" + bytes(100))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            ((damaged, "--port", 0), "cannot load"),
+            ((other, "--port", 0), "is not a GGUF file"),
+            ((tmp_path / "none.gguf", "--port", 0), "No such file"),
+            ((model, "--port", port), "Give another --port"),
+            ((model, "--escalate-to", "https://x/v1"), "--escalate-model and (to serve) --threshold together"),
+        ):
+            done = pocketlm("serve", *arguments, cache=folder)
+            assert done.returncode == 2, done.stderr
+            assert message in done.stderr
+            assert done.stderr.count("\n") == 1
+            assert done.stdout == ""
+
+
+def test_a_missing_package_names_the_line_that_installs_it(folder, model):
+    program = "import sys; sys.modules['aiohttp'] = None; from pocketlm.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command("serve", model)[3:]],
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 6
+    assert "pip install 'pocketlm[serve]'" in done.stderr
