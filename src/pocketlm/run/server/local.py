@@ -51,14 +51,18 @@ class LocalModel:
             PocketlmError: The engine died while it tried.
         """
         await self._launch()
-        self._session = aiohttp.ClientSession(
+        self._session = self.session()
+        self._watching = asyncio.create_task(self._watch())
+
+    def session(self) -> aiohttp.ClientSession:
+        """Return a client that knows the engine's key."""
+        return aiohttp.ClientSession(
             # The engine closes connections when it likes: one that is kept may be closed just when it is used again.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None),
             headers={"Authorization": f"Bearer {self._settings.key}", "Content-Type": "application/json"},
             read_bufsize=2**20,
         )
-        self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """End the engine."""

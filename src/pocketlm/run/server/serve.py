@@ -91,6 +91,7 @@ async def _serve(job: Serve) -> None:
         sys.stdout.flush()
         await stop.wait()
         service.draining = True
+        await asyncio.sleep(0.1)  # whoever connected meanwhile is told, and not cut off
         await site.stop()
         if service.in_flight:
             await asyncio.wait(
