@@ -7,7 +7,7 @@ print(report.product.perplexity_ratio)
 """
 
 from pocketlm.fit import Fit, fit, plan
-from pocketlm.inspection import bench, doctor, evaluate, inspect
+from pocketlm.inspection import bench, doctor, evaluate, evaluate_tasks, inspect
 from pocketlm.integers import quantize_integers
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
@@ -22,6 +22,7 @@ __all__ = [
     "chat",
     "doctor",
     "evaluate",
+    "evaluate_tasks",
     "fit",
     "inspect",
     "load",
