@@ -272,19 +272,35 @@ def chat(
 @app.command()
 def evaluate(
     model: Model,
-    reference: Annotated[str, typer.Option(help="The original to compare with; anything that MODEL can be.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The original to compare with; anything that MODEL can be.")
+    ] = None,
     data: Data = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
+    task: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of prompt, choices, answer: score this instead; repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Items to take of each task.", min=1)] = 500,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, KL divergence and agreement of a model against a reference, in llama.cpp."""
+    """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
     from pocketlm import api
-    from pocketlm.terminal import Screen, quality_lines
+    from pocketlm.terminal import Screen, quality_lines, task_lines
 
+    if task and data:
+        raise BadInputError("Give either --task or --data: they are measured apart")
+    if not task and reference is None:
+        raise BadInputError("Give the original with --reference MODEL, or tasks with --task FILE")
     with Screen() as screen:
-        qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
-    _print(quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output)
+        if task:
+            results = api.evaluate_tasks(model, reference, task, limit, screen.progress)
+        else:
+            qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
+    if task:
+        _print(task_lines(results), [asdict(result) for result in results], json_output)
+    else:
+        _print(quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output)
 
 
 @app.command()

@@ -4,17 +4,20 @@ import importlib.util
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pocketlm
 from pocketlm.cache import cache_folder
 from pocketlm.measure.device import Speeds, machine, measure_speed
 from pocketlm.measure.quality import Quality
+from pocketlm.measure.tasks import TaskResult, correct, likelihoods, pair, read_items, score
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
 from pocketlm.proof import SPEED_WORKER, measure_models, original_file
+from pocketlm.run.engine import Engine
 from pocketlm.stages import Progress, silent
 
 
@@ -81,6 +84,47 @@ def evaluate(
     windows = corpus.tokens("test", models["reference"].tokenizer, count, length).windows
     files = {name: original_file(model) for name, model in models.items()}
     return measure_models(files, models, windows, progress).qualities
+
+
+def evaluate_tasks(
+    source: str, reference: str | None, tasks: list[Path], limit: int, progress: Progress = silent
+) -> list[TaskResult]:
+    """Score a model in the engine on files of multiple choice, and compare it with a reference on the same items.
+
+    Args:
+        source: The model.
+        reference: The original to compare with, if any.
+        tasks: JSONL files, see `read_items`.
+        limit: Items to take from the front of each.
+        progress: Called after each item.
+
+    Raises:
+        BadInputError: A task or a model cannot be used.
+    """
+    items = [read_items(path, limit) for path in tasks]
+    sources = ({} if reference is None else {"reference": reference}) | {"model": source}
+    hits: dict[str, list[list[tuple[bool, bool]]]] = {}
+    for role, name in sources.items():
+        model = load(name)
+        context = min(2048, model.network.config.max_position_embeddings)
+
+        def encode(text: str, tokenizer: Any = model.tokenizer) -> list[int]:
+            return tokenizer(text, verbose=False).input_ids
+
+        with Engine(original_file(model), context=context) as engine:
+            hits[role] = []
+            for path, task in zip(tasks, items, strict=True):
+                rows = []
+                for done, item in enumerate(task):
+                    rows.append(correct(item, likelihoods(item, encode, engine.logits, context)))
+                    progress(f"{path.stem}, {role}", done + 1, len(task))
+                hits[role].append(rows)
+    results = []
+    for at, path in enumerate(tasks):
+        normed = {role: [row[1] for row in rows[at]] for role, rows in hits.items()}
+        paired = pair(normed["reference"], normed["model"]) if reference is not None else None
+        results.append(TaskResult(path.stem, {role: score(rows[at]) for role, rows in hits.items()}, paired))
+    return results
 
 
 def bench(

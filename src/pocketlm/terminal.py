@@ -13,6 +13,7 @@ from pocketlm.fit import Planned
 from pocketlm.integers import IntegerFolder
 from pocketlm.measure.device import Speeds
 from pocketlm.measure.quality import Interval, Quality
+from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.training import LOSSES
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.recipe import to_yaml
@@ -184,6 +185,25 @@ def inspection_lines(found: Any) -> list[str]:
         f"fit can meet {say_bytes(found.smallest)} ({found.smallest:,} bytes) to {say_bytes(found.largest)}",
     ]
     return lines
+
+
+def task_lines(results: list[TaskResult]) -> list[str]:
+    """Lay scores on tasks out as a table, 95 % intervals in brackets, in percent."""
+    lines = [f"{'task':<20}{'':<12}{'items':>6}  {'acc':<22}acc_norm"]
+    for result in results:
+        for role, score in result.scores.items():
+            cells = f"{_percent(score.acc):<22}{_percent(score.acc_norm)}"
+            lines.append(f"{result.task:<20}{role:<12}{score.count:>6}  {cells}")
+        if paired := result.paired:
+            verdict = "within noise" if paired.within_noise else "more than noise"
+            change = f"acc_norm {_percent(paired.difference, '+.1f')}: {verdict}"
+            lines.append(f"{'':<20}{'difference':<12}{'':>6}  {change}; {paired.lost} items lost, {paired.won} won")
+    return [*lines, "in brackets: 95 % intervals (Wilson; the difference is paired, bootstrap over items)"]
+
+
+def _percent(share: Share, form: str = ".1f") -> str:
+    value, low, high = (format(100 * number, form) for number in (share.value, share.low, share.high))
+    return f"{value}% ({low} to {high})"
 
 
 def quality_lines(qualities: dict[str, Quality]) -> list[str]:
