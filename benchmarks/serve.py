@@ -3,7 +3,8 @@
     python benchmarks/serve.py FILE.gguf
 
 Five checks on loopback: (a) many requests by many clients, every answer checked; (b) SIGTERM in the middle;
-(c) clients that leave; (d) malformed requests; (e) decode speed through the server and straight from the engine, in turns.
+(c) clients that leave; (d) malformed requests; (e) decode speed through the server and straight from the engine, in
+turns.
 
 An answer is checked in one of two ways. Half of the requests carry a number that a JSON schema makes the model say:
 an answer that went to the wrong client shows. The other half are free and greedy, and were answered alone before: a
@@ -249,7 +250,9 @@ def malformed(count: int, context: int) -> list[bytes]:
     valid = question("Hi") | {"max_tokens": 2, "temperature": 0.5, "stop": ["x"], "seed": 1, "stream": False}
     wrong = [[], {}, "x", -7, 1e300, [[]], {"a": 1}, [None], "9" * 100_000, True]
     wrong_for = {
-        "messages": [*wrong, [{}], [{"role": "user"}], [{"role": "x", "content": "y"}], [{"role": "user", "content": 1}]],
+        "messages": [
+            *wrong, [{}], [{"role": "user"}], [{"role": "x", "content": "y"}], [{"role": "user", "content": 1}],
+        ],
         "max_tokens": [*wrong, 0, 1.5], "temperature": [w for w in wrong if w is not True] + [3],
         "top_p": [*wrong, 2], "stop": [[], {}, 7, [[]], ["x"] * 99, [""]][1:], "seed": [*wrong[:4][:3], 1.5, 2**80],
         "stream": wrong[:-1], "tools": [w for w in wrong if w != []], "response_format": wrong,
@@ -345,8 +348,8 @@ def page(found: dict, args: argparse.Namespace) -> list[str]:
     if one := found.get("load"):
         lines += [
             f"**{one['requests']} requests by {one['clients']} clients**, {one['seconds']:.0f} s: {one['verdicts']}. "
-            f"Resident memory of server and engine: {one['memory_after_warm_up'] / 1e6:.0f} MB after the first tenth, at most "
-            f"{one['memory_most'] / 1e6:.0f} MB later (growth {one['memory_growth']:+.1%}).",
+            f"Resident memory of server and engine: {one['memory_after_warm_up'] / 1e6:.0f} MB after the first tenth, "
+            f"at most {one['memory_most'] / 1e6:.0f} MB later (growth {one['memory_growth']:+.1%}).",
             "",
         ]
     if one := found.get("overflow"):
@@ -375,9 +378,9 @@ def page(found: dict, args: argparse.Namespace) -> list[str]:
     if one := found.get("overhead"):
         rates = {name: f"{statistics.mean(r):.1f} ± {statistics.stdev(r):.1f}" for name, r in one["rates"].items()}
         lines += [
-            f"**Decode, one client**, {one['rounds']} rounds of {one['tokens']} tokens in turns: {rates['server']} tokens/s through "
-            f"the server, {rates['engine']} straight from the engine; ratio {one['ratio']:.3f} ± {one['ratio_deviation']:.3f} "
-            f"(median {one['ratio_median']:.3f}).",
+            f"**Decode, one client**, {one['rounds']} rounds of {one['tokens']} tokens in turns: {rates['server']} tokens/s "
+            f"through the server, {rates['engine']} straight from the engine; ratio {one['ratio']:.3f} "
+            f"± {one['ratio_deviation']:.3f} (median {one['ratio_median']:.3f}).",
         ]
     return lines
 
