@@ -378,8 +378,8 @@ def page(found: dict, args: argparse.Namespace) -> list[str]:
     if one := found.get("overhead"):
         rates = {name: f"{statistics.mean(r):.1f} ± {statistics.stdev(r):.1f}" for name, r in one["rates"].items()}
         lines += [
-            f"**Decode, one client**, {one['rounds']} rounds of {one['tokens']} tokens in turns: {rates['server']} tokens/s "
-            f"through the server, {rates['engine']} straight from the engine; ratio {one['ratio']:.3f} "
+            f"**Decode, one client**, {one['rounds']} rounds of {one['tokens']} tokens in turns: "
+            f"{rates['server']} tokens/s through the server, {rates['engine']} straight from the engine; ratio {one['ratio']:.3f} "
             f"± {one['ratio_deviation']:.3f} (median {one['ratio_median']:.3f}).",
         ]
     return lines
