@@ -379,8 +379,8 @@ def page(found: dict, args: argparse.Namespace) -> list[str]:
         rates = {name: f"{statistics.mean(r):.1f} ± {statistics.stdev(r):.1f}" for name, r in one["rates"].items()}
         lines += [
             f"**Decode, one client**, {one['rounds']} rounds of {one['tokens']} tokens in turns: "
-            f"{rates['server']} tokens/s through the server, {rates['engine']} straight from the engine; ratio {one['ratio']:.3f} "
-            f"± {one['ratio_deviation']:.3f} (median {one['ratio_median']:.3f}).",
+            f"{rates['server']} tokens/s through the server, {rates['engine']} straight from the engine; "
+            f"ratio {one['ratio']:.3f} ± {one['ratio_deviation']:.3f} (median {one['ratio_median']:.3f}).",
         ]
     return lines
 
