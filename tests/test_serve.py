@@ -424,10 +424,12 @@ def test_the_queue_is_bounded_and_a_client_that_leaves_makes_room(folder, model)
 def test_told_to_end_the_server_finishes_what_it_accepted(folder, model):
     with serving(model, "--slots", 2, cache=folder) as server, ThreadPoolExecutor(8) as pool:
         client = server.client()
-        answers = [pool.submit(lambda: ask(client, max_tokens=600)) for _ in range(8)]
-        wait_until(lambda: server.metric("waiting") >= 4)
+        running = [pool.submit(ask, client, max_tokens=4000) for _ in range(2)]
+        wait_until(lambda: server.metric("running") == 2)
+        waiting = [pool.submit(ask, client, max_tokens=100) for _ in range(6)]
+        wait_until(lambda: server.metric("waiting") == 6)
         server.process.send_signal(signal.SIGTERM)
-        assert [answer.result().usage.completion_tokens for answer in answers] == [600] * 8
+        assert [answer.result().usage.completion_tokens for answer in running + waiting] == [4000] * 2 + [100] * 6
         assert server.process.wait(30) == 0
         with pytest.raises(openai.APIConnectionError):
             ask(client)
