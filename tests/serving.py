@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import httpx
 from openai import OpenAI
@@ -54,23 +55,25 @@ class Running:
 @contextmanager
 def serving(file: Path, *arguments: object, cache: Path, **more: str) -> Iterator[Running]:
     """Run `pocketlm serve` on a free port until the end of the context; `more` goes to its environment."""
-    process = subprocess.Popen(
-        command("serve", file, "--port", 0, "--threads", 1, *arguments),
-        env=environment(cache) | more,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        said = process.stdout.readline()
-        if not said:
-            raise RuntimeError(f"the server ended with {process.wait()}: {process.stderr.read()}")
-        yield Running(process, re.search(r"http://\S+", said)[0], said)
-    finally:
-        process.terminate()
+    with TemporaryFile("w+") as log:  # a pipe that nobody reads would fill up and stop the server
+        process = subprocess.Popen(
+            command("serve", file, "--port", 0, "--threads", 1, *arguments),
+            env=environment(cache) | more,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
         try:
-            process.wait(30)
+            said = process.stdout.readline()
+            if not said:
+                code = process.wait()
+                log.seek(0)
+                raise RuntimeError(f"the server ended with {code}: {log.read()}")
+            yield Running(process, re.search(r"http://\S+", said)[0], said)
         finally:
-            process.kill()
-            process.stdout.close()
-            process.stderr.close()
+            process.terminate()
+            try:
+                process.wait(30)
+            finally:
+                process.kill()
+                process.stdout.close()

@@ -28,7 +28,7 @@ ROWS = (
     ("inspection", "terminal"),
     ("api", "exits"),
     ("options",),
-    ("serving_cli",),
+    ("serving_cli", "measuring_cli"),
     ("cli",),
     ("__main__",),
 )

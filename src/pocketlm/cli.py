@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm import serving_cli
+from pocketlm import measuring_cli, serving_cli
 from pocketlm.errors import BadInputError
 from pocketlm.exits import run
 from pocketlm.options import Data, Debug, Json, Model, Threads
@@ -22,8 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(serving_cli.serve)
-app.command()(serving_cli.calibrate)
 
 
 @app.command()
@@ -245,16 +243,6 @@ def distill(
 
 
 @app.command()
-def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
-    """Show what a model is made of, and which budgets `fit` can meet."""
-    from pocketlm import api
-    from pocketlm.terminal import inspection_lines
-
-    found = api.inspect(model)
-    _print(inspection_lines(found), asdict(found), json_output)
-
-
-@app.command()
 def chat(
     file: Annotated[Path, typer.Argument(help="A folder made by `fit`, or a GGUF file.")],
     system: Annotated[str | None, typer.Option(help="The first message, about how to answer.")] = None,
@@ -267,68 +255,6 @@ def chat(
     from pocketlm import api
 
     api.chat(_gguf(str(file)), system, threads=threads, greedy=greedy, seed=seed)
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    reference: Annotated[
-        str | None, typer.Option(help="The original to compare with; anything that MODEL can be.")
-    ] = None,
-    data: Data = None,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
-    task: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of prompt, choices, answer: score this instead; repeatable.")
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Items to take of each task.", min=1)] = 500,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
-    from pocketlm import api
-    from pocketlm.terminal import Screen, quality_lines, task_lines
-
-    if task and data:
-        raise BadInputError("Give either --task or --data: they are measured apart")
-    if not task and reference is None:
-        raise BadInputError("Give the original with --reference MODEL, or tasks with --task FILE")
-    with Screen() as screen:
-        if task:
-            results = api.evaluate_tasks(model, reference, task, limit, screen.progress)
-        else:
-            qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
-    if task:
-        _print(task_lines(results), [asdict(result) for result in results], json_output)
-    else:
-        _print(quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output)
-
-
-@app.command()
-def bench(
-    files: Annotated[list[Path], typer.Argument(help="GGUF files or folders made by `fit`; compared to the first.")],
-    threads: Threads = None,
-    prompt: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 512,
-    generate: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
-    repeat: Annotated[int, typer.Option(help="Measurements per process.", min=1)] = 3,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure load time, speed and memory of files in llama.cpp, in turns."""
-    from pocketlm import api
-    from pocketlm.terminal import speed_lines
-
-    speeds = api.bench([_gguf(str(file)) for file in files], threads, prompt, generate, repeat)
-    _print(speed_lines(speeds), asdict(speeds), json_output)
-
-
-@app.command()
-def doctor(json_output: Json = False, debug: Debug = False) -> None:
-    """Show what this machine and this installation can do."""
-    from pocketlm import api
-    from pocketlm.terminal import doctor_lines
-
-    found = api.doctor()
-    _print(doctor_lines(found), found, json_output)
 
 
 @app.command()
@@ -347,6 +273,17 @@ def clean(
     folder = str(cache.cache_folder())
     data = {"folder": folder, "emptied": yes, "stages": [{"name": n, "bytes": size} for n, size in kept]}
     _print(cache_lines(folder, kept, yes), data, json_output)
+
+
+for command in (
+    measuring_cli.inspect,
+    measuring_cli.evaluate,
+    measuring_cli.bench,
+    measuring_cli.doctor,
+    serving_cli.serve,
+    serving_cli.calibrate,
+):
+    app.command()(command)
 
 
 def _run(job: Any, dry_run: bool, json_output: bool) -> None:

@@ -111,6 +111,8 @@ async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.Stre
         try:
             _admit(request, service)
             response = await handler(request)
+        except _ClientLeft:
+            raise
         except RefusalError as error:
             response = _refuse(error)
         except web.HTTPException as error:
@@ -121,9 +123,12 @@ async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.Stre
         service.metrics.requests.labels(route, response.status).inc()
         service.metrics.latency.labels(route).observe(time.monotonic() - began)
         return response
-    except (asyncio.CancelledError, _ClientLeft):
+    except asyncio.CancelledError:
         service.metrics.left.labels(route).inc()
         raise
+    except _ClientLeft:
+        service.metrics.left.labels(route).inc()
+        return web.Response(status=499)  # as nginx says it, to nobody
     finally:
         service.in_flight -= 1
         if not service.in_flight:

@@ -1,0 +1,80 @@
+"""The commands that measure and change nothing; `pocketlm.cli` has the others."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketlm.errors import BadInputError
+from pocketlm.options import Data, Debug, Json, Model, Threads, gguf_file, print_result
+
+
+def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
+    """Show what a model is made of, and which budgets `fit` can meet."""
+    from pocketlm import api
+    from pocketlm.terminal import inspection_lines
+
+    found = api.inspect(model)
+    print_result(inspection_lines(found), asdict(found), json_output)
+
+
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        str | None, typer.Option(help="The original to compare with; anything that MODEL can be.")
+    ] = None,
+    data: Data = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
+    task: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of prompt, choices, answer: score this instead; repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Items to take of each task.", min=1)] = 500,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
+    from pocketlm import api
+    from pocketlm.terminal import Screen, quality_lines, task_lines
+
+    if task and data:
+        raise BadInputError("Give either --task or --data: they are measured apart")
+    if not task and reference is None:
+        raise BadInputError("Give the original with --reference MODEL, or tasks with --task FILE")
+    with Screen() as screen:
+        if task:
+            results = api.evaluate_tasks(model, reference, task, limit, screen.progress)
+        else:
+            qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
+    if task:
+        print_result(task_lines(results), [asdict(result) for result in results], json_output)
+    else:
+        print_result(
+            quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output
+        )
+
+
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="GGUF files or folders made by `fit`; compared to the first.")],
+    threads: Threads = None,
+    prompt: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    repeat: Annotated[int, typer.Option(help="Measurements per process.", min=1)] = 3,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure load time, speed and memory of files in llama.cpp, in turns."""
+    from pocketlm import api
+    from pocketlm.terminal import speed_lines
+
+    speeds = api.bench([gguf_file(str(file)) for file in files], threads, prompt, generate, repeat)
+    print_result(speed_lines(speeds), asdict(speeds), json_output)
+
+
+def doctor(json_output: Json = False, debug: Debug = False) -> None:
+    """Show what this machine and this installation can do."""
+    from pocketlm import api
+    from pocketlm.terminal import doctor_lines
+
+    found = api.doctor()
+    print_result(doctor_lines(found), found, json_output)
