@@ -6,7 +6,7 @@
 
 MODEL is a Hugging Face folder. Of the files under --text, three quarters of the documents teach, a tenth chooses
 checkpoints and the rest is held out, like the files under --held-out. The model is cut by pocketlm's own steps, then
-healed with KL and, from the same start on the same batches, with cross-entropy, at each learning rate given; the one
+healed with KL (or a mixture with --cross-entropy) and, from the same start on the same batches, with cross-entropy, at each learning rate given; the one
 with the lowest loss on the choosing text counts. `cached` heals from the teacher's opinion on disk instead, sampled and
 top, beside the teacher in memory. Everything finished or half trained is kept in pocketlm's cache: the
 same command goes on where it was stopped. Writes a page (Markdown) and the same as JSON.
@@ -67,6 +67,9 @@ def arguments() -> argparse.Namespace:
         heal.add_argument("--minutes", type=float, default=30, help="of healing, turned into tokens by timing")
         heal.add_argument("--tokens", type=int, help="instead of --minutes")
         heal.add_argument("--learning-rate", type=float, nargs="+", default=[3e-4], help="of distillation")
+        heal.add_argument(
+            "--cross-entropy", type=float, default=0.0, help="weight of the text's own next tokens beside the teacher's"
+        )
         heal.add_argument("--control-rate", type=float, nargs="+", help="of the control, if not the same")
         heal.add_argument("--windows-per-step", type=int, default=4)
         heal.add_argument("--evaluations", type=int, default=8)
@@ -113,6 +116,7 @@ def trained(
 ) -> Finished:
     """Return the cut model trained, by the teacher or by what is kept of its opinion."""
     name = "cross-entropy" if step.cross_entropy == 1 else step.loss
+    name += f" with {step.cross_entropy:g} of cross-entropy" if 0 < step.cross_entropy < 1 else ""
     windows = texts["calibration"].windows
     if kept:
         targets = open_targets(kept.folder)
@@ -212,6 +216,7 @@ def cached(args: argparse.Namespace) -> None:
             evaluations=args.evaluations,
             windows_per_step=args.windows_per_step,
             warm_up=0.05,
+            cross_entropy=args.cross_entropy,
             seed=args.seed,
         )
         texts["calibration"] = as_tokens("", texts["calibration"].first(-(-tokens // LENGTH)))
@@ -261,7 +266,7 @@ def heal(args: argparse.Namespace) -> None:
         tokens = tokens_for(args, teacher, start, texts)
         runs: dict[str, list[Finished]] = {}
         for name, weight, rates in (
-            ("healed", 0.0, args.learning_rate),
+            ("healed", args.cross_entropy, args.learning_rate),
             ("control", 1.0, args.control_rate or args.learning_rate),
         ):
             settings = {"tokens": tokens, "cross_entropy": weight, "evaluations": args.evaluations, "seed": args.seed}
