@@ -7,9 +7,9 @@
 MODEL is a Hugging Face folder. Of the files under --text, three quarters of the documents teach, a tenth chooses
 checkpoints and the rest is held out, like the files under --held-out. The model is cut by pocketlm's own steps, then
 healed with KL (or, with --cross-entropy, a mixture) and, from the same start on the same batches, with cross-entropy,
-at each learning rate given; the one with the lowest loss on the choosing text counts. `cached` heals from the teacher's opinion on disk instead, sampled and
-top, beside the teacher in memory. Everything finished or half trained is kept in pocketlm's cache: the
-same command goes on where it was stopped. Writes a page (Markdown) and the same as JSON.
+at each learning rate given; the one with the lowest loss on the choosing text counts. `cached` heals from the teacher's
+opinion on disk instead, sampled and top, beside the teacher in memory. Everything finished or half trained is kept in
+pocketlm's cache: the same command goes on where it was stopped. Writes a page (Markdown) and the same as JSON.
 """
 
 import argparse

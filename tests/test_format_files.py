@@ -29,3 +29,15 @@ def test_a_file_in_one_format_gives_the_logits_of_its_decoded_weights(name, tiny
     with Engine(path, context=64) as engine:
         choices = check_choices(model, windows, engine.logits)
     assert choices.passed, choices.detail
+
+
+def test_norms_near_zero_lose_bits_in_the_file_and_are_expected_to(tiny_model, tmp_path):
+    model = tiny_model("gemma3_text")
+    with torch.no_grad():
+        model.network.model.norm.weight.normal_(std=1e-5, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "model.gguf"
+    write_gguf(model, {}, path)
+    assert check_weights(path, model, {}, decode_row).passed
+    with torch.no_grad():
+        model.network.model.norm.weight[0] += 1e-3
+    assert not check_weights(path, model, {}, decode_row).passed
