@@ -69,7 +69,7 @@ def check_weights(
 
 
 def _through_file(model: LanguageModel, name: str, parameter: Tensor) -> Tensor:
-    """Return what is read back of a plain parameter: Gemma's norms lose their last bits where the file adds 1 to them."""
+    """Return what is read back of a plain parameter: Gemma's norms lose last bits where the file adds 1 to them."""
     config, (_, change) = model.network.config, gguf_part(model.family, name)
     stored = to_gguf(parameter, change, config)
     return from_gguf(stored.half().float() if stored.dim() > 1 else stored, change, config)
