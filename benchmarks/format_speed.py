@@ -19,7 +19,7 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, measure_speed
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.proof import SPEED_WORKER
+from pocketlm.run.speed import WORKER
 from pocketlm.tensors.formats import FORMATS, Packed, pack, round_to_nearest
 
 BLOCKS = 4
@@ -64,7 +64,7 @@ def main() -> None:
         for name in FORMATS:
             files[name] = Path(temporary) / f"{name}.gguf"
             write_gguf(model, stored(model, name), files[name])
-        speeds = measure_speed(list(files.values()), SPEED_WORKER, prompt=128, generate=24, repeat=1, rounds=3)
+        speeds = measure_speed(list(files.values()), WORKER, prompt=128, generate=24, repeat=1, rounds=3)
         rows = [
             {
                 "format": name,

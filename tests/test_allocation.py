@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.tiny import FAMILIES
 
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.plan.allocation import Option, as_formats, by_group, solve, unit_options, worthwhile
+from pocketlm.plan.allocation import Limits, Option, as_formats, by_group, solve, unit_options, worthwhile
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.search import Damages, choose
 from pocketlm.plan.sizes import Shape, Sizes, sizes_of
@@ -42,14 +43,44 @@ def test_the_solution_is_the_best_by_brute_force(options: dict[str, list[Option]
     best = brute_force(options, budget)
     if best == math.inf:
         with pytest.raises(ImpossibleBudgetError, match="bytes at least"):
-            solve(options, budget)
+            solve(options, Limits(budget))
         return
-    chosen = solve(options, budget)
+    chosen = solve(options, Limits(budget))
     assert chosen.keys() == options.keys()
     assert all(option in options[unit] for unit, option in chosen.items())
     size, damage = total(chosen)
     assert size <= budget
     assert damage <= best * 1.0002 + 1e-9
+
+
+THREE = st.builds(
+    lambda rows: [Option(f"F{i}", *row) for i, row in enumerate(rows)],
+    st.lists(
+        st.tuples(st.integers(1, 60), st.integers(0, 640).map(lambda n: n / 64), *[st.integers(1, 40).map(float)] * 2),
+        min_size=1,
+        max_size=4,
+    ),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(THREE, min_size=1, max_size=4), st.integers(0, 240), st.integers(1, 160), st.integers(1, 160))
+def test_memory_and_time_are_kept_to_as_well(units: list[list[Option]], most: int, memory: int, seconds: int):
+    options = {f"{i}.x": choices for i, choices in enumerate(units)}
+    limits = Limits(most, memory, seconds)
+
+    def fits(mix: Iterable[Option]) -> bool:
+        sums = [sum(getattr(option, kind) for option in mix) for kind in ("bytes", "memory", "seconds")]
+        return all(used <= limit for used, limit in zip(sums, (most, memory, seconds), strict=True))
+
+    best = min((sum(o.damage for o in mix) for mix in itertools.product(*units) if fits(mix)), default=math.inf)
+    if best == math.inf:
+        with pytest.raises(ImpossibleBudgetError):
+            solve(options, limits)
+        return
+    chosen = solve(options, limits)
+    assert fits(list(chosen.values()))
+    assert total(chosen)[1] <= best * 1.0002 + 1e-9
 
 
 @pytest.mark.parametrize("over", [1, 32, 64])
@@ -60,10 +91,10 @@ def test_not_a_byte_over_the_budget_however_large_it_is(budget: int, over: int):
         "a": [Option("small", half - 1000, 1.0), Option("large", half, 0.1)],
         "b": [Option("small", half - 1000, 1.0), Option("large", half + over, 0.1)],
     }
-    size, damage = total(solve(options, budget))
+    size, damage = total(solve(options, Limits(budget)))
     assert size <= budget
     assert damage == pytest.approx(1.1)
-    assert total(solve(options, budget + over)) == (budget + over, pytest.approx(0.2))
+    assert total(solve(options, Limits(budget + over))) == (budget + over, pytest.approx(0.2))
 
 
 @given(OPTIONS)

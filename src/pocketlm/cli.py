@@ -28,6 +28,13 @@ app = typer.Typer(
 def fit(
     model: Model,
     size: Annotated[str | None, typer.Option(help="Budget of the file: 70MB, 0.5GiB, or 40% of the original.")] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Budget of memory that the model adds while it runs, such as 200MB.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context that --ram is for.", min=64)] = 2048,
+    speed: Annotated[
+        str | None, typer.Option(help="Tokens it must write per second on this machine, such as 30tok/s.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     recipe: Annotated[Path | None, typer.Option(help="Run this recipe instead of deciding one.")] = None,
     data: Data = None,
@@ -47,11 +54,14 @@ def fit(
     from pocketlm import api
     from pocketlm.plan.budget import parse_time
 
-    if not size and not recipe:
-        raise BadInputError("Give a budget with --size (such as 70MB) or a recipe with --recipe FILE")
+    if not (size or ram or speed or recipe):
+        raise BadInputError("Give a budget with --size (such as 70MB), --ram or --speed, or a recipe with --recipe")
     job = api.Fit(
         model=model,
         size=size,
+        ram=ram,
+        context=context,
+        speed=speed,
         recipe=recipe,
         out=out,
         data=tuple(data or ()),

@@ -16,16 +16,17 @@ from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
-from pocketlm.plan.budget import Budget, parse_size
+from pocketlm.plan.budget import Budget, parse_size, parse_speed, say_bytes
 from pocketlm.plan.decide import Wanted, tokens_in, uniform_recipe
+from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict, to_yaml
-from pocketlm.plan.search import Plan, check_budget
-from pocketlm.plan.sizes import Sizes, bits_budget, check_fixed, recipe_bytes, sizes_of
+from pocketlm.plan.search import Plan, check_budget, check_running
+from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
 from pocketlm.preflight import check_resources
 from pocketlm.proof import engine_damage, prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
-from pocketlm.stages import Progress, Texts, gather_texts, make_plan, run_recipe, silent
+from pocketlm.stages import Progress, Texts, costs_here, gather_texts, make_plan, run_recipe, silent
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 
@@ -38,6 +39,9 @@ class Fit:
 
     model: str  # a folder, a hub id, a GGUF file, or `demo`
     size: str | None = None  # such as 70MB, 0.5GiB, 40%; a recipe needs none
+    ram: str | None = None  # memory while running, with `context`, such as 200MB
+    context: int = 2048  # tokens that `ram` is for
+    speed: str | None = None  # of generating on this machine, such as 30tok/s
     recipe: Path | None = None
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
@@ -63,6 +67,21 @@ class Planned:
     sizes: Sizes
     plan: Plan | None  # None where the recipe came from a person
     engine: float = 0.0  # KL that the engine's 8-bit activations add to what the plan expects of weights
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """Memory and speed of the plan's layout, measured, where the budget is about them."""
+        return self.plan and self.plan.footprint
+
+    @property
+    def binding(self) -> str:
+        """Which part of the budget is nearest its limit."""
+        used = {"size": self.predicted_bytes / self.budget.bytes}
+        if self.footprint and self.budget.memory:
+            used["memory"] = self.footprint.memory / self.budget.memory
+        if self.footprint and self.budget.speed:
+            used["speed"] = self.budget.speed / self.footprint.speed
+        return max(used, key=used.__getitem__)
 
     def as_data(self) -> dict[str, Any]:
         """Return what a program needs to know of it."""
@@ -93,7 +112,8 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         compressed = run_recipe(model, planned.recipe, texts, progress)
         exported = folder / "model.gguf"
         write_gguf(compressed.model, compressed.packed, exported)
-        proof = prove(model, compressed, exported, texts, simpler_choice(planned.sizes, planned.budget.bytes), progress)
+        simpler = simpler_choice(planned.sizes, planned.budget.bytes if job.size else planned.predicted_bytes)
+        proof = prove(model, compressed, exported, texts, simpler, progress)
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe))
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
@@ -126,8 +146,12 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     if job.format:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
     check_fixed(sizes, dict(job.fixed))
+    costs = None
     if budget and not recipe:
         check_budget(sizes, budget, job.prune)
+        if budget.memory or budget.speed:
+            costs = costs_here(model, sizes, budget.context, progress)
+            check_running(sizes, budget, costs, job.prune)
     check_resources(model, job.out, _trains(job))
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:
@@ -138,6 +162,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
     wanted = Wanted(
         budget=budget,
+        costs=costs,
         prune=job.prune,
         fixed=dict(job.fixed),
         method=job.method,
@@ -158,11 +183,24 @@ def sizes_before(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes:
 
 
 def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
-    """Return the bytes that the file may have: as asked, or those of all matrices at an average of bits."""
+    """Return what was asked for: bytes, or those of all matrices at an average of bits, memory and speed."""
     if job.bits is not None:
         return bits_budget(sizes, job.bits)
     whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
-    return parse_size(job.size, whole) if job.size else None
+    size = parse_size(job.size, whole) if job.size else None
+    if not job.ram and not job.speed:
+        return size
+    memory = parse_size(job.ram, whole) if job.ram else None
+    texts = [size.text] if size else []
+    texts += [f"{memory.text} of memory at {job.context:,} tokens of context"] if memory else []
+    texts += [f"{parse_speed(job.speed):g} tokens/s"] if job.speed else []
+    return Budget(
+        text=", ".join(texts),
+        bytes=size.bytes if size else budget_range(sizes)[1],
+        memory=memory and memory.bytes,
+        speed=parse_speed(job.speed) if job.speed else None,
+        context=job.context,
+    )
 
 
 def _run(job: Fit, planned: Planned, exported: Path) -> Run:
@@ -177,6 +215,17 @@ def _run(job: Fit, planned: Planned, exported: Path) -> Run:
             f"llama.cpp rounds activations to 8 bits: that alone costs {planned.engine:.4f} nats per token, measured "
             "on a Q8_0 file of the original"
         )
+    if planned.footprint:
+        notes.append(_running_note(planned, measure_file(exported, planned.budget.context)))
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
     settings |= {"tune seconds": job.tune, "method": job.method, "pruning allowed": job.prune}
     return Run(job.command, settings, job.seed, budget, to_yaml(planned.recipe), tuple(notes))
+
+
+def _running_note(planned: Planned, found: Footprint) -> str:
+    expected, budget = planned.footprint, planned.budget
+    return (
+        f"Of {budget.text}, {planned.binding} binds. Memory of the model at {budget.context:,} tokens of context: "
+        f"{say_bytes(expected.memory)} expected, {say_bytes(found.memory)} measured on the file; generating: "
+        f"{expected.speed:.1f} tokens/s expected, {found.speed:.1f} measured"
+    )

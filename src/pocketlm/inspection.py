@@ -16,8 +16,9 @@ from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
-from pocketlm.proof import SPEED_WORKER, measure_models, original_file
+from pocketlm.proof import measure_models, original_file
 from pocketlm.run.engine import Engine
+from pocketlm.run.speed import WORKER
 from pocketlm.stages import Progress, silent
 
 
@@ -139,7 +140,7 @@ def bench(
         generate: Tokens to generate.
         repeat: Measurements per process, of which there are three per file.
     """
-    return measure_speed(files, SPEED_WORKER, threads=threads, prompt=prompt, generate=generate, repeat=repeat)
+    return measure_speed(files, WORKER, threads=threads, prompt=prompt, generate=generate, repeat=repeat)
 
 
 def doctor() -> dict[str, object]:

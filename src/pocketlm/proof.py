@@ -1,6 +1,5 @@
 """The proof of a run: the exported file beside the original and the obvious simpler choice, in the real engine."""
 
-import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +23,11 @@ from pocketlm.report.content import Answer
 from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
+from pocketlm.run.speed import WORKER
 from pocketlm.stages import Compressed, Progress, Texts
 from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.tensors.divergence import kl_divergence
 
-SPEED_WORKER = (sys.executable, "-m", "pocketlm.run.speed")
 PROMPTS = (
     "What is the capital of France?",
     "Write two sentences about the sea.",
@@ -297,7 +296,7 @@ def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> 
     prompt = texts.test.windows.shape[1] // 2
     speeds = measure_speed(
         [files[role] for role in roles],
-        SPEED_WORKER,
+        WORKER,
         prompt=prompt,
         generate=min(48, prompt),
         repeat=2,

@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocketlm.cache import Finished, stage, unfinished
+from pocketlm.measure.device import machine
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.respelling import Respeller, Spelling
@@ -37,9 +39,10 @@ from pocketlm.model.text import (
 from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
+from pocketlm.plan.footprint import Costs, Footprint, measure_costs
 from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
 from pocketlm.plan.search import Damages, Plan
-from pocketlm.plan.sizes import Shape
+from pocketlm.plan.sizes import Shape, Sizes
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prepare import Prepare, prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
@@ -144,6 +147,15 @@ def _windows(
     return {part: pack_windows(documents[part], tokenizer, limit, length) for part, limit in limits.items()}
 
 
+def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
+    """Return what each format costs in the engine on this machine; measured once per model and context."""
+    here = machine()
+    inputs = {"model": model.origin.sha256, "cpu": here.cpu, "engine": here.engine, "context": context}
+    inputs |= {"threads": torch.get_num_threads()}
+    done = stage("costs", inputs, lambda folder: asdict(measure_costs(model, sizes, context, progress)))
+    return Costs(**done.facts)
+
+
 def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
     """Return the recipe for a budget; the same question is answered from the cache."""
     of_text = {"model": model.origin.sha256, **texts.sha256}
@@ -167,6 +179,7 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
                 "shape": Shape(**plan["shape"]),
                 "drop": tuple(plan["drop"]),
                 "units": {unit: tuple(choice) for unit, choice in plan["units"].items()},
+                "footprint": plan["footprint"] and Footprint(**plan["footprint"]),
             }
         ),
         Damages(

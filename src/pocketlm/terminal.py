@@ -76,6 +76,12 @@ def plan_lines(planned: Planned) -> list[str]:
         f"budget     {planned.budget.text}: {planned.budget.bytes:,} bytes",
         f"predicted  {planned.predicted_bytes:,} bytes ({say_bytes(planned.predicted_bytes)}, powers of 1000)",
     ]
+    if planned.footprint:
+        found = planned.footprint
+        lines.append(
+            f"running    {say_bytes(found.memory)} of memory at {planned.budget.context:,} tokens of context, "
+            f"{found.speed:.1f} tokens/s (its layout, measured here); {planned.binding} binds"
+        )
     if planned.plan:
         before, after = planned.sizes.original, planned.plan.shape
         lines += [

@@ -5,13 +5,14 @@ bytes and measured damages. Choosing one option per unit is a multiple-choice kn
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.gguf_file import padded, tensor_bytes
+from pocketlm.plan.footprint import Costs
 from pocketlm.plan.sizes import Shape, Sizes
 from pocketlm.steps.quantize import format_name
 from pocketlm.tensors.formats import FORMATS
@@ -25,31 +26,46 @@ class Option:
         format: Its name.
         bytes: Of all the unit's tensors in the file.
         damage: Expected KL in nats per token of storing this unit alone in the format.
+        memory: Bytes that it takes in the engine.
+        seconds: That it takes per generated token.
     """
 
     format: str
     bytes: int
     damage: float
+    memory: float = 0.0
+    seconds: float = 0.0
 
 
-def solve(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]:
-    """Return one option per unit: the least total damage whose bytes fit the budget.
+@dataclass(frozen=True)
+class Limits:
+    """What all units together may take, in what `Option` counts."""
+
+    bytes: int
+    memory: float = np.inf
+    seconds: float = np.inf
+
+
+def solve(options: Mapping[str, list[Option]], limits: Limits) -> dict[str, Option]:
+    """Return one option per unit: the least total damage within the limits.
 
     Args:
         options: By unit.
-        budget: Bytes for all units together.
+        limits: Of all units together.
 
     Raises:
-        ImpossibleBudgetError: Even the smallest options do not fit.
+        ImpossibleBudgetError: Nothing fits.
     """
+    budget, running = limits.bytes, [kind for kind in ("memory", "seconds") if np.isfinite(getattr(limits, kind))]
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 
     least = sum(min(option.bytes for option in choices) for choices in options.values())
     if least > budget:
         raise ImpossibleBudgetError(f"The tensors need {least:,} bytes at least, {budget:,} are left for them")
-    flat = [(unit, option) for unit, choices in options.items() for option in worthwhile(choices)]
-    smallest = {unit: worthwhile(choices)[0] for unit, choices in options.items()}
+    options = {unit: worthwhile(choices, running) for unit, choices in options.items()}
+    flat = [(unit, option) for unit, choices in options.items() for option in choices]
+    smallest = {unit: choices[0] for unit, choices in options.items()}
     rows = {unit: row for row, unit in enumerate(options)}
     one_each = csr_matrix(
         (np.ones(len(flat)), ([rows[unit] for unit, _ in flat], range(len(flat)))), (len(rows), len(flat))
@@ -57,15 +73,22 @@ def solve(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]
     extra = np.array([option.bytes - smallest[unit].bytes for unit, option in flat], dtype=float)
     damages = np.array([option.damage for _, option in flat])
     slack = budget - sum(option.bytes for option in smallest.values())
+    others = []
+    for kind in running:
+        costs, most = np.array([getattr(option, kind) for _, option in flat]), getattr(limits, kind)
+        if most <= 0 or sum(min(getattr(option, kind) for option in choices) for choices in options.values()) > most:
+            raise ImpossibleBudgetError(f"Even the options that need least {kind} need more than there is")
+        others.append(LinearConstraint(costs[None] / most, -np.inf, 1))
     limit = slack
-    while limit > 0:
+    while limit > 0 or (others and limit == 0):
         found = milp(
             damages / max(damages.max(), 1e-30),
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(extra[None] / slack, -np.inf, limit / slack),
+                LinearConstraint(extra[None] / max(slack, 1), -np.inf, limit / max(slack, 1)),
+                *others,
             ],
             options={"mip_rel_gap": 1e-4, "time_limit": 20},
         )
@@ -76,20 +99,29 @@ def solve(options: Mapping[str, list[Option]], budget: int) -> dict[str, Option]
         if over <= 0:
             return {unit: option for (unit, option), chosen in zip(flat, taken, strict=True) if chosen}
         limit -= over  # HiGHS may miss a bound by a millionth of it; the file may not
+    if others:
+        raise ImpossibleBudgetError("No mix of formats keeps to bytes, memory and time at once")
     return smallest
 
 
-def worthwhile(options: list[Option]) -> list[Option]:
-    """Return the options that no other one beats in both bytes and damage, smallest first."""
+def worthwhile(options: list[Option], running: Sequence[str] = ()) -> list[Option]:
+    """Return the options that no other one beats in bytes, damage and what else counts, smallest first."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda option: (option.bytes, option.damage)):
-        if not kept or option.damage < kept[-1].damage:
+        if not any(
+            other.damage <= option.damage and all(getattr(other, kind) <= getattr(option, kind) for kind in running)
+            for other in kept
+        ):
             kept.append(option)
     return kept
 
 
 def unit_options(
-    sizes: Sizes, shape: Shape, damages: Mapping[str, Mapping[str, float]], fixed: Mapping[str, str]
+    sizes: Sizes,
+    shape: Shape,
+    damages: Mapping[str, Mapping[str, float]],
+    fixed: Mapping[str, str],
+    costs: Costs | None = None,
 ) -> tuple[int, dict[str, list[Option]]]:
     """Return the bytes of everything that is not in a unit, and the options of each unit.
 
@@ -98,6 +130,7 @@ def unit_options(
         shape: Which the model has when it is quantized.
         damages: By unit and format.
         fixed: Formats that a person has fixed, by group or pattern.
+        costs: Of formats in the engine; without, memory and time are 0.
     """
     options, shapes = {}, sizes.shapes_at(shape)
     for unit, names in sizes.units(shape).items():
@@ -111,7 +144,12 @@ def unit_options(
             only = wanted[names[0]]
             allowed = {only: damages[unit].get(only, 0.0)}
         options[unit] = [
-            Option(form, sum(padded(tensor_bytes(wanted[name] or form, shapes[name])) for name in names), damage)
+            Option(
+                form,
+                sum(padded(tensor_bytes(wanted[name] or form, shapes[name])) for name in names),
+                damage,
+                *(costs.of_tensors(sizes, shape, names, form) if costs else ()),
+            )
             for form, damage in allowed.items()
         ]
     everything = {name: options[unit][0].format for unit, names in sizes.units(shape).items() for name in names}
@@ -126,8 +164,13 @@ def by_group(options: Mapping[str, list[Option]]) -> dict[str, list[Option]]:
         group = groups.setdefault(unit.rpartition(".")[2], {})
         for option in choices:
             sofar = group.get(option.format, Option(option.format, 0, 0.0))
-            total = sofar.bytes + option.bytes, sofar.damage + option.damage
-            group[option.format] = Option(option.format, *total)
+            group[option.format] = Option(
+                option.format,
+                sofar.bytes + option.bytes,
+                sofar.damage + option.damage,
+                sofar.memory + option.memory,
+                sofar.seconds + option.seconds,
+            )
     return {group: list(formats.values()) for group, formats in groups.items()}
 
 

@@ -17,10 +17,16 @@ class Budget:
     Attributes:
         text: As the person wrote it.
         bytes: The file may have at most so many.
+        memory: Bytes that the model may add to a process while it runs; None for any.
+        speed: Tokens per second that it must generate on this machine; None for any.
+        context: Tokens of context that `memory` is for.
     """
 
     text: str
     bytes: int
+    memory: int | None = None
+    speed: float | None = None
+    context: int = 2048
 
 
 def parse_size(text: str, whole: int) -> Budget:
@@ -42,6 +48,18 @@ def parse_size(text: str, whole: int) -> Budget:
     if size < 1:
         raise BadInputError(f"The size `{text}` is nothing. Write it like 70MB, 0.5GiB or 40%")
     return Budget(text.strip(), int(size))
+
+
+def parse_speed(text: str) -> float:
+    """Read a speed such as `30tok/s` or `30`, in tokens per second.
+
+    Raises:
+        BadInputError: The text is not a positive speed.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(tok(ens)?/s)?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise BadInputError(f"Cannot read the speed `{text}`. Write it like 30tok/s")
+    return float(match[1])
 
 
 def parse_time(text: str) -> float:

@@ -2,12 +2,14 @@
 
 import copy
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
+from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import Tokens
-from pocketlm.plan.budget import Budget
+from pocketlm.plan.budget import Budget, say_bytes
+from pocketlm.plan.footprint import Costs, Footprint, measure_layout
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, width_damage
@@ -23,6 +25,7 @@ FORMAT_WINDOWS = 32  # of calibration text, from which the codes of every format
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
 HEAL_TOKENS = 12_288  # of distillation after pruning where the person gives no time
 TIMED_STEPS = 3
+TRIES = 4  # of a layout whose measured memory and speed keep to the budget, each aimed a little lower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Wanted:
     """What a person asks for.
 
     Attributes:
-        budget: Bytes of the file.
+        budget: What the device allows.
+        costs: Of formats in the engine, where the budget is about memory or speed.
         prune: Whether parts may be removed.
         fixed: Formats by group or pattern that are not up for choice.
         method: How codes are chosen.
@@ -40,6 +44,7 @@ class Wanted:
     """
 
     budget: Budget
+    costs: Costs | None = None
     prune: bool = True
     fixed: dict[str, str] = field(default_factory=dict)
     method: str = "gptaq"
@@ -73,8 +78,7 @@ def measure_damages(
     progress: Progress,
 ) -> Damages:
     """Add to the damages of formats those of pruning, where nearly free formats do not meet the budget."""
-    nearly_free = sizes.total(sizes.original, {group: sizes.middle(group) for group in sizes.group_names})
-    if not wanted.prune or nearly_free <= wanted.budget.bytes:
+    if not wanted.prune or _nearly_free_fits(sizes, wanted, sizes.original):
         return Damages((), {}, formats)
     windows = validation.first(JUDGING_WINDOWS)
     opinion = judge(model.network, windows)
@@ -87,17 +91,27 @@ def measure_damages(
         if widths
         else {}
     )
-    most = min(sizes.original.blocks - floor.blocks, _blocks_needed(sizes, wanted.budget))
+    most = _blocks_needed(sizes, wanted, sizes.original.blocks - floor.blocks)
     depth = depth_damage(model.network, windows, opinion, most, progress)
     return Damages(tuple(depth), width, formats)
 
 
-def _blocks_needed(sizes: Sizes, budget: Budget) -> int:
+def _nearly_free_fits(sizes: Sizes, wanted: Wanted, shape: Shape) -> bool:
+    formats, budget = {group: sizes.middle(group) for group in sizes.group_names}, wanted.budget
+    if sizes.total(shape, formats) > budget.bytes:
+        return False
+    if wanted.costs is None:
+        return True
+    memory, seconds = wanted.costs.of(sizes, shape, formats)
+    return memory <= (budget.memory or memory) and seconds * (budget.speed or 0) <= 1
+
+
+def _blocks_needed(sizes: Sizes, wanted: Wanted, most: int) -> int:
     """Return how many blocks would have to go if nothing else was done beyond nearly free formats."""
-    least = {group: sizes.middle(group) for group in sizes.group_names}
-    whole = sizes.total(sizes.original, least)
-    one = whole - sizes.total(Shape(sizes.original.blocks - 1, sizes.original.ffn), least)
-    return -(-(whole - budget.bytes) // one)
+    for gone in range(1, most):
+        if _nearly_free_fits(sizes, wanted, Shape(sizes.original.blocks - gone, sizes.original.ffn)):
+            return gone
+    return most
 
 
 def decide(
@@ -124,7 +138,7 @@ def decide(
     sizes = sizes_of(model)
     calibration, validation = texts
     damages = measure_damages(model, sizes, wanted, formats, calibration, validation, progress)
-    plan = choose(sizes, damages, wanted.budget, wanted.fixed)
+    plan = _chosen(model, sizes, damages, wanted)
     steps: list = []
     if plan.drop:
         steps.append(PruneDepth(drop=plan.drop))
@@ -137,6 +151,29 @@ def decide(
     if wanted.tune_seconds:
         steps.append(Tune(tokens=tokens_in(model, calibration, wanted.tune_seconds), seed=seed))
     return Decision(Recipe(steps=tuple(steps), seed=seed), plan, damages)
+
+
+def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted) -> Plan:
+    """Return the best plan whose layout, measured in the engine, keeps to the budget's memory and speed."""
+    asked, aimed = wanted.budget, wanted.budget
+    for _ in range(TRIES):
+        plan = choose(sizes, damages, aimed, wanted.fixed, wanted.costs)
+        if wanted.costs is None:
+            return plan
+        found = measure_layout(model, plan.shape, plan.formats, asked.context)
+        if _keeps_to(found, asked):
+            return replace(plan, footprint=found)
+        memory = aimed.memory and int(aimed.memory * min(1.0, asked.memory / found.memory) * 0.995)
+        speed = aimed.speed and aimed.speed * max(1.0, asked.speed / found.speed) * 1.005
+        aimed = replace(aimed, memory=memory, speed=speed)
+    raise ImpossibleBudgetError(
+        f"{asked.text} cannot be met with what was measured: the nearest layout takes {say_bytes(found.memory)} of "
+        f"memory and writes {found.speed:.1f} tokens/s. On a busy machine speed is noise: try again, or ask for less"
+    )
+
+
+def _keeps_to(found: Footprint, budget: Budget) -> bool:
+    return found.memory <= (budget.memory or found.memory) and found.speed >= (budget.speed or 0)
 
 
 def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, seed: int) -> Recipe:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocketlm.errors import ImpossibleBudgetError
-from pocketlm.plan.allocation import Option, as_formats, by_group, solve, unit_options
+from pocketlm.plan.allocation import Limits, Option, as_formats, by_group, solve, unit_options
 from pocketlm.plan.budget import Budget, say_bytes
+from pocketlm.plan.footprint import Costs, Footprint
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, smallest_shape
 
 
@@ -38,6 +39,7 @@ class Plan:
         bytes: Exact bytes of the file.
         damage: Expected KL in nats per token: no recovery, damages added up.
         units: Format, bytes and expected KL of each unit.
+        footprint: Memory and speed of its layout, measured, where the budget is about them.
     """
 
     shape: Shape
@@ -46,6 +48,7 @@ class Plan:
     bytes: int
     damage: float
     units: dict[str, tuple[str, int, float]]
+    footprint: Footprint | None = None
 
 
 def check_budget(sizes: Sizes, budget: Budget, prune: bool = True) -> None:
@@ -60,6 +63,26 @@ def check_budget(sizes: Sizes, budget: Budget, prune: bool = True) -> None:
             f"{budget.text} ({budget.bytes:,} bytes) cannot be met: files of this model go from "
             f"{say_bytes(least)} ({least:,} bytes) to {say_bytes(most)}. "
             f"The smallest change that fits: --size {math.ceil(least / 1e4) / 100:.2f}MB"
+        )
+
+
+def check_running(sizes: Sizes, budget: Budget, costs: Costs, prune: bool = True) -> None:
+    """Refuse memory or speed that no plan meets, with the range that can be met.
+
+    Raises:
+        ImpossibleBudgetError: The budget cannot be met.
+    """
+    memory, seconds = costs.least(sizes, smallest_shape(sizes) if prune else sizes.original)
+    if budget.memory and memory > budget.memory:
+        raise ImpossibleBudgetError(
+            f"{say_bytes(budget.memory)} of memory cannot be met: with {costs.context:,} tokens of context this model "
+            f"needs {say_bytes(memory)} at least, of which {say_bytes(costs.base)} are no weights. The smallest change "
+            f"that fits: --ram {math.ceil(memory / 1e6)}MB, or a smaller --context"
+        )
+    if budget.speed and budget.speed > 1 / seconds:
+        raise ImpossibleBudgetError(
+            f"{budget.speed:g} tokens/s cannot be met: on this machine this model reaches {1 / seconds:.1f} at most. "
+            f"The smallest change that fits: --speed {math.floor(1 / seconds)}"
         )
 
 
@@ -83,7 +106,13 @@ def shape_damage(sizes: Sizes, damages: Damages, shape: Shape) -> float:
     return depth + float(np.interp(shape.ffn, widths, roots)) ** 2
 
 
-def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, str] | None = None) -> Plan:
+def choose(
+    sizes: Sizes,
+    damages: Damages,
+    budget: Budget,
+    fixed: Mapping[str, str] | None = None,
+    costs: Costs | None = None,
+) -> Plan:
     """Return the shape and formats with the least expected damage among all that fit the budget.
 
     Every shape is tried with its best mix of formats per group; then the best shape's mix is solved tensor by tensor.
@@ -94,6 +123,7 @@ def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, s
         damages: What was measured; shapes need damages of depth or width.
         budget: Bytes of the file.
         fixed: Formats by group or pattern that a person has fixed.
+        costs: Of formats in the engine, where the budget is about memory or speed.
 
     Raises:
         ImpossibleBudgetError: Nothing fits.
@@ -103,9 +133,9 @@ def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, s
     for shape in candidate_shapes(sizes, len(damages.depth)):
         if shape.ffn < narrowest:
             continue
-        base, options = _options(sizes, damages, shape, fixed)
+        base, options = _options(sizes, damages, shape, fixed, costs)
         try:
-            mix = solve(by_group(options), budget.bytes - base)
+            mix = solve(by_group(options), _limits(budget, base, costs))
         except ImpossibleBudgetError:
             continue
         total = shape_damage(sizes, damages, shape) + sum(option.damage for option in mix.values())
@@ -113,11 +143,11 @@ def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, s
             best = total, shape
     if best is None:
         raise ImpossibleBudgetError(
-            f"{budget.text} cannot be met with what was measured and fixed. Try a larger --size, or fix fewer tensors"
+            f"{budget.text} cannot be met with what was measured and fixed. Try a larger budget, or fix fewer tensors"
         )
     shape = best[1]
-    base, options = _options(sizes, damages, shape, fixed)
-    chosen = solve(options, budget.bytes - base)
+    base, options = _options(sizes, damages, shape, fixed, costs)
+    chosen = solve(options, _limits(budget, base, costs))
     return Plan(
         shape=shape,
         drop=_dropped(sizes, damages, shape),
@@ -128,13 +158,22 @@ def choose(sizes: Sizes, damages: Damages, budget: Budget, fixed: Mapping[str, s
     )
 
 
+def _limits(budget: Budget, base: int, costs: Costs | None) -> Limits:
+    memory, seconds = math.inf, math.inf
+    if costs and budget.memory:
+        memory = budget.memory - costs.base
+    if costs and budget.speed:
+        seconds = 1 / budget.speed
+    return Limits(budget.bytes - base, memory, seconds)
+
+
 def _dropped(sizes: Sizes, damages: Damages, shape: Shape) -> tuple[int, ...]:
     count = sizes.original.blocks - shape.blocks
     return tuple(sorted(block for block, _ in damages.depth[:count]))
 
 
 def _options(
-    sizes: Sizes, damages: Damages, shape: Shape, fixed: Mapping[str, str] | None
+    sizes: Sizes, damages: Damages, shape: Shape, fixed: Mapping[str, str] | None, costs: Costs | None
 ) -> tuple[int, dict[str, list[Option]]]:
     """Return `unit_options` at a shape, whose blocks are the kept ones of the original in order."""
     dropped = _dropped(sizes, damages, shape)
@@ -145,4 +184,4 @@ def _options(
         block, dot, group = unit.rpartition(".")
         if not dot or block in renumbered:
             formats[f"{renumbered[block]}.{group}" if dot else unit] = by_format
-    return unit_options(sizes, shape, formats, fixed or {})
+    return unit_options(sizes, shape, formats, fixed or {}, costs)

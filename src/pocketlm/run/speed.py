@@ -16,6 +16,7 @@ from pathlib import Path
 from pocketlm.errors import PocketlmError
 from pocketlm.run.engine import Engine
 
+WORKER = (sys.executable, "-m", "pocketlm.run.speed")
 _POWER_ZONES = Path("/sys/class/powercap")
 _RANDOM_SEED = 0
 
@@ -48,7 +49,7 @@ class Timings:
     memory_before_bytes: int
 
 
-def time_file(path: Path, threads: int, prompt: int, generate: int, repeat: int) -> Timings:
+def time_file(path: Path, threads: int, prompt: int, generate: int, repeat: int, context: int = 0) -> Timings:
     """Load `path` and time it, after one warm-up.
 
     Args:
@@ -57,13 +58,14 @@ def time_file(path: Path, threads: int, prompt: int, generate: int, repeat: int)
         prompt: Tokens to read.
         generate: Tokens to generate after them.
         repeat: How many times.
+        context: Tokens to make room for; those of prompt and answer where fewer are given.
 
     Raises:
         BadInputError: The engine cannot load the file.
     """
     memory_before = _memory("VmRSS")
     start = time.perf_counter()
-    with Engine(path, threads=threads, context=prompt + generate) as engine:
+    with Engine(path, threads=threads, context=max(context, prompt + generate)) as engine:
         load_seconds = time.perf_counter() - start
         draw = random.Random(_RANDOM_SEED)
         tokens = [draw.randrange(engine.vocabulary_size) for _ in range(prompt)]
@@ -138,14 +140,15 @@ def _memory(field: str) -> int:
 def main() -> None:
     """Measure the file on the command line and print the timings as JSON; errors go to stderr."""
     parser = argparse.ArgumentParser(prog="pocketlm.run.speed")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("path", metavar="file", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--context", type=int, default=0)
     options = parser.parse_args()
     try:
-        timings = time_file(options.file, options.threads, options.prompt, options.generate, options.repeat)
+        timings = time_file(**vars(options))
     except PocketlmError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None

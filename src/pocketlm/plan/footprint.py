@@ -1,0 +1,190 @@
+"""Memory and time that a layout takes in the engine on this machine: measured on files of that very layout, all zeros.
+
+What a format costs while running does not follow from its bytes: llama.cpp keeps some types in memory twice, rearranged
+for its kernels, and 2-bit types are slow on x86. A file of zeros has the shapes and types of one that does not
+exist yet, is written in a moment, and the engine treats it alike.
+"""
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.device import measure_speed
+from pocketlm.model.anatomy import anatomy_of
+from pocketlm.model.gguf_layout import gguf_part
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.plan.sensitivity import Progress
+from pocketlm.plan.sizes import Shape, Sizes, sizes_of
+from pocketlm.run.speed import WORKER
+from pocketlm.steps.quantize import format_name
+from pocketlm.tensors.formats import FORMATS, Packed
+
+PROMPT, GENERATED = 256, 32  # tokens; memory peaks while a batch of prompt is read
+ROUNDS = 3  # of a layout that was chosen; each format alone is measured once
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each format costs in the engine here.
+
+    Attributes:
+        context: Tokens of context that memory is for.
+        base: Bytes of everything that is no matrix: cache of keys and values, buffers.
+        memory: Resident bytes per weight, by format.
+        seconds: Per weight and generated token, by format; what is no matrix is spread over them.
+    """
+
+    context: int
+    base: float
+    memory: dict[str, float]
+    seconds: dict[str, float]
+
+    def of(self, sizes: Sizes, shape: Shape, formats: Mapping[str, str]) -> tuple[float, float]:
+        """Return bytes of memory and seconds per token that a layout should take; `formats` by group or pattern."""
+        memory, seconds = self.base, 0.0
+        for name, (group, _) in sizes.tensors(shape).items():
+            more = self.of_tensors(sizes, shape, [name], format_name(formats, name, group))
+            memory, seconds = memory + more[0], seconds + more[1]
+        return memory, seconds
+
+    def of_tensors(self, sizes: Sizes, shape: Shape, names: list[str], form: str) -> tuple[float, float]:
+        """Return bytes of memory and seconds per token of some tensors in one format."""
+        shapes = sizes.shapes_at(shape)
+        weights = sum(prod(shapes[name]) for name in names)
+        computed = sum(prod(shapes[name]) for name in names if _multiplied(sizes, name))
+        return weights * self.memory[form], computed * self.seconds[form]
+
+    def least(self, sizes: Sizes, shape: Shape) -> tuple[float, float]:
+        """Return the least memory and the least seconds per token that any mix of formats takes."""
+        best = []
+        for kind in (self.memory, self.seconds):
+            formats = {group: min(sizes.allowed(group, shape), key=kind.__getitem__) for group in sizes.group_names}
+            best.append(self.of(sizes, shape, formats))
+        return best[0][0], best[1][1]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a layout takes in the engine here.
+
+    Attributes:
+        memory: Bytes that the model adds to a process at its peak.
+        speed: Tokens generated per second.
+    """
+
+    memory: int
+    speed: float
+
+
+def measure_costs(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
+    """Return what each format costs here, from one hollow file per format."""
+    names = sorted({name for group in sizes.group_names for name in sizes.allowed(group)} | {"F16"})
+    weights, times, memories = [], [], []
+    for done, name in enumerate(names):
+        formats = {group: name if name in (*sizes.allowed(group), "F16") else "F16" for group in sizes.group_names}
+        found = measure_layout(model, sizes.original, formats, context, rounds=1)
+        shares = dict.fromkeys(names, 0)
+        computed = dict.fromkeys(names, 0)
+        for tensor, group in sizes.groups.items():
+            shares[formats[group]] += prod(sizes.shapes[tensor])
+            computed[formats[group]] += prod(sizes.shapes[tensor]) * _multiplied(sizes, tensor)
+        weights.append((list(shares.values()), list(computed.values())))
+        times.append(1 / found.speed)
+        memories.append(found.memory)
+        progress("memory and speed of number formats", done + 1, len(names))
+    plain = names.index("F16")
+    base = max(0.0, memories[plain] - 2.0 * sum(weights[plain][0]))  # F16 is mapped from the file as it is
+    return Costs(
+        context=context,
+        base=base,
+        memory=_per_weight(names, [row for row, _ in weights], [memory - base for memory in memories]),
+        seconds=_per_weight(names, [row for _, row in weights], times),
+    )
+
+
+def _per_weight(names: list[str], weights: list[list[int]], totals: list[float]) -> dict[str, float]:
+    """Solve for each format's cost per weight, none below zero, given files that have some of several."""
+    from scipy.optimize import nnls
+
+    scale = np.max(weights)
+    costs, _ = nnls(np.array(weights) / scale, np.array(totals))
+    return dict(zip(names, (costs / scale).tolist(), strict=True))
+
+
+def measure_layout(
+    model: LanguageModel, shape: Shape, formats: Mapping[str, str], context: int, rounds: int = ROUNDS
+) -> Footprint:
+    """Return what a layout takes in the engine, from a hollow file of it.
+
+    Args:
+        model: Whose tokenizer and family the file has.
+        shape: Blocks and FFN channels.
+        formats: By group or pattern, as in `Quantize`.
+        context: Tokens.
+        rounds: Processes to measure in.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "hollow.gguf"
+        write_hollow(model, shape, formats, path)
+        return measure_file(path, context, rounds)
+
+
+def measure_file(path: Path, context: int, rounds: int = ROUNDS) -> Footprint:
+    """Return what a file takes in the engine, with room for a context in tokens."""
+    generate = min(GENERATED, context - 1)
+    prompt = min(PROMPT, context - generate)
+    worker = (*WORKER, f"--context={context}")
+    speeds = measure_speed([path], worker, prompt=prompt, generate=generate, repeat=1, rounds=rounds)
+    return Footprint(int(speeds.files[0].memory_bytes.median), speeds.files[0].decode.median)
+
+
+def write_hollow(model: LanguageModel, shape: Shape, formats: Mapping[str, str], path: Path) -> None:
+    """Write a GGUF file of zeros with a shape and formats by group or pattern."""
+    hollow = replace(model, network=_without_weights(model, shape))
+    groups, packed = sizes_of(model).groups, {}
+    for name, parameter in hollow.network.named_parameters():
+        form = format_name(formats, name, groups[name]) if name in groups else None
+        if form in FORMATS:
+            kind, (rows, columns) = FORMATS[form], _rows_and_columns(hollow, name, parameter)
+            row = torch.zeros(1, columns // kind.block * kind.block_bytes, dtype=torch.uint8)
+            packed[name] = Packed(kind, row.expand(rows, -1), (rows, columns))
+    write_gguf(hollow, packed, path)
+
+
+def _rows_and_columns(model: LanguageModel, name: str, parameter: nn.Parameter) -> tuple[int, int]:
+    rows, columns = parameter.shape
+    return (columns, rows) if gguf_part(model.family, name)[1] == "transposed" else (rows, columns)
+
+
+def _without_weights(model: LanguageModel, shape: Shape) -> nn.Module:
+    """Return a network of another shape whose zeros take no memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.network.config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name.startswith("layer"):
+            setattr(config, name, value[: shape.blocks])
+    config.num_hidden_layers = shape.blocks
+    setattr(config, anatomy_of(model.network).ffn_width, shape.ffn)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    network.generation_config = model.network.generation_config
+    zeros: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            hollow = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
+            setattr(module, name, zeros.setdefault(id(parameter), hollow))  # a tied head stays tied
+    return network
+
+
+def _multiplied(sizes: Sizes, name: str) -> bool:
+    """Whether all of a matrix is read for each token: not an embedding that is only looked up."""
+    return sizes.tied or name != sizes.embedding

@@ -1,0 +1,108 @@
+"""Budgets of memory and speed: hollow files are of the layout they stand for, and plans keep to what was measured."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.command_line import pocketlm
+from tests.conftest import Tiny
+from tests.tiny import FAMILIES, tiny_folder
+
+from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.model.gguf_file import read_gguf
+from pocketlm.plan.budget import Budget, parse_speed
+from pocketlm.plan.footprint import Costs, write_hollow
+from pocketlm.plan.search import Damages, check_running, choose
+from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.run.engine import Engine
+from pocketlm.stages import costs_here, silent
+from pocketlm.tensors.formats import FORMATS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hollow_file_has_the_bytes_and_types_of_what_it_stands_for_and_runs(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    sizes = sizes_of(model)
+    shape = Shape(sizes.original.blocks - sizes.anatomy.uniform_blocks, sizes.original.ffn - 32)
+    name = next(name for name, group in sizes.groups.items() if group == "ffn_in")
+    formats = dict.fromkeys(sizes.group_names, "Q4_0") | {"embedding": "Q8_0", name: "F16"}
+    path = tmp_path / "hollow.gguf"
+    write_hollow(model, shape, formats, path)
+    assert path.stat().st_size == sizes.total(shape, formats)
+    types = {tensor.type for tensor in read_gguf(path).tensors.values()}
+    assert types >= {"Q4_0", "Q8_0", "F16", "F32"}
+    with Engine(path, context=64) as engine:
+        assert engine.logits([1, 2, 3]).isfinite().all()
+
+
+def random_costs(seed: int) -> Costs:
+    draws = torch.rand(2, len(FORMATS) + 1, generator=torch.Generator().manual_seed(seed)).tolist()
+    names = [*FORMATS, "F16"]
+    return Costs(512, 1000.0, *({name: 0.5 + value for name, value in zip(names, row, strict=True)} for row in draws))
+
+
+def test_a_plan_keeps_to_memory_and_speed_as_measured(tiny_model: Tiny):
+    sizes, names = sizes_of(tiny_model("llama")), ("Q4_0", "Q5_0", "Q8_0")
+    by_format = {name: 1 / FORMATS[name].bits for name in names}
+    damages = Damages((), {}, dict.fromkeys(sizes.units(sizes.original), by_format))
+    costs = random_costs(0)
+    free = choose(sizes, damages, Budget("b", 10**9), costs=costs)
+    assert {form for form, *_ in free.units.values()} == {"Q8_0"}
+    uniform = [costs.of(sizes, sizes.original, dict.fromkeys(sizes.group_names, name)) for name in names]
+    (memory, seconds), least = uniform[-1], [min(each[i] for each in uniform) for i in (0, 1)]
+    limited = Budget("b", 10**9, memory=int((memory + least[0]) / 2) + 1, speed=2 / (seconds + least[1]))
+    plan = choose(sizes, damages, limited, costs=costs)
+    found = costs.of(sizes, sizes.original, plan.formats)
+    assert found[0] <= limited.memory
+    assert found[1] <= 1 / limited.speed * (1 + 1e-6)
+    assert free.damage < plan.damage or (memory <= limited.memory and seconds <= 1 / limited.speed)
+    with pytest.raises(ImpossibleBudgetError):
+        choose(sizes, damages, replace(limited, memory=int(least[0] * 0.9)), costs=costs)
+
+
+def test_what_no_layout_reaches_is_refused_with_what_would_do(tiny_model: Tiny):
+    sizes = sizes_of(tiny_model("llama"))
+    costs = random_costs(1)
+    memory, seconds = costs.least(sizes, sizes.original)
+    check_running(sizes, Budget("b", 0, memory=int(memory) + 1, speed=0.999 / seconds), costs, prune=False)
+    with pytest.raises(ImpossibleBudgetError, match=r"of memory cannot be met.*--ram"):
+        check_running(sizes, Budget("b", 0, memory=int(memory * 0.99)), costs, prune=False)
+    with pytest.raises(ImpossibleBudgetError, match=r"tokens/s cannot be met.*--speed"):
+        check_running(sizes, Budget("b", 0, speed=1.01 / seconds), costs, prune=False)
+
+
+def test_speeds_are_read_as_people_write_them():
+    assert parse_speed("30tok/s") == parse_speed(" 30 ") == parse_speed("30 tokens/s") == 30
+    for wrong in ("fast", "0", "-3", "30MB", "tok/s"):
+        with pytest.raises(BadInputError, match="speed"):
+            parse_speed(wrong)
+
+
+@pytest.mark.slow
+def test_costs_are_measured_in_the_engine_once(tiny_model: Tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("pocketlm.plan.sizes.FORMATS", {name: FORMATS[name] for name in ("Q4_0", "Q8_0")})
+    model = tiny_model("llama")
+    costs = costs_here(model, sizes_of(model), 128, silent)
+    assert costs.memory.keys() == costs.seconds.keys() == {"F16", "Q4_0", "Q8_0"}
+    assert all(value >= 0 for value in (costs.base, *costs.memory.values(), *costs.seconds.values()))
+    monkeypatch.setattr("pocketlm.plan.footprint.measure_layout", None)
+    assert costs_here(model, sizes_of(model), 128, silent) == costs
+
+
+@pytest.mark.slow
+def test_the_command_refuses_at_once_and_fits_memory(tmp_path):
+    folder = tiny_folder("llama", tmp_path / "model")
+    refused = pocketlm("fit", folder, "--speed", "fast", "-o", tmp_path / "out", cache=tmp_path)
+    assert refused.returncode == 2
+    refused = pocketlm("fit", folder, "--ram", "1kB", "--context", 64, "-o", tmp_path / "out", cache=tmp_path)
+    assert refused.returncode == 3
+    assert "The smallest change that fits: --ram" in refused.stderr
+    done = pocketlm(
+        "fit", folder, "--ram", "1GB", "--context", 64, "-o", tmp_path / "out", "--heal", "0", "--json", cache=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    notes = " ".join(json.loads(done.stdout)["notes"])
+    assert "of memory at 64 tokens of context" in notes
+    assert "measured on the file" in notes
