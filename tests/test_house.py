@@ -23,7 +23,7 @@ ROWS = (
     ("proof",),
     ("artefact",),
     ("fit",),
-    ("integers", "pruning"),
+    ("integers", "pruning", "sweep"),
     ("distillation",),
     ("inspection", "terminal"),
     ("api", "exits"),

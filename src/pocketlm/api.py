@@ -15,6 +15,7 @@ from pocketlm.model.source import load
 from pocketlm.pruning import Prune, prune
 from pocketlm.run.chat import chat_loop as chat
 from pocketlm.steps.distil import Distil
+from pocketlm.sweep import sweep
 
 __all__ = [
     "Distil",
@@ -35,4 +36,5 @@ __all__ = [
     "prune",
     "quantize_integers",
     "save",
+    "sweep",
 ]

@@ -42,6 +42,9 @@ def fit(
         str | None, typer.Option(help="Time for distillation after pruning, such as 5m; 0 switches it off.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    sweep: Annotated[
+        str | None, typer.Option(help="Several sizes in one run: 40MB,60MB,80MB; the frontier of size and quality.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     json_output: Json = False,
@@ -54,7 +57,9 @@ def fit(
     from pocketlm import api
     from pocketlm.plan.budget import parse_time
 
-    if not (size or ram or speed or recipe):
+    if sweep and (size or recipe or dry_run):
+        raise BadInputError("--sweep has its own sizes and plans: leave out --size, --recipe and --dry-run")
+    if not (size or ram or speed or recipe or sweep):
         raise BadInputError("Give a budget with --size (such as 70MB), --ram or --speed, or a recipe with --recipe")
     job = api.Fit(
         model=model,
@@ -70,7 +75,10 @@ def fit(
         force=force,
         command=shlex.join(["pocketlm", *sys.argv[1:]]),
     )
-    _run(job, dry_run, json_output)
+    if sweep:
+        _sweep(job, tuple(part.strip() for part in sweep.split(",") if part.strip()), json_output)
+    else:
+        _run(job, dry_run, json_output)
 
 
 @app.command()
@@ -288,6 +296,7 @@ def clean(
 for command in (
     measuring_cli.inspect,
     measuring_cli.evaluate,
+    measuring_cli.diff,
     measuring_cli.bench,
     measuring_cli.doctor,
     serving_cli.serve,
@@ -317,6 +326,18 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
         _print(plan_lines(planned), planned.as_data(), json_output)
     else:
         _print(result_lines(report, job.out), to_dict(report), json_output)
+
+
+def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
+    """Fit several sizes and print the frontier."""
+    from pocketlm import api
+    from pocketlm.report.frontier import frontier_data, frontier_lines
+    from pocketlm.terminal import Screen, plan_lines
+
+    with Screen() as screen:
+        made = api.sweep(job, sizes, screen.progress, lambda planned: screen.say(plan_lines(planned)))
+    lines = [*frontier_lines(made.reports, made.refused), f"wrote {job.out}: open {job.out / 'frontier.html'}"]
+    _print(lines, frontier_data(made.reports) | {"refused": made.refused}, json_output)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -54,6 +54,28 @@ def evaluate(
         )
 
 
+def diff(
+    first: Annotated[Path, typer.Argument(help="A folder made by `fit`.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Lay two results side by side: shape, bytes and formats by part, quality, speed.
+
+    Example: pocketlm diff frontier/60MB frontier/80MB
+    """
+    from pocketlm.report.difference import cautions, differences
+    from pocketlm.report.write import read_report
+
+    reports = read_report(first), read_report(second)
+    rows, said = differences(*reports), cautions(*reports)
+    table = [("", first.name, second.name), *rows]
+    widths = [max(len(row[column]) for row in table) + 2 for column in (0, 1)]
+    lines = [f"{name:<{widths[0]}}{one:<{widths[1]}}{other}".rstrip() for name, one, other in table]
+    data = {"rows": [dict(zip(("measure", "first", "second"), row, strict=True)) for row in rows], "cautions": said}
+    print_result([*lines, *said], data, json_output)
+
+
 def bench(
     files: Annotated[list[Path], typer.Argument(help="GGUF files or folders made by `fit`; compared to the first.")],
     threads: Threads = None,

@@ -28,7 +28,7 @@ from pocketlm.steps.quantize import format_name
 from pocketlm.tensors.formats import FORMATS, Packed
 
 PROMPT, GENERATED = 256, 32  # tokens; memory peaks while a batch of prompt is read
-ROUNDS = 3  # of a layout that was chosen; each format alone is measured once
+FORMAT_ROUNDS, ROUNDS = 2, 3  # processes to measure a format in, and a layout that was chosen
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Footprint:
 
     Attributes:
         memory: Bytes that the model adds to a process at its peak.
-        speed: Tokens generated per second.
+        speed: Tokens generated per second, the best of some runs: other work on the machine only slows them.
     """
 
     memory: int
@@ -85,38 +85,48 @@ class Footprint:
 
 
 def measure_costs(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
-    """Return what each format costs here, from one hollow file per format."""
+    """Return what each format costs here, from one hollow file per format; groups that it does not fit take Q8_0."""
     names = sorted({name for group in sizes.group_names for name in sizes.allowed(group)} | {"F16"})
-    weights, times, memories = [], [], []
+    weights, computed, memories, times = [], [], [], []
     for done, name in enumerate(names):
-        formats = {group: name if name in (*sizes.allowed(group), "F16") else "F16" for group in sizes.group_names}
-        found = measure_layout(model, sizes.original, formats, context, rounds=1)
-        shares = dict.fromkeys(names, 0)
-        computed = dict.fromkeys(names, 0)
+        formats = {group: _instead(name, sizes.allowed(group)) for group in sizes.group_names}
+        found = measure_layout(model, sizes.original, formats, context, rounds=FORMAT_ROUNDS)
+        of_all, of_computed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         for tensor, group in sizes.groups.items():
-            shares[formats[group]] += prod(sizes.shapes[tensor])
-            computed[formats[group]] += prod(sizes.shapes[tensor]) * _multiplied(sizes, tensor)
-        weights.append((list(shares.values()), list(computed.values())))
-        times.append(1 / found.speed)
+            of_all[formats[group]] += prod(sizes.shapes[tensor])
+            of_computed[formats[group]] += prod(sizes.shapes[tensor]) * _multiplied(sizes, tensor)
+        weights.append(list(of_all.values()))
+        computed.append(list(of_computed.values()))
         memories.append(found.memory)
+        times.append(1 / found.speed)
         progress("memory and speed of number formats", done + 1, len(names))
     plain = names.index("F16")
-    base = max(0.0, memories[plain] - 2.0 * sum(weights[plain][0]))  # F16 is mapped from the file as it is
+    base = max(0.0, memories[plain] - 2.0 * sum(weights[plain]))  # F16 is mapped from the file as it is
+    at_least = [FORMATS[name].bits / 8 if name in FORMATS else 2.0 for name in names]
+    fastest = min(time / sum(row) for time, row in zip(times, computed, strict=True))
     return Costs(
         context=context,
         base=base,
-        memory=_per_weight(names, [row for row, _ in weights], [memory - base for memory in memories]),
-        seconds=_per_weight(names, [row for _, row in weights], times),
+        memory=_per_weight(names, weights, [memory - base for memory in memories], at_least),
+        # A format that fits few tensors is measured badly: noise must not make it free.
+        seconds=_per_weight(names, computed, times, [fastest / 2] * len(names)),
     )
 
 
-def _per_weight(names: list[str], weights: list[list[int]], totals: list[float]) -> dict[str, float]:
-    """Solve for each format's cost per weight, none below zero, given files that have some of several."""
-    from scipy.optimize import nnls
+def _instead(name: str, allowed: list[str]) -> str:
+    return next((form for form in (name, "Q8_0") if form in (*allowed, "F16")), "F16")
+
+
+def _per_weight(
+    names: list[str], weights: list[list[int]], totals: list[float], least: list[float]
+) -> dict[str, float]:
+    """Solve for each format's cost per weight, at least `least`, given files that have some of several."""
+    from scipy.optimize import lsq_linear
 
     scale = np.max(weights)
-    costs, _ = nnls(np.array(weights) / scale, np.array(totals))
-    return dict(zip(names, (costs / scale).tolist(), strict=True))
+    bounds = np.array(least) * scale
+    found = lsq_linear(np.array(weights) / scale, np.array(totals), (bounds * (1 - 1e-9), np.inf))
+    return dict(zip(names, (found.x / scale).tolist(), strict=True))
 
 
 def measure_layout(
@@ -143,7 +153,7 @@ def measure_file(path: Path, context: int, rounds: int = ROUNDS) -> Footprint:
     prompt = min(PROMPT, context - generate)
     worker = (*WORKER, f"--context={context}")
     speeds = measure_speed([path], worker, prompt=prompt, generate=generate, repeat=1, rounds=rounds)
-    return Footprint(int(speeds.files[0].memory_bytes.median), speeds.files[0].decode.median)
+    return Footprint(int(speeds.files[0].memory_bytes.median), max(speeds.files[0].decode.values))
 
 
 def write_hollow(model: LanguageModel, shape: Shape, formats: Mapping[str, str], path: Path) -> None:

@@ -143,6 +143,42 @@ def curve(points: Sequence[tuple[float, float]], title: str) -> Markup:
     return _picture(drawn, 144, title)
 
 
+def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]], title: str) -> Markup:
+    """Draw estimates over x with their intervals, a name beside each dot.
+
+    Args:
+        series: Class, and (x, estimate, name) of each point.
+        title: What is shown, for those who cannot see it.
+    """
+    points = [(kind, *point) for kind, each in series for point in each]
+    across = nice_ticks(min((x for _, x, *_ in points), default=0), max((x for _, x, *_ in points), default=1))
+    upwards = nice_ticks(
+        min((y.low for *_, y, _ in points), default=0), max((y.high for *_, y, _ in points), default=1)
+    )
+    height = 260
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        inside = (x - across[0]) / (across[-1] - across[0]), (y - upwards[0]) / (upwards[-1] - upwards[0])
+        return 8 + 84 * inside[0], height - 10 - (height - 20) * inside[1]
+
+    drawn = []
+    for tick in upwards:
+        y = place(across[0], tick)[1]
+        drawn.append(f'<line class="grid" x1="8%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        drawn.append(_small(0, "start", y + 4, _tick(tick, upwards)))
+    for kind, x, item, name in points:
+        left, middle = place(x, item.value)
+        ends = [place(x, end)[1] for end in (item.low, item.high)]
+        drawn.append(
+            f'<line class="error" x1="{left:.3f}%" x2="{left:.3f}%" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+            f'<circle class="{kind}" cx="{left:.3f}%" cy="{middle:.1f}" r="5"/>'
+        )
+        if kind == "compressed":
+            drawn.append(f'<text class="small halo" x="{left:.3f}%" dx="8" y="{middle - 6:.1f}">{escape(name)}</text>')
+    drawn += [_small(place(tick, upwards[0])[0], "middle", height + 12, _tick(tick, across)) for tick in across]
+    return _picture(drawn, height + 18, title)
+
+
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Return round, evenly spaced values that enclose `low` and `high`."""
     span = (high - low) or abs(high) or 1.0

@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from pocketlm.report.charts import columns, grid
-from pocketlm.report.pages import style
+from pocketlm.report.pages import page
 
 
 def choices_page(name: str, made: Any, damage: Sequence[tuple[int, float]]) -> str:
@@ -24,13 +24,7 @@ def choices_page(name: str, made: Any, damage: Sequence[tuple[int, float]]) -> s
     for cut in made.cuts:
         figures += _width(cut.details)
     body = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>" for title, picture in figures)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(name)}, pruned</title><style>{style()}</style></head>"
-        f'<body><main><h1>{escape(name)}, pruned</h1><div class="charts">{body}</div></main></body></html>\n'
-    )
+    return page(f"{name}, pruned", Markup('<div class="charts">{}</div>').format(Markup(body)))
 
 
 def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:

@@ -59,6 +59,17 @@ def render(template: str, **values: Any) -> str:
     )
 
 
+def page(title: str, body: Markup) -> str:
+    """Return a page of its own with the report's style: no script, and nothing from elsewhere."""
+    head = Markup(
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "<title>{}</title><style>{}</style>"
+    ).format(title, Markup(style()))
+    main = Markup("<main><h1>{}</h1>{}</main>").format(title, body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{main}</body></html>\n'
+
+
 def style() -> str:
     """Return the style sheet of the pages."""
     return (resources.files("pocketlm.report") / "templates" / "style.css").read_text(encoding="utf-8")

@@ -4,8 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from pocketlm.errors import BadInputError
 from pocketlm.report.card import model_card
-from pocketlm.report.content import Report, to_dict
+from pocketlm.report.content import Report, from_dict, to_dict
 from pocketlm.report.pages import html_page, markdown_page
 
 MANIFEST = "manifest.json"
@@ -29,7 +30,7 @@ def write_reports(report: Report, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        _replace(folder / name, text)
+        replace_text(folder / name, text)
 
 
 def write_manifest(folder: Path) -> None:
@@ -39,7 +40,25 @@ def write_manifest(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
             entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
-    _replace(folder / MANIFEST, json.dumps({"schema": 1, "files": entries}, indent=2) + "\n")
+    replace_text(folder / MANIFEST, json.dumps({"schema": 1, "files": entries}, indent=2) + "\n")
+
+
+def read_report(folder: Path) -> Report:
+    """Read the report of a folder made by `fit`.
+
+    Raises:
+        BadInputError: There is none, or it cannot be read.
+    """
+    path = folder / "report.json" if folder.is_dir() else folder
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadInputError(
+            f"There is no report at {path}: {error.strerror}. Name a folder that `pocketlm fit` made; two GGUF files "
+            "are compared by `pocketlm evaluate A --reference B` and `pocketlm bench A B`"
+        ) from error
+    except (ValueError, AttributeError) as error:
+        raise BadInputError(f"{path} is no report of pocketlm: {error}") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -48,7 +67,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     # Written beside and renamed, so that a cut run never leaves half a file under the final name.
     # A lone surrogate, which a broken model's tokenizer may yield, must not stop the report.
     beside = path.with_name(f".{path.name}.partial")

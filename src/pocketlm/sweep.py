@@ -1,0 +1,76 @@
+"""The frontier: one size after another from the same measurements, and the results beside each other."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.fit import Fit, Planned, fit
+from pocketlm.report.content import Report
+from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
+from pocketlm.report.write import read_report, replace_text
+from pocketlm.stages import Progress, silent
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What a sweep made.
+
+    Attributes:
+        reports: By the name of the folder, in the order of the sizes; each is a whole result of `fit`.
+        refused: Sizes that cannot be met, and why.
+    """
+
+    reports: dict[str, Report]
+    refused: dict[str, str]
+
+
+def sweep(
+    job: Fit,
+    sizes: tuple[str, ...],
+    progress: Progress = silent,
+    announce: Callable[[Planned], None] = lambda planned: None,
+) -> Frontier:
+    """Fit a model to several sizes, into a folder each under `job.out`, and write what that bought.
+
+    Text, statistics and measured damages are shared through the cache. A sweep that was stopped goes on: sizes whose
+    folder this very command made are not done again.
+
+    Args:
+        job: As for `fit`; its size is ignored.
+        sizes: Such as 50MB, 40%.
+        progress: Called as the work goes on.
+        announce: Called with each plan before it is run.
+
+    Raises:
+        BadInputError: No sizes are given, a size is no size, or the folder of one holds something else.
+        ImpossibleBudgetError: None of the sizes can be met.
+    """
+    if not sizes:
+        raise BadInputError("A sweep needs sizes, such as --sweep 40MB,60MB,80MB")
+    reports: dict[str, Report] = {}
+    refused: dict[str, str] = {}
+    for size in sizes:
+        folder = job.out / size.replace("%", "percent").replace(" ", "")
+        made = None if job.force else _made_before(folder, job.command)
+        try:
+            reports[folder.name] = made or fit(replace(job, size=size, out=folder), progress, announce)
+        except ImpossibleBudgetError as error:
+            refused[size] = str(error)
+    if not reports:
+        raise ImpossibleBudgetError(next(iter(refused.values())))
+    found = Frontier(reports, refused)
+    data = frontier_data(reports) | {"refused": refused, "command": job.command}
+    replace_text(job.out / "frontier.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    replace_text(job.out / "frontier.md", frontier_markdown(reports, refused))
+    replace_text(job.out / "frontier.html", frontier_page(reports, refused))
+    return found
+
+
+def _made_before(folder: Path, command: str) -> Report | None:
+    """Return the report of a folder that an earlier run of the same command finished."""
+    if not (folder / "report.json").is_file():
+        return None
+    report = read_report(folder)
+    return report if command and report.command == command else None
