@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.command_line import pocketlm
 from tests.serving import ENDLESS, serving, tiny_file
+from tests.tiny import tiny_tokenizer
 
 from pocketlm.errors import BadInputError
 from pocketlm.run.server.answers import confidence
@@ -51,6 +52,14 @@ def ask(server, **options):
 
 def text(answer):
     return answer.choices[0].message.content
+
+
+def test_an_empty_answer_of_the_larger_model_is_an_answer(folder, small, larger):
+    end = tiny_tokenizer("llama").convert_tokens_to_ids("<|im_end|>")
+    with escalating(small, f"{larger.address}/v1", 1.01, folder=folder) as server:
+        answer = ask(server, logit_bias={str(end): 100})
+    assert answer.pocketlm["answered_by"] == "large"
+    assert not text(answer)
 
 
 def test_an_unsure_answer_is_replaced_and_says_by_whom(folder, small, larger):

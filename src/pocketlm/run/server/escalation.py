@@ -76,7 +76,8 @@ async def ask_larger(body: dict, escalation: Escalation, session: aiohttp.Client
         answer = await response.json(content_type=None)
     try:
         (choice,) = answer["choices"]
-        if not isinstance(choice["message"].get("content") or choice["message"]["tool_calls"], str | list):
+        message = choice["message"]
+        if not isinstance(message.get("content"), str) and not isinstance(message.get("tool_calls"), list):
             raise TypeError
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError("The larger model's answer is no chat completion") from error
