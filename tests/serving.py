@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 
 import httpx
 from openai import OpenAI
@@ -36,6 +37,12 @@ class Running:
     process: subprocess.Popen
     address: str
     said: str
+    errors: IO[str]
+
+    def log(self) -> str:
+        """Return what the server has said on standard error."""
+        self.errors.seek(0)
+        return self.errors.read()
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=120)
@@ -69,7 +76,7 @@ def serving(file: Path, *arguments: object, cache: Path, **more: str) -> Iterato
                 code = process.wait()
                 log.seek(0)
                 raise RuntimeError(f"the server ended with {code}: {log.read()}")
-            yield Running(process, re.search(r"http://\S+", said)[0], said)
+            yield Running(process, re.search(r"http://\S+", said)[0], said, log)
         finally:
             process.terminate()
             try:

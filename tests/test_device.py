@@ -1,12 +1,15 @@
 """Speeds are measured in turns by real processes, and the machine is described truthfully."""
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.command_line import pocketlm
+from tests.serving import tiny_file
 
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
@@ -134,3 +137,17 @@ def test_the_machine_is_described(tmp_path):
     assert facts.memory_available_bytes is None or 0 < facts.memory_available_bytes <= facts.memory_bytes
     assert facts.disk_free_bytes > 0
     assert (facts.gpu is not None) == (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+@pytest.mark.slow
+def test_bench_measures_every_length_and_count_of_threads(tmp_path):
+    model = tiny_file(tmp_path, "small")
+    asked = ["--prompt", "8", "--prompt", "16", "--threads", "1", "--threads", "2", "--generate", "4", "--repeat", "1", "--json"]
+    done = pocketlm("bench", model, *asked, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(each["threads"], each["prompt"]) for each in found] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert all(each["files"][0]["decode"]["mean"] > 0 for each in found)
+    narrow = pocketlm("bench", model, "--cache", "q8_0", cache=tmp_path)
+    assert narrow.returncode != 0
+    assert "does not divide" in narrow.stderr

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
+from subprocess import PIPE
 
 import openai
 import pytest
@@ -19,6 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.command_line import command, environment, pocketlm
 from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
+from tests.tiny import tiny_folder
+
+from pocketlm.export.gguf import write_gguf
+from pocketlm.model.source import load
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 LAMP = {
@@ -550,3 +556,37 @@ def test_a_missing_package_names_the_line_that_installs_it(folder, model):
     )
     assert done.returncode == 6
     assert "pip install 'pocketlm[serve]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_threads_cache_and_batch_are_chosen_by_measuring(folder, model):
+    arguments = command("serve", model, "--port", 0, "--context", 256, "--auto")
+    process = subprocess.Popen(arguments, env=environment(folder), stdout=PIPE, stderr=PIPE, text=True)
+    try:
+        assert "http://" in process.stdout.readline()
+    finally:
+        process.terminate()
+    said = process.communicate(timeout=30)[1]
+    assert [line.split()[0] for line in said.splitlines()] == ["threads", "cache", "batch"]
+    assert re.search(r"^cache .*: (q8_0|f16)$", said, re.MULTILINE)
+    assert re.search(r"^batch .*: (128|512|2048)$", said, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_draft_changes_no_answer_and_is_used_only_where_it_helps(folder, model):
+    with serving(model, "--context", 512, cache=folder) as alone:
+        said = ask(alone.client()).choices[0].message.content
+    with serving(model, "--context", 512, "--draft", model, cache=folder) as drafting:
+        assert ask(drafting.client()).choices[0].message.content == said
+        log = drafting.log()
+    assert re.search(r"draft +[\d.]+ tokens/s alone, [\d.]+ with .* drafting: it (drafts|is not used)", log)
+    other = file_of_another_vocabulary(folder)
+    refused = pocketlm("serve", model, "--port", 0, "--draft", other, cache=folder)
+    assert refused.returncode == 2
+    assert "another vocabulary" in refused.stderr
+
+
+def file_of_another_vocabulary(folder):
+    path = folder / "other-vocabulary.gguf"
+    write_gguf(load(str(tiny_folder("qwen2", folder / "qwen2"))), {}, path)
+    return path

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,18 +130,32 @@ def evaluate_tasks(
 
 
 def bench(
-    files: list[Path], threads: int | None = None, prompt: int = 512, generate: int = 64, repeat: int = 3
-) -> Speeds:
+    files: list[Path],
+    threads: Sequence[int] = (),
+    prompts: Sequence[int] = (512,),
+    generate: int = 64,
+    repeat: int = 3,
+    cache: str = "f16",
+) -> list[Speeds]:
     """Measure load time, speed and memory of GGUF files in the engine, in turns; ratios are to the first.
 
     Args:
         files: GGUF files.
-        threads: CPU threads; one per core where None.
-        prompt: Tokens to read.
+        threads: CPU threads, each count measured; one per core where there is none.
+        prompts: Tokens to read, each length measured.
         generate: Tokens to generate.
         repeat: Measurements per process, of which there are three per file.
+        cache: How keys and values are stored: f16, q8_0 or q4_0.
+
+    Returns:
+        One result per count of threads and length of prompt, in that order.
     """
-    return measure_speed(files, WORKER, threads=threads, prompt=prompt, generate=generate, repeat=repeat)
+    worker = (*WORKER, f"--cache={cache}")
+    return [
+        measure_speed(files, worker, threads=count, prompt=prompt, generate=generate, repeat=repeat)
+        for count in threads or (None,)
+        for prompt in prompts
+    ]
 
 
 def doctor() -> dict[str, object]:

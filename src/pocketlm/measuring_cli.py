@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pocketlm.errors import BadInputError
-from pocketlm.options import Data, Debug, Json, Model, Threads, gguf_file, print_result
+from pocketlm.options import Data, Debug, Json, Model, gguf_file, print_result
 
 
 def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
@@ -78,19 +78,29 @@ def diff(
 
 def bench(
     files: Annotated[list[Path], typer.Argument(help="GGUF files or folders made by `fit`; compared to the first.")],
-    threads: Threads = None,
-    prompt: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 512,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="CPU threads; one per core if not given; repeatable.", min=1)
+    ] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Tokens to read, 512 by default; repeatable.", min=1)] = None,
     generate: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
     repeat: Annotated[int, typer.Option(help="Measurements per process.", min=1)] = 3,
+    cache: Annotated[
+        Literal["f16", "q8_0", "q4_0"], typer.Option(help="How keys and values are stored while it runs.")
+    ] = "f16",
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure load time, speed and memory of files in llama.cpp, in turns."""
+    """Measure load time, time to the first token, speed, memory and energy of files in llama.cpp, in turns.
+
+    Example: pocketlm bench p70 demo --prompt 64 --prompt 1024 --threads 1 --threads 2
+    """
     from pocketlm import api
     from pocketlm.terminal import speed_lines
 
-    speeds = api.bench([gguf_file(str(file)) for file in files], threads, prompt, generate, repeat)
-    print_result(speed_lines(speeds), asdict(speeds), json_output)
+    paths = [gguf_file(str(file)) for file in files]
+    measured = api.bench(paths, threads or (), prompt or (512,), generate, repeat, cache)
+    lines = [line for speeds in measured for line in (*speed_lines(speeds), "")]
+    print_result(lines[:-1], [asdict(speeds) for speeds in measured], json_output)
 
 
 def doctor(json_output: Json = False, debug: Debug = False) -> None:

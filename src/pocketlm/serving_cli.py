@@ -36,6 +36,12 @@ def serve(
     context: Context = None,
     threads: Threads = None,
     compare: Annotated[str | None, typer.Option(help="Another file to serve beside it, such as the original.")] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Measure first which threads, cache and batch serve best on this machine.")
+    ] = False,
+    draft: Annotated[
+        str | None, typer.Option(help="A small model of the same vocabulary that drafts, if measured to be faster.")
+    ] = None,
     escalate_to: Url = None,
     escalate_model: LargerModel = None,
     threshold: Annotated[
@@ -64,6 +70,8 @@ def serve(
             queue=queue,
             context=context,
             threads=threads,
+            auto=auto,
+            draft=None if draft is None else gguf_file(draft),
             escalation=_escalation(escalate_to, escalate_model, threshold, confidence, escalate_timeout),
         )
     )

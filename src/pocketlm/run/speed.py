@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pocketlm.errors import PocketlmError
 from pocketlm.run.engine import Engine
+from pocketlm.run.llamacpp import CACHE_TYPES
 
 WORKER = (sys.executable, "-m", "pocketlm.run.speed")
 _POWER_ZONES = Path("/sys/class/powercap")
@@ -49,7 +50,9 @@ class Timings:
     memory_before_bytes: int
 
 
-def time_file(path: Path, threads: int, prompt: int, generate: int, repeat: int, context: int = 0) -> Timings:
+def time_file(
+    path: Path, threads: int, prompt: int, generate: int, repeat: int, context: int = 0, cache: str = "f16"
+) -> Timings:
     """Load `path` and time it, after one warm-up.
 
     Args:
@@ -59,13 +62,14 @@ def time_file(path: Path, threads: int, prompt: int, generate: int, repeat: int,
         generate: Tokens to generate after them.
         repeat: How many times.
         context: Tokens to make room for; those of prompt and answer where fewer are given.
+        cache: How keys and values are stored: f16, q8_0 or q4_0.
 
     Raises:
         BadInputError: The engine cannot load the file.
     """
     memory_before = _memory("VmRSS")
     start = time.perf_counter()
-    with Engine(path, threads=threads, context=max(context, prompt + generate)) as engine:
+    with Engine(path, threads=threads, context=max(context, prompt + generate), cache=cache) as engine:
         load_seconds = time.perf_counter() - start
         draw = random.Random(_RANDOM_SEED)
         tokens = [draw.randrange(engine.vocabulary_size) for _ in range(prompt)]
@@ -146,6 +150,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--context", type=int, default=0)
+    parser.add_argument("--cache", choices=tuple(CACHE_TYPES), default="f16")
     options = parser.parse_args()
     try:
         timings = time_file(**vars(options))

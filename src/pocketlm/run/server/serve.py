@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ class Serve:
         context: Longest prompt and answer of one request in tokens; that of the model, at most 4096, if None.
         threads: CPU threads of each engine; its choice if None.
         escalation: When to ask a larger model; None for never.
+        auto: Whether threads, cache and batch are chosen by measuring before the server starts.
+        draft: A small file that drafts for `path` where that is measured to be faster.
     """
 
     path: Path
@@ -45,6 +47,8 @@ class Serve:
     context: int | None = None
     threads: int | None = None
     escalation: "Escalation | None" = None
+    auto: bool = False
+    draft: Path | None = None
 
 
 def serve(job: Serve) -> None:
@@ -78,7 +82,8 @@ async def _serve(job: Serve) -> None:
     from pocketlm.run.server.local import LocalModel
 
     listener = _listener(job.host, job.port)
-    models = [LocalModel(settings, job.queue) for settings in _engines(job)]
+    engines = await _measured(job, _engines(job))
+    models = [LocalModel(settings, job.queue) for settings in engines]
     service = Service(models, job.api_key, job.host in _LOOPBACK, job.escalation)
     stop, hurry = _signals()
     try:
@@ -114,6 +119,21 @@ def _engines(job: Serve) -> list[EngineSettings]:
         EngineSettings(str(path), name, key="", slots=job.slots, context=job.context, threads=job.threads)
         for path, name in zip(paths, names, strict=True)
     ]
+
+
+async def _measured(job: Serve, engines: list[EngineSettings]) -> list[EngineSettings]:
+    """Return the engines' settings with what measuring chose; what holds for the first holds for the one beside it."""
+    from pocketlm.run.server.tuning import drafted, tuned
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    if job.auto:
+        first = await tuned(engines[0], say)
+        engines = [replace(each, threads=first.threads, cache=first.cache, batch=first.batch) for each in engines]
+    if job.draft:
+        engines[0] = await drafted(engines[0], job.draft, say)
+    return engines
 
 
 def _name(path: Path) -> str:
