@@ -142,7 +142,7 @@ def test_the_machine_is_described(tmp_path):
 @pytest.mark.slow
 def test_bench_measures_every_length_and_count_of_threads(tmp_path):
     model = tiny_file(tmp_path, "small")
-    asked = ["--prompt", "8", "--prompt", "16", "--threads", "1", "--threads", "2", "--generate", "4", "--repeat", "1", "--json"]
+    asked = ["--prompt=8", "--prompt=16", "--threads=1", "--threads=2", "--generate=4", "--repeat=1", "--json"]
     done = pocketlm("bench", model, *asked, cache=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
