@@ -6,6 +6,7 @@ MODEL is a Hugging Face folder. Files are .jsonl of `prompt` and `answer`; clinc
 for both. First MODEL itself is fine-tuned on the task and becomes the teacher; then the student cut from it learns from
 teacher and answers, and the control, the same student on the same batches, from answers alone. Accuracy is the share of
 test prompts whose greedy answer is exactly right; the student is also stored at 4 to 5 bits and answers in llama.cpp.
+The untrained MODEL is told all answers there are, without examples and with some, and the likeliest of them counts.
 Everything finished or half trained is kept in pocketlm's cache. Writes a page (Markdown) and the same as JSON.
 """
 
@@ -25,6 +26,7 @@ from pocketlm.cache import stage
 from pocketlm.distillation import Distillation, distill
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine
+from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
@@ -57,6 +59,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--format", default="IQ4_NL", help="the student is stored in")
     parser.add_argument("--limit", type=int, help="test examples at most")
+    parser.add_argument("--prompted", type=int, default=300, help="of them are asked of the untrained model")
+    parser.add_argument("--shots", type=int, default=10, help="examples that the untrained model is shown")
     parser.add_argument("--seed", type=int, default=0)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{today}-distill-task.md")
@@ -88,6 +92,53 @@ def answers(model: LanguageModel, examples: list[Example]) -> list[str]:
         )
         said += [_text(tokenizer, row) for row in made[:, longest:]]
     return said
+
+
+@torch.no_grad()
+def prompted(model: LanguageModel, examples: list[Example], labels: list[str], shown: list[Example]) -> list[str]:
+    """Return the label that an untrained model finds likeliest for each example, by mean log-probability of its tokens.
+
+    All labels are read at once behind one prompt: each sees the prompt and itself, and no other.
+    """
+    tokenizer, network = model.tokenizer, model.network
+    told = f"Classify requests by their intent. The intents are: {', '.join(labels)}.\n\n"
+    told += "".join(f"{each.prompt}\n{each.answer}\n\n" for each in shown)
+    ends = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
+    flat = [token for end in ends for token in end]
+    owner = torch.tensor([place for place, end in enumerate(ends) for _ in end])
+    depth = torch.tensor([place for end in ends for place in range(len(end))])
+    within = (owner[:, None] == owner) & (depth[:, None] >= depth)
+    said = []
+    for example in examples:
+        prompt = encode_prompt(tokenizer, told + example.prompt)
+        count, total = len(prompt), len(prompt) + len(flat)
+        sees = torch.ones(total, total).tril().bool()
+        sees[count:, count:] = within
+        places = torch.cat([torch.arange(count), count + depth])
+        mask = torch.zeros(1, 1, total, total, dtype=network.dtype).masked_fill(~sees, torch.finfo(network.dtype).min)
+        with fast_forward(places.device):
+            logits = network(
+                input_ids=torch.tensor([prompt + flat]), attention_mask=mask, position_ids=places[None], use_cache=False
+            ).logits[0, count - 1 :]
+        chances = logits.float().log_softmax(-1)
+        # A label's first token follows the prompt's last, the others the token before them.
+        before = torch.where(depth == 0, 0, torch.arange(len(flat)))
+        each = chances[before, torch.tensor(flat)]
+        sums = torch.zeros(len(labels)).index_add_(0, owner, each)
+        said.append(labels[int((sums / torch.tensor([len(end) for end in ends])).argmax())])
+    return said
+
+
+def prompted_rows(model: LanguageModel, learnt: list[Example], test: list[Example], most: int) -> list[dict]:
+    """Return the accuracy of an untrained model that is told the labels, without examples and with `most`."""
+    rows, labels = [], sorted({example.answer for example in learnt})
+    for shots in (0, most):
+        shown = learnt[:: max(1, len(learnt) // max(1, shots))][:shots]
+        found = accuracy(prompted(model, test, labels, shown), test)
+        name = f"original, told the {len(labels)} answers, {shots} examples shown; {len(test)} asked"
+        rows.append({"model": name, "parameters": model.network.num_parameters(), "bytes": None, "accuracy": found})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def _text(tokenizer: object, row: Tensor) -> str:
@@ -166,6 +217,7 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     with Screen() as screen:
+        rows += prompted_rows(base, learnt, test[: args.prompted], args.shots)
         measured("original, asked as it is", args.model)
         how = Distil(learning_rate=args.teacher_rate, cross_entropy=1.0, **common)
         teacher = trained(args, args.model, args.model, how, task, screen) / "hf"
