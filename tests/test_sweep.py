@@ -1,64 +1,209 @@
-"""Several sizes in one run, and two results side by side, as a person calls them."""
+"""The sweep sees what the model sees: for every family its statistics are those of ordinary forward passes."""
 
-import json
-import re
+from collections import defaultdict
 
 import pytest
-from tests.command_line import pocketlm
-from tests.test_report import report as invented_report
-from tests.tiny import tiny_folder
+import torch
+from tests.conftest import Tiny
+from tests.tiny import FAMILIES
+from torch import Tensor, nn
 
-from pocketlm.report.charts import scatter
-from pocketlm.report.content import Estimate
-from pocketlm.report.difference import cautions, differences
-from pocketlm.report.frontier import frontier_data, frontier_page, smallest_within
+from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.sweep import HEAD, final_hidden, rehearse, sweep
 
-report = invented_report  # the fixture of a whole report
-
-
-@pytest.mark.slow
-def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
-    folder, out = tiny_folder("llama", tmp_path / "model"), tmp_path / "out"
-    seen = json.loads(pocketlm("inspect", folder, "--json", cache=tmp_path).stdout)
-    small, large = seen["smallest"] + 1000, seen["largest"]
-    asked = ("fit", folder, "--sweep", f"{small}B,10B,{large}B", "--heal", "0", "-o", out, "--json")
-    done = pocketlm(*asked, cache=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [point["bytes"] <= point["budget_bytes"] for point in found["points"]] == [True, True]
-    assert "cannot be met" in found["refused"]["10B"]
-    for name in (f"{small}B", f"{large}B"):
-        assert (out / name / "model.gguf").is_file()
-    assert {path.name for path in out.iterdir() if path.is_file()} == {"frontier.json", "frontier.md", "frontier.html"}
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}
-    assert pocketlm(*asked, cache=tmp_path).returncode == 0
-    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}, "nothing is made twice"
-    beside = pocketlm("diff", out / f"{small}B", out / f"{large}B", cache=tmp_path)
-    assert beside.returncode == 0, beside.stderr
-    assert re.search(r"^embedding +\S.*\d", beside.stdout, re.MULTILINE)
-    nothing = pocketlm("diff", out / f"{small}B", tmp_path / "none", cache=tmp_path)
-    assert nothing.returncode == 2
-    assert "There is no report" in nothing.stderr
+every_family = pytest.mark.parametrize("family", FAMILIES)
+WINDOWS = torch.randint(3, 300, (11, 24), generator=torch.Generator().manual_seed(0))  # more than one batch
 
 
-def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
-    ratio = report.product.perplexity_ratio
-    chosen = smallest_within({"only": report})
-    assert chosen == {bound: "only" if ratio.high <= float(bound) else None for bound in chosen}
-    data = frontier_data({"only": report})
-    assert data["points"][0]["bytes"] == report.product.bytes
-    page = frontier_page({"<b>": report}, {"1MB": "cannot & will not"})
-    assert "<b>" not in page
-    assert "cannot &amp; will not" in page
+@torch.no_grad()
+def hooked_grams(network: nn.Module, windows: Tensor) -> dict[str, Tensor]:
+    """Return x xᵀ over all tokens by the path of the linear that reads x, from plain forward passes in float64."""
+    grams: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2).double()
+            grams[name] = grams[name] + x.T @ x
+
+        return module.register_forward_pre_hook(add)
+
+    linears = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    handles = [watch(name, module) for name, module in linears.items()]
+    for window in windows:
+        network(window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return grams
 
 
-def test_a_result_differs_from_itself_in_nothing(report):
-    assert all(one == other for _, one, other in differences(report, report))
-    assert cautions(report, report) == ["Both have the same recipe"]
+def assert_close(ours: Tensor, truth: Tensor):
+    assert ours.dtype == torch.float32
+    assert (ours - truth).norm() < 1e-5 * truth.norm()
 
 
-def test_points_are_drawn_to_scale():
-    points = [(10.0, Estimate(1.0, 1.0, 1.0), "a"), (20.0, Estimate(2.0, 1.5, 2.0), "b")]
-    drawn = str(scatter([("compressed", points)], "t"))
-    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)%" cy="([\d.]+)"', drawn)]
-    assert places == [(8.0, 250.0), (92.0, 10.0)]
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_an_idle_sweep_sees_what_the_model_sees(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    truth = hooked_grams(network, WINDOWS)
+    visited = []
+    for layer in sweep(network, WINDOWS, head=True):
+        assert layer.tokens == WINDOWS.numel()
+        for edge, linear in layer.linears():
+            path = ".".join(filter(None, (layer.name, edge.path)))
+            visited.append(path)
+            assert network.get_submodule(path) is linear
+            assert dict(network.named_parameters(remove_duplicate=False))[layer.parameter_name(edge)] is linear.weight
+            assert_close(layer.gram[edge.reads], truth[path])
+    assert sorted(visited) == sorted(truth), "every linear of the network is visited once"
+    assert set(layer.gram) == {"head_in"}
+    assert layer.index == len(blocks_of(network))
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_later_layers_see_the_errors_of_earlier_ones(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    before = hooked_grams(network, WINDOWS)
+    generator = torch.Generator().manual_seed(1)
+    seen = {}
+    for layer in sweep(network, WINDOWS, head=True):
+        reads = layer.edges[0].reads  # what enters the block: nothing in the block itself changes it
+        seen[".".join(filter(None, (layer.name, layer.edges[0].path)))] = layer.gram[reads]
+        for _, linear in layer.linears():
+            weight = read_weight(linear)
+            if layer.name:
+                write_weight(linear, weight + 0.1 * torch.randn(weight.shape, generator=generator))
+    after = hooked_grams(network, WINDOWS)
+    for path, gram in seen.items():
+        assert_close(gram, after[path])
+    last = list(seen)[-1]
+    assert (before[last] - after[last]).norm() > 0.01 * before[last].norm()
+
+
+@torch.no_grad()
+def read_by(network: nn.Module, path: str) -> Tensor:
+    """Return what a linear reads, (tokens, width) float64, from plain forward passes."""
+    seen = []
+    handle = network.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2).double())
+    )
+    for window in WINDOWS:
+        network(window[None], use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_the_drift_is_what_the_original_model_reads_there_less_what_is_read(family: str, tiny_model: Tiny):
+    network, original = tiny_model(family).network, tiny_model(family).network
+    generator = torch.Generator().manual_seed(1)
+    drifts, targets = {}, []
+    for layer in sweep(network, WINDOWS, head=True, original=True):
+        path = ".".join(filter(None, (layer.name, layer.edges[0].path)))
+        drifts[path] = layer.drift[layer.edges[0].reads]
+        targets = layer.targets or targets
+        for _, linear in layer.linears():
+            weight = read_weight(linear)
+            if layer.name:
+                write_weight(linear, weight + 0.1 * torch.randn(weight.shape, generator=generator))
+    first, *later = drifts
+    assert not drifts[first].any(), "before the first block nothing has changed"
+    for path in later:
+        now = read_by(network, path)
+        truth = (read_by(original, path) - now).T @ now
+        assert (drifts[path] - truth).norm() < 1e-4 * truth.norm()
+    normed = original.get_submodule(anatomy_of(original).final_norm)(torch.cat(targets).flatten(0, 1))
+    assert torch.allclose(normed.double(), read_by(original, HEAD.path), atol=1e-4)
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_the_final_hidden_state_is_what_the_head_reads(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    with torch.no_grad():
+        logits = network(WINDOWS, use_cache=False).logits
+    hidden = final_hidden(network, WINDOWS)
+    assert hidden.shape == (*WINDOWS.shape, 64)
+    assert torch.allclose(network.lm_head(hidden), logits, atol=1e-4)
+
+
+@every_family
+def test_a_sweep_in_the_hardwares_precision_sees_almost_the_same(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    truth = hooked_grams(network, WINDOWS)
+    for layer in sweep(network, WINDOWS, head=True):
+        edge = layer.edges[-1]
+        gram = layer.gram[edge.reads]
+        path = ".".join(filter(None, (layer.name, edge.path)))
+        assert (gram - truth[path]).norm() < 0.03 * truth[path].norm()
+
+
+@every_family
+def test_only_the_wanted_spaces_are_measured(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    for layer in sweep(network, WINDOWS[:2], spaces=("mlp_hidden",)):
+        assert set(layer.gram) == {"mlp_hidden"}
+        assert layer.gram["mlp_hidden"].shape == (128, 128)
+    assert HEAD not in layer.edges, "no head unless asked for"
+
+
+@every_family
+def test_a_sweep_leaves_no_trace(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for _ in sweep(network, WINDOWS[:2], head=True):
+        pass
+    for _ in sweep(network, WINDOWS[:2]):
+        break  # even where it is not walked to the end
+    assert_untouched(network)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def assert_untouched(network: nn.Module):
+    for block in blocks_of(network):
+        assert "forward" not in vars(block)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+@every_family
+def test_forward_is_restored_when_the_model_raises(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    unknown_token = torch.full((2, 8), network.config.vocab_size)
+    with pytest.raises(IndexError):
+        next(sweep(network, unknown_token))
+    assert_untouched(network)
+    assert torch.isfinite(network(WINDOWS[:1]).logits).all()
+
+
+def test_hooks_are_removed_when_a_block_raises(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    network = tiny_model("llama").network
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(blocks_of(network)[1].mlp.act_fn, "forward", fail)
+    walk = sweep(network, WINDOWS[:2])
+    next(walk)
+    with pytest.raises(RuntimeError, match="no memory"):
+        next(walk)
+    assert_untouched(network)
+
+
+@every_family
+def test_a_rehearsal_computes_no_block(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    ran = []
+    for block in blocks_of(network):
+        for part in block.children():
+            part.register_forward_hook(lambda *_: ran.append(1))
+    rehearsal = rehearse(network, WINDOWS)
+    assert not ran
+    assert [len(hidden) for hidden in rehearsal.hidden] == [8, 3]
+    assert all(len(batches) == 2 for batches in rehearsal.keywords)
+    assert anatomy_of(network).inputs == ("attention_in", "attention_out", "mlp_in", "mlp_hidden")

@@ -1,0 +1,64 @@
+"""Several sizes in one run, and two results side by side, as a person calls them."""
+
+import json
+import re
+
+import pytest
+from tests.command_line import pocketlm
+from tests.test_report import report as invented_report
+from tests.tiny import tiny_folder
+
+from pocketlm.report.charts import scatter
+from pocketlm.report.content import Estimate
+from pocketlm.report.difference import cautions, differences
+from pocketlm.report.frontier import frontier_data, frontier_page, smallest_within
+
+report = invented_report  # the fixture of a whole report
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
+    folder, out = tiny_folder("llama", tmp_path / "model"), tmp_path / "out"
+    seen = json.loads(pocketlm("inspect", folder, "--json", cache=tmp_path).stdout)
+    small, large = seen["smallest"] + 1000, seen["largest"]
+    asked = ("fit", folder, "--sweep", f"{small}B,10B,{large}B", "--heal", "0", "-o", out, "--json")
+    done = pocketlm(*asked, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [point["bytes"] <= point["budget_bytes"] for point in found["points"]] == [True, True]
+    assert "cannot be met" in found["refused"]["10B"]
+    for name in (f"{small}B", f"{large}B"):
+        assert (out / name / "model.gguf").is_file()
+    assert {path.name for path in out.iterdir() if path.is_file()} == {"frontier.json", "frontier.md", "frontier.html"}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}
+    assert pocketlm(*asked, cache=tmp_path).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}, "nothing is made twice"
+    beside = pocketlm("diff", out / f"{small}B", out / f"{large}B", cache=tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    assert re.search(r"^embedding +\S.*\d", beside.stdout, re.MULTILINE)
+    nothing = pocketlm("diff", out / f"{small}B", tmp_path / "none", cache=tmp_path)
+    assert nothing.returncode == 2
+    assert "There is no report" in nothing.stderr
+
+
+def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
+    ratio = report.product.perplexity_ratio
+    chosen = smallest_within({"only": report})
+    assert chosen == {bound: "only" if ratio.high <= float(bound) else None for bound in chosen}
+    data = frontier_data({"only": report})
+    assert data["points"][0]["bytes"] == report.product.bytes
+    page = frontier_page({"<b>": report}, {"1MB": "cannot & will not"})
+    assert "<b>" not in page
+    assert "cannot &amp; will not" in page
+
+
+def test_a_result_differs_from_itself_in_nothing(report):
+    assert all(one == other for _, one, other in differences(report, report))
+    assert cautions(report, report) == ["Both have the same recipe"]
+
+
+def test_points_are_drawn_to_scale():
+    points = [(10.0, Estimate(1.0, 1.0, 1.0), "a"), (20.0, Estimate(2.0, 1.5, 2.0), "b")]
+    drawn = str(scatter([("compressed", points)], "t"))
+    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)%" cy="([\d.]+)"', drawn)]
+    assert places == [(8.0, 250.0), (92.0, 10.0)]
