@@ -166,15 +166,17 @@ def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]],
         y = place(across[0], tick)[1]
         drawn.append(f'<line class="grid" x1="8%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         drawn.append(_small(0, "start", y + 4, _tick(tick, upwards)))
-    for kind, x, item, name in points:
+    for kind, x, item, name in points:  # below the dots, which a halo would cut
+        if kind == "compressed":
+            left, middle = place(x, item.value)
+            drawn.append(f'<text class="small halo" x="{left:.3f}%" dx="8" y="{middle - 6:.1f}">{escape(name)}</text>')
+    for kind, x, item, _ in points:
         left, middle = place(x, item.value)
         ends = [place(x, end)[1] for end in (item.low, item.high)]
         drawn.append(
             f'<line class="error" x1="{left:.3f}%" x2="{left:.3f}%" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
             f'<circle class="{kind}" cx="{left:.3f}%" cy="{middle:.1f}" r="5"/>'
         )
-        if kind == "compressed":
-            drawn.append(f'<text class="small halo" x="{left:.3f}%" dx="8" y="{middle - 6:.1f}">{escape(name)}</text>')
     drawn += [_small(place(tick, upwards[0])[0], "middle", height + 12, _tick(tick, across)) for tick in across]
     return _picture(drawn, height + 18, title)
 

@@ -74,23 +74,30 @@ def frontier_page(reports: Mapping[str, Report], refused: Mapping[str, str]) -> 
         if file is not None
     }
     title = (
-        "Perplexity over the original's against megabytes of the file, 95 % intervals; lower and further left is better"
+        "Perplexity over the original's against megabytes of the file, 95 % intervals; named dots are pocketlm's, "
+        "the others plain quantization; lower and further left is better"
     )
     series = [("plain", sorted(plain, key=lambda point: point[0])), ("compressed", ours)]
     picture = charts.scatter([(kind, [p for p in points if p[1] and p[1].known]) for kind, points in series], title)
-    table = Markup("<table>{}</table>").format(
-        Markup("").join(
-            Markup("<tr>{}</tr>").format(Markup("").join(Markup(f"<{tag}>{{}}</{tag}>").format(text) for text in row))
-            for tag, row in [("th", HEADS), *(("td", row) for row in _rows(reports))]
-        )
+    table = Markup("<table>{}{}</table>").format(
+        _table_row("th", HEADS), Markup("").join(_table_row("td", row) for row in _rows(reports))
     )
     said = [*_advice(reports), *(f"{asked}: {why}" for asked, why in refused.items())]
     paragraphs = Markup("").join(Markup("<p>{}</p>").format(line) for line in said)
     name = next(iter(reports.values())).model.name
-    key = Markup('<p class="key">pocketlm: filled dots; plain quantization: hollow dots</p>')
-    figure = Markup("<figure><figcaption>{}</figcaption>{}{}</figure>").format(title, picture, key)
-    body = Markup('{}<div class="wide">{}</div>{}').format(figure, table, paragraphs)
+    figure = Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, picture)
+    body = Markup('{}<div style="overflow-x: auto">{}</div>{}').format(figure, table, paragraphs)
     return page(f"{name}: quality against size", body)
+
+
+def _table_row(tag: str, texts: tuple[str, ...]) -> Markup:
+    """Return a row of a table; what stands in brackets goes below in small letters."""
+    cells = []
+    for text in texts:
+        main, _, aside = text.partition(" (")
+        small = Markup("<small>{}</small>").format(aside.removesuffix(")")) if aside else ""
+        cells.append(Markup(f"<{tag}>{{}}{{}}</{tag}>").format(main, small))
+    return Markup("<tr>{}</tr>").format(Markup("").join(cells))
 
 
 def _rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
@@ -100,7 +107,7 @@ def _rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
 def _row(name: str, report: Report) -> tuple[str, ...]:
     product, plain = report.product, report.file("plain")
     speed = rate(product.speed.decode_tokens_per_second) if product.speed else "not measured"
-    beside = (f"{plain.label}, {size(plain.bytes)}", _ratio(plain)) if plain else ("not measured", "")
+    beside = (f"{size(plain.bytes)} ({plain.label})", _ratio(plain)) if plain else ("not measured", "")
     return name, size(product.bytes), _ratio(product), _worded(product.divergence), speed, *beside
 
 
