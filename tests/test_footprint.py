@@ -11,10 +11,12 @@ from tests.tiny import FAMILIES, tiny_folder
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.model.gguf_file import read_gguf
-from pocketlm.plan.budget import Budget, parse_speed
+from pocketlm.model.text import Tokens
+from pocketlm.plan.budget import Budget, parse_quality, parse_speed
+from pocketlm.plan.decide import Wanted, decide
 from pocketlm.plan.footprint import Costs, write_hollow
-from pocketlm.plan.search import Damages, check_running, choose
-from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.plan.search import Damages, Plan, check_running, choose
+from pocketlm.plan.sizes import Shape, budget_range, sizes_of
 from pocketlm.run.engine import Engine
 from pocketlm.stages import costs_here, silent
 from pocketlm.tensors.formats import FORMATS
@@ -79,6 +81,32 @@ def test_speeds_are_read_as_people_write_them():
             parse_speed(wrong)
 
 
+def test_a_floor_of_quality_takes_the_fewest_bytes_that_keep_it(tiny_model: Tiny):
+    model = tiny_model("llama")
+    sizes, names = sizes_of(model), ("Q2_0", "Q4_0", "Q5_0", "Q8_0")
+    by_format = {name: 2.0 ** -FORMATS[name].bits / 10 for name in names}
+    formats = dict.fromkeys(sizes.units(sizes.original), by_format)
+    text, most = Tokens("text", torch.zeros(4, 32, dtype=torch.long), ""), budget_range(sizes)[1]
+
+    def decided(floor: float | None, size: int = most) -> Plan:
+        wanted = Wanted(budget=Budget("b", size), prune=False, most_damage=floor)
+        return decide(model, wanted, formats, (text, text), 0, silent).plan
+
+    for floor in (0.006, 0.02, 0.1):
+        plan = decided(floor)
+        assert plan.damage <= floor
+        assert decided(None, int(plan.bytes * 0.997)).damage > floor
+    with pytest.raises(ImpossibleBudgetError, match="Ask for less --quality"):
+        decided(1e-9)
+
+
+def test_qualities_are_read_as_people_write_them():
+    assert parse_quality("0.95") == parse_quality(" 95% ") == 0.95
+    for wrong in ("1", "0", "95", "good", "-0.5"):
+        with pytest.raises(BadInputError, match="quality"):
+            parse_quality(wrong)
+
+
 @pytest.mark.slow
 def test_costs_are_measured_in_the_engine_once(tiny_model: Tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
@@ -99,10 +127,10 @@ def test_the_command_refuses_at_once_and_fits_memory(tmp_path):
     refused = pocketlm("fit", folder, "--ram", "1kB", "--context", 64, "-o", tmp_path / "out", cache=tmp_path)
     assert refused.returncode == 3
     assert "The smallest change that fits: --ram" in refused.stderr
-    done = pocketlm(
-        "fit", folder, "--ram", "1GB", "--context", 64, "-o", tmp_path / "out", "--heal", "0", "--json", cache=tmp_path
-    )
+    asked = ("--ram", "1GB", "--context", 64, "--quality", 0.9, "--heal", "0", "--json")
+    done = pocketlm("fit", folder, *asked, "-o", tmp_path / "out", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     notes = " ".join(json.loads(done.stdout)["notes"])
     assert "of memory at 64 tokens of context" in notes
     assert "measured on the file" in notes
+    assert "Quality asked for, as exp(-KL): at least 0.9" in notes

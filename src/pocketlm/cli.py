@@ -35,6 +35,10 @@ def fit(
     speed: Annotated[
         str | None, typer.Option(help="Tokens it must write per second on this machine, such as 30tok/s.")
     ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help="Floor of exp(-KL) to the original, such as 0.95: the smallest file that keeps it."),
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     recipe: Annotated[Path | None, typer.Option(help="Run this recipe instead of deciding one.")] = None,
     data: Data = None,
@@ -59,14 +63,17 @@ def fit(
 
     if sweep and (size or recipe or dry_run):
         raise BadInputError("--sweep has its own sizes and plans: leave out --size, --recipe and --dry-run")
-    if not (size or ram or speed or recipe or sweep):
-        raise BadInputError("Give a budget with --size (such as 70MB), --ram or --speed, or a recipe with --recipe")
+    if not (size or ram or speed or quality or recipe or sweep):
+        raise BadInputError(
+            "Give a budget with --size (such as 70MB), --ram, --speed or --quality, or a recipe with --recipe"
+        )
     job = api.Fit(
         model=model,
         size=size,
         ram=ram,
         context=context,
         speed=speed,
+        quality=quality,
         recipe=recipe,
         out=out,
         data=tuple(data or ()),

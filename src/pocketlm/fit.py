@@ -3,6 +3,7 @@
 model ─> text ─> plan ─> [prune ─> distil ─> quantize] ─> export ─> verify ─> measure ─> report
 """
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,14 +17,14 @@ from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
-from pocketlm.plan.budget import Budget, parse_size, parse_speed, say_bytes
+from pocketlm.plan.budget import Budget, parse_quality, parse_size, parse_speed, say_bytes
 from pocketlm.plan.decide import Wanted, tokens_in, uniform_recipe
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
 from pocketlm.preflight import check_resources
-from pocketlm.proof import engine_damage, prove, simpler_choice
+from pocketlm.proof import Proof, engine_damage, prove, simpler_choice
 from pocketlm.report.content import BudgetFacts, Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, costs_here, gather_texts, make_plan, run_recipe, silent
@@ -42,6 +43,7 @@ class Fit:
     ram: str | None = None  # memory while running, with `context`, such as 200MB
     context: int = 2048  # tokens that `ram` is for
     speed: str | None = None  # of generating on this machine, such as 30tok/s
+    quality: str | None = None  # floor of exp(-KL) to the original, such as 0.95: the fewest bytes that keep it
     recipe: Path | None = None
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
@@ -117,7 +119,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe))
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
-        report = make_report(_run(job, planned, exported), model, compressed, proof, texts, hashes)
+        report = make_report(_run(job, planned, exported, proof), model, compressed, proof, texts, hashes)
         write_reports(report, folder)
         write_manifest(folder)
     return report
@@ -153,6 +155,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
             costs = costs_here(model, sizes, budget.context, progress)
             check_running(sizes, budget, costs, job.prune)
     check_resources(model, job.out, _trains(job))
+    floor = parse_quality(job.quality) if job.quality else None
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:
         tokens = tokens_in(model, texts.calibration, job.tune)
@@ -160,6 +163,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     if recipe:
         size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
+    engine = engine_damage(model, texts, progress)
     wanted = Wanted(
         budget=budget,
         costs=costs,
@@ -168,9 +172,9 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         method=job.method,
         heal_seconds=job.heal,
         tune_seconds=job.tune,
+        most_damage=None if floor is None else -math.log(floor) - engine,
     )
     decision = make_plan(model, wanted, texts, job.seed, progress)
-    engine = engine_damage(model, texts, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine)
 
 
@@ -188,12 +192,13 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
         return bits_budget(sizes, job.bits)
     whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
     size = parse_size(job.size, whole) if job.size else None
-    if not job.ram and not job.speed:
+    if not (job.ram or job.speed or job.quality):
         return size
     memory = parse_size(job.ram, whole) if job.ram else None
     texts = [size.text] if size else []
     texts += [f"{memory.text} of memory at {job.context:,} tokens of context"] if memory else []
     texts += [f"{parse_speed(job.speed):g} tokens/s"] if job.speed else []
+    texts += [f"quality {parse_quality(job.quality):g}"] if job.quality else []
     return Budget(
         text=", ".join(texts),
         bytes=size.bytes if size else budget_range(sizes)[1],
@@ -203,7 +208,7 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
     )
 
 
-def _run(job: Fit, planned: Planned, exported: Path) -> Run:
+def _run(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
     actual = exported.stat().st_size
     budget = BudgetFacts(planned.budget.text, planned.budget.bytes, planned.predicted_bytes, actual)
     kept = [group for group in planned.sizes.group_names if planned.sizes.allowed(group) == ["F16"]]
@@ -214,6 +219,13 @@ def _run(job: Fit, planned: Planned, exported: Path) -> Run:
         notes.append(
             f"llama.cpp rounds activations to 8 bits: that alone costs {planned.engine:.4f} nats per token, measured "
             "on a Q8_0 file of the original"
+        )
+    reached = proof.quality.qualities["compressed"].kl
+    if job.quality and planned.plan and reached:
+        expected = math.exp(-planned.plan.damage - planned.engine)
+        notes.append(
+            f"Quality asked for, as exp(-KL): at least {parse_quality(job.quality):g}; expected {expected:.3f}, "
+            f"measured {math.exp(-reached.value):.3f} ({math.exp(-reached.high):.3f} to {math.exp(-reached.low):.3f})"
         )
     if planned.footprint:
         notes.append(_running_note(planned, measure_file(exported, planned.budget.context)))

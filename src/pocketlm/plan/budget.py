@@ -50,6 +50,19 @@ def parse_size(text: str, whole: int) -> Budget:
     return Budget(text.strip(), int(size))
 
 
+def parse_quality(text: str) -> float:
+    """Read a floor of quality such as `0.95` or `95%`: exp(-KL) to the original, between 0 and 1.
+
+    Raises:
+        BadInputError: The text is no share.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share < 1:
+        raise BadInputError(f"Cannot read the quality `{text}`. Write it like 0.95: exp(-KL), between 0 and 1")
+    return share
+
+
 def parse_speed(text: str) -> float:
     """Read a speed such as `30tok/s` or `30`, in tokens per second.
 

@@ -13,7 +13,7 @@ from pocketlm.plan.footprint import Costs, Footprint, measure_layout
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, width_damage
-from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, recipe_bytes, sizes_of, smallest_shape
+from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, recipe_bytes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
@@ -41,6 +41,7 @@ class Wanted:
         heal_seconds: Time for recovery after pruning, turned into tokens by timing a few steps when the plan is made; a
             fixed number of tokens where None.
         tune_seconds: Time for tuning after quantizing, turned into tokens likewise.
+        most_damage: The largest KL that the plan may expect; its bytes are the fewest for that. None for any.
     """
 
     budget: Budget
@@ -50,6 +51,7 @@ class Wanted:
     method: str = "gptaq"
     heal_seconds: float | None = None
     tune_seconds: float = 0.0
+    most_damage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def decide(
 
 def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted) -> Plan:
     """Return the best plan whose layout, measured in the engine, keeps to the budget's memory and speed."""
-    asked, aimed = wanted.budget, wanted.budget
+    asked = aimed = wanted.budget
+    if wanted.most_damage is not None:
+        asked = aimed = replace(asked, bytes=_fewest_bytes(sizes, damages, wanted, wanted.most_damage))
     for _ in range(TRIES):
         plan = choose(sizes, damages, aimed, wanted.fixed, wanted.costs)
         if wanted.costs is None:
@@ -170,6 +174,25 @@ def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted
         f"{asked.text} cannot be met with what was measured: the nearest layout takes {say_bytes(found.memory)} of "
         f"memory and writes {found.speed:.1f} tokens/s. On a busy machine speed is noise: try again, or ask for less"
     )
+
+
+def _fewest_bytes(sizes: Sizes, damages: Damages, wanted: Wanted, most_damage: float) -> int:
+    """Return the fewest bytes, to a part in a thousand, whose best plan expects at most so much damage."""
+    low, high = budget_range(sizes, prune=bool(damages.depth or damages.width))[0] - 1, wanted.budget.bytes
+    least = choose(sizes, damages, wanted.budget, wanted.fixed, wanted.costs).damage
+    if least > most_damage:
+        raise ImpossibleBudgetError(
+            f"{wanted.budget.text} cannot be met: the best plan for it expects a KL of {least:.4f}, "
+            f"{most_damage:.4f} are allowed. Ask for less --quality, or for a larger budget"
+        )
+    while high - low > high // 1000:
+        middle = (low + high) // 2
+        try:
+            fits = choose(sizes, damages, replace(wanted.budget, bytes=middle), wanted.fixed, wanted.costs).damage
+        except ImpossibleBudgetError:
+            fits = most_damage + 1
+        low, high = (low, middle) if fits <= most_damage else (middle, high)
+    return high
 
 
 def _keeps_to(found: Footprint, budget: Budget) -> bool:
