@@ -19,11 +19,11 @@ import torch
 from common import command_line
 
 from pocketlm.export.gguf import write_gguf
-from pocketlm.fit import Fit, load_for, prepare
 from pocketlm.measure.device import machine
 from pocketlm.model.language_model import save
 from pocketlm.model.source import load
 from pocketlm.model.text import python_topics
+from pocketlm.planning import Fit, load_for, prepare
 from pocketlm.stages import run_recipe
 from pocketlm.terminal import Screen
 

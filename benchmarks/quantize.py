@@ -20,12 +20,12 @@ from common import command_line, write_results
 
 from pocketlm.artefact import versions
 from pocketlm.export.gguf import write_gguf
-from pocketlm.fit import Fit, prepare
 from pocketlm.measure.device import machine
 from pocketlm.measure.quality import Comparison, compare
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
 from pocketlm.plan.budget import parse_time
+from pocketlm.planning import Fit, prepare
 from pocketlm.run.engine import Engine
 from pocketlm.stages import run_recipe
 from pocketlm.terminal import Screen
@@ -59,7 +59,14 @@ def make(args: argparse.Namespace, folder: Path, screen: Screen) -> dict[str, tu
     for name, settings in jobs:
         began = time.monotonic()
         model = load(args.model)
-        job = Fit(model=args.model, data=tuple(args.calibrate), prune=False, out=folder / "unused", **settings)
+        job = Fit(
+            model=args.model,
+            data=tuple(args.calibrate),
+            prune=False,
+            preset="fast",
+            out=folder / "unused",
+            **settings,
+        )
         texts, planned = prepare(job, model, screen.progress)
         compressed = run_recipe(model, planned.recipe, texts, screen.progress)
         path = folder / f"{name.replace(' ', '-')}.gguf"

@@ -62,7 +62,7 @@ def uninterrupted(llama, recipe, text, tmp_path_factory):
 def test_every_family_fits_a_budget(family, text, tmp_path):
     folder = tiny_folder(family, tmp_path / family)
     out = tmp_path / "out"
-    arguments = ("fit", folder, "--size", "60%", "--data", text, "-o", out, "--json")
+    arguments = ("fit", folder, "--size", "60%", "--preset", "fast", "--data", text, "-o", out, "--json")
     done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

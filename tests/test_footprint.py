@@ -90,7 +90,7 @@ def test_a_floor_of_quality_takes_the_fewest_bytes_that_keep_it(tiny_model: Tiny
 
     def decided(floor: float | None, size: int = most) -> Plan:
         wanted = Wanted(budget=Budget("b", size), prune=False, most_damage=floor)
-        return decide(model, wanted, formats, (text, text), 0, silent).plan
+        return decide(model, wanted, formats, (text, text), [], 0, silent).plan
 
     for floor in (0.006, 0.02, 0.1):
         plan = decided(floor)

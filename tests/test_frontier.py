@@ -21,7 +21,7 @@ def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
     folder, out = tiny_folder("llama", tmp_path / "model"), tmp_path / "out"
     seen = json.loads(pocketlm("inspect", folder, "--json", cache=tmp_path).stdout)
     small, large = seen["smallest"] + 1000, seen["largest"]
-    asked = ("fit", folder, "--sweep", f"{small}B,10B,{large}B", "--heal", "0", "-o", out, "--json")
+    asked = ("fit", folder, "--sweep", f"{small}B,10B,{large}B", "--preset", "fast", "--heal", "0", "-o", out, "--json")
     done = pocketlm(*asked, cache=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

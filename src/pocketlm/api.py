@@ -7,11 +7,12 @@ print(report.product.perplexity_ratio)
 """
 
 from pocketlm.distillation import Distillation, distill
-from pocketlm.fit import Fit, fit, plan
+from pocketlm.fit import fit, plan
 from pocketlm.inspection import bench, doctor, evaluate, evaluate_tasks, inspect
 from pocketlm.integers import quantize_integers
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
+from pocketlm.planning import Fit
 from pocketlm.pruning import Prune, prune
 from pocketlm.run.chat import chat_loop as chat
 from pocketlm.steps.distil import Distil

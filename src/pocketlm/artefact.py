@@ -60,6 +60,7 @@ class Run:
     budget: content.BudgetFacts
     recipe: str
     notes: tuple[str, ...]
+    trials: tuple[content.TrialRun, ...] = ()
 
 
 def make_report(
@@ -105,6 +106,7 @@ def make_report(
         notes=(*run.notes, _cache_note(proof), *_vocabulary_note(before, after)),
         hashes=hashes,
         perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
+        trials=run.trials,
     )
 
 

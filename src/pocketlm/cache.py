@@ -67,9 +67,7 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
     Raises:
         OutOfResourcesError: The disk is full.
     """
-    text = json.dumps([name, code_hash(), inputs], sort_keys=True, default=str)
-    key = hashlib.sha256(text.encode()).hexdigest()
-    folder = cache_folder() / f"{name}-{key[:24]}"
+    folder, key = _place(name, inputs)
     if (folder / DONE).is_file():
         record = json.loads((folder / DONE).read_text())
         return Finished(folder, key, record["facts"], record["seconds"], reused=True)
@@ -93,6 +91,17 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         shutil.rmtree(partial, ignore_errors=True)
     facts = json.loads(json.dumps(facts))  # as a later run will read them
     return Finished(folder, key, facts, seconds, reused=False)
+
+
+def is_finished(name: str, inputs: dict[str, Any]) -> bool:
+    """Return whether `stage` would reuse an earlier run's work."""
+    return (_place(name, inputs)[0] / DONE).is_file()
+
+
+def _place(name: str, inputs: dict[str, Any]) -> tuple[Path, str]:
+    text = json.dumps([name, code_hash(), inputs], sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    return cache_folder() / f"{name}-{key[:24]}", key
 
 
 def unfinished(folder: Path) -> Path:

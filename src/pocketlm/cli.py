@@ -42,6 +42,12 @@ def fit(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     recipe: Annotated[Path | None, typer.Option(help="Run this recipe instead of deciding one.")] = None,
     data: Data = None,
+    preset: Annotated[
+        str, typer.Option(help="How much is tried: fast (one plan), balanced (3 candidates), best (6; hours).")
+    ] = "balanced",
+    time: Annotated[
+        str | None, typer.Option(help="Time for the whole run, such as 30m: it ends with the best so far.")
+    ] = None,
     heal: Annotated[
         str | None, typer.Option(help="Time for distillation after pruning, such as 5m; 0 switches it off.")
     ] = None,
@@ -77,6 +83,8 @@ def fit(
         recipe=recipe,
         out=out,
         data=tuple(data or ()),
+        preset=preset,
+        time=None if time is None else parse_time(time),
         heal=None if heal is None else parse_time(heal),
         seed=seed,
         force=force,
@@ -135,6 +143,7 @@ def quantize(
         method=method,
         tune=parse_time(tune),
         prune=False,
+        preset="fast",
         data=tuple(data or ()),
         seed=seed,
         force=force,

@@ -12,11 +12,11 @@ from pocketlm.artefact import new_folder
 from pocketlm.cache import remove_leftovers
 from pocketlm.export.compressed_tensors import predicted_bytes, write_compressed_tensors
 from pocketlm.export.gguf import write_gguf
-from pocketlm.fit import Fit
 from pocketlm.measure.quality import Quality
 from pocketlm.model.source import load
 from pocketlm.plan.recipe import Recipe, to_yaml
 from pocketlm.plan.sizes import sizes_of
+from pocketlm.planning import Fit
 from pocketlm.preflight import check_resources
 from pocketlm.proof import measure_quality, original_file
 from pocketlm.report.write import write_manifest

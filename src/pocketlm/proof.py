@@ -77,10 +77,10 @@ def prove(
     compressed: Compressed,
     exported: Path,
     texts: Texts,
-    simpler: "Simpler",
+    plain: Path,
     progress: Progress,
 ) -> Proof:
-    """Verify an exported file and measure it against the original and the simpler choice.
+    """Verify an exported file and measure it against the original and the simpler choice, a file.
 
     Raises:
         VerificationError: The file does not do in the engine what was predicted.
@@ -88,7 +88,7 @@ def prove(
     files = {"original": original_file(original)}
     answers, ended = ask_both(files["original"], exported, progress)
     checks = verify(compressed, exported, compressed.texts, ended)
-    files |= {"plain": plain_file(original, simpler, texts, progress), "compressed": exported}
+    files |= {"plain": plain, "compressed": exported}
     models = {"original": original, "plain": original, "compressed": compressed.model}
     quality = measure_models(files, models, texts.test.windows, progress)
     speed = measure_speeds(files, texts, progress)

@@ -15,16 +15,16 @@ from pocketlm.artefact import new_folder
 from pocketlm.cache import remove_leftovers, stage
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.fit import sizes_before
 from pocketlm.measure.quality import Quality
 from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.plan.decide import tokens_in
+from pocketlm.plan.decide import NEW_TOKENS_RATE, tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
+from pocketlm.planning import sizes_before
 from pocketlm.preflight import check_resources
 from pocketlm.proof import measure_models, original_file
 from pocketlm.report.choices import choices_page
@@ -42,7 +42,6 @@ from pocketlm.steps.trim_vocabulary import TrimVocabulary
 DEPTH_WINDOWS = 8
 
 PARTS = ("depth", "ffn", "kv_groups", "hidden", "vocab", "sparsity", "pattern")
-NEW_TOKENS_RATE = 2e-4  # of learning, where words are spelled in pieces that the model has hardly seen
 
 
 @dataclass(frozen=True, kw_only=True)

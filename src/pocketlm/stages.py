@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pocketlm.cache import Finished, stage, unfinished
+from pocketlm.cache import Finished, is_finished, stage, unfinished
 from pocketlm.measure.device import machine
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
@@ -38,11 +38,10 @@ from pocketlm.model.text import (
 )
 from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
-from pocketlm.plan.decide import Decision, Wanted, as_facts, decide, measure_formats
-from pocketlm.plan.footprint import Costs, Footprint, measure_costs
-from pocketlm.plan.recipe import Recipe, from_dict, step_settings, to_yaml
-from pocketlm.plan.search import Damages, Plan
-from pocketlm.plan.sizes import Shape, Sizes
+from pocketlm.plan.decide import Decision, Wanted, decide, from_facts, measure_formats
+from pocketlm.plan.footprint import Costs, measure_costs
+from pocketlm.plan.recipe import Recipe, step_settings, to_yaml
+from pocketlm.plan.sizes import Sizes
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prepare import Prepare, prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
@@ -156,6 +155,11 @@ def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progr
     return Costs(**done.facts)
 
 
+def damages_known(model: LanguageModel, texts: Texts) -> bool:
+    """Whether an earlier run measured what each format costs."""
+    return is_finished("damage", {"model": model.origin.sha256, **texts.sha256})
+
+
 def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
     """Return the recipe for a budget; the same question is answered from the cache."""
     of_text = {"model": model.origin.sha256, **texts.sha256}
@@ -163,31 +167,13 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
     measured = stage("damage", of_text, lambda folder: {"formats": measure_formats(model, *both, progress)})
 
     def produce(folder: Path) -> dict:
-        decision = decide(model, wanted, measured.facts["formats"], both, seed, progress)
+        documents = texts.documents["calibration"]
+        decision = decide(model, wanted, measured.facts["formats"], both, documents, seed, progress)
         (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
-        return {"recipe": asdict(decision.recipe), **as_facts(decision)}
+        return asdict(decision)
 
     inputs = {"wanted": asdict(wanted), "seed": seed, **of_text}
-    done = stage("plan", inputs, produce)
-    facts = done.facts
-    plan, damages = facts["plan"], facts["damages"]
-    return Decision(
-        from_dict(facts["recipe"], "the plan"),
-        Plan(
-            **plan
-            | {
-                "shape": Shape(**plan["shape"]),
-                "drop": tuple(plan["drop"]),
-                "units": {unit: tuple(choice) for unit, choice in plan["units"].items()},
-                "footprint": plan["footprint"] and Footprint(**plan["footprint"]),
-            }
-        ),
-        Damages(
-            tuple((block, kl) for block, kl in damages["depth"]),
-            {int(width): kl for width, kl in damages["width"].items()},
-            damages["formats"],
-        ),
-    )
+    return from_facts(stage("plan", inputs, produce).facts)
 
 
 @dataclass(frozen=True)

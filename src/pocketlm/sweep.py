@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
-from pocketlm.fit import Fit, Planned, fit
+from pocketlm.fit import fit
+from pocketlm.planning import Fit, Planned
 from pocketlm.report.content import Report
 from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
 from pocketlm.report.write import read_report, replace_text

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketlm.distillation import Distilled
-from pocketlm.fit import Planned
 from pocketlm.integers import IntegerFolder
 from pocketlm.measure.device import Speeds
 from pocketlm.measure.quality import Interval, Quality
@@ -17,6 +16,7 @@ from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.training import LOSSES
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.recipe import to_yaml
+from pocketlm.planning import Planned
 from pocketlm.pruning import Pruned
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
@@ -89,6 +89,9 @@ def plan_lines(planned: Planned) -> list[str]:
             f"damage     {planned.plan.damage + planned.engine:.3f} nats per token expected before recovery: "
             f"{planned.plan.damage:.3f} by measured parts, {planned.engine:.3f} by the engine's 8-bit activations",
         ]
+        if planned.decision and len(planned.decision.rivals) > 1:
+            lines += ["candidates, each to be built and measured (expected damage before recovery)"]
+            lines += [f"  {plan.describe():<40}{plan.damage:.3f}" for plan in planned.decision.rivals]
         lines += ["", *unit_lines(planned.plan.units), ""]
     return [*lines, "recipe", *(f"  {line}" for line in to_yaml(planned.recipe).splitlines())]
 
@@ -120,7 +123,13 @@ def _ranges(numbers: list[int]) -> str:
 
 def result_lines(report: Report, out: Path) -> list[str]:
     """Say what a run came to."""
+    tried = [
+        f"{trial.name + ' (chosen)' * trial.won:<40}perplexity x{trial.perplexity_ratio.value:.3f} "
+        f"({trial.perplexity_ratio.low:.3f} to {trial.perplexity_ratio.high:.3f}) after {trial.tokens:,} tokens"
+        for trial in report.trials
+    ]
     return [
+        *(["candidates, built and read in llama.cpp on validation text:", *tried] if tried else []),
         *(finding.sentence for finding in judge(report).values()),
         f"wrote {out}: open {out / 'report.html'}",
     ]

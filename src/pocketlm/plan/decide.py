@@ -1,29 +1,38 @@
-"""Decide a recipe for a budget: measure what hurts, choose what hurts least."""
+"""Decide a recipe for a budget: measure what hurts, choose what hurts least, and what else is worth a try."""
 
 import copy
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from pocketlm.errors import ImpossibleBudgetError
+from torch import Tensor
+
+from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import Tokens
 from pocketlm.plan.budget import Budget, say_bytes
+from pocketlm.plan.effort import PRESETS, Effort
 from pocketlm.plan.footprint import Costs, Footprint, measure_layout
-from pocketlm.plan.recipe import Recipe
-from pocketlm.plan.search import Damages, Plan, choose
-from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, width_damage
+from pocketlm.plan.recipe import Recipe, from_dict
+from pocketlm.plan.search import Damages, Plan, candidate_shapes, choose
+from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, vocabulary_damage, width_damage
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, recipe_bytes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 
 JUDGING_WINDOWS = 2  # of held-out text, on which damages are measured
 FORMAT_WINDOWS = 32  # of calibration text, from which the codes of every format are chosen
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
-HEAL_TOKENS = 12_288  # of distillation after pruning where the person gives no time
+VOCABULARIES, VOCABULARY_MULTIPLE = (2 / 3, 1 / 3), 64  # shares of the tokens that are worth a try
+LEARNING_RATE, RATE_TOKENS, HIGHEST_RATE = 6e-5, 12_288, 3e-4  # of healing: grows with the root of its tokens
+NEW_TOKENS_RATE = 2e-4  # at least, where words are spelled in pieces that the model has hardly seen
 TIMED_STEPS = 3
 TRIES = 4  # of a layout whose measured memory and speed keep to the budget, each aimed a little lower
 
@@ -38,8 +47,10 @@ class Wanted:
         prune: Whether parts may be removed.
         fixed: Formats by group or pattern that are not up for choice.
         method: How codes are chosen.
-        heal_seconds: Time for recovery after pruning, turned into tokens by timing a few steps when the plan is made; a
-            fixed number of tokens where None.
+        effort: How many plans are worth a try, and from how many tokens a model learns.
+        vocabulary: Whether the text is a person's own, so that tokens may be chosen by it.
+        heal_seconds: Time for recovery after pruning, turned into tokens by timing a few steps when the plan is made;
+            as many tokens as the effort says where None.
         tune_seconds: Time for tuning after quantizing, turned into tokens likewise.
         most_damage: The largest KL that the plan may expect; its bytes are the fewest for that. None for any.
     """
@@ -49,6 +60,8 @@ class Wanted:
     prune: bool = True
     fixed: dict[str, str] = field(default_factory=dict)
     method: str = "gptaq"
+    effort: Effort = PRESETS["fast"]
+    vocabulary: bool = False
     heal_seconds: float | None = None
     tune_seconds: float = 0.0
     most_damage: float | None = None
@@ -56,11 +69,23 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Decision:
-    """A recipe and what it was decided from."""
+    """What to do, and what it was decided from.
+
+    Attributes:
+        recipe: Of the plan that is expected to be best.
+        plan: That plan.
+        damages: What was measured.
+        rivals: All plans worth a try, that one among them: formats alone first, then by expected damage.
+        heal: Tokens that a pruned model learns from.
+        tune: Tokens that scales and norms learn from in any case.
+    """
 
     recipe: Recipe
     plan: Plan
     damages: Damages
+    rivals: tuple[Plan, ...]
+    heal: int
+    tune: int
 
 
 def measure_formats(
@@ -121,16 +146,18 @@ def decide(
     wanted: Wanted,
     formats: dict[str, dict[str, float]],
     texts: tuple[Tokens, Tokens],
+    documents: Sequence[str],
     seed: int,
     progress: Progress,
 ) -> Decision:
-    """Return the recipe that meets a budget with the least expected damage.
+    """Return the recipe that meets a budget with the least expected damage, and the plans that may turn out better.
 
     Args:
         model: The original; unchanged afterwards.
         wanted: What the person asks for.
         formats: From `measure_formats`.
         texts: Calibration, to take statistics on, and validation, that damages are measured on.
+        documents: Calibration as text, to choose tokens by.
         seed: Of everything random in the recipe.
         progress: Called with what is measured, how much is done and how much there is.
 
@@ -140,28 +167,102 @@ def decide(
     sizes = sizes_of(model)
     calibration, validation = texts
     damages = measure_damages(model, sizes, wanted, formats, calibration, validation, progress)
-    plan = _chosen(model, sizes, damages, wanted)
+    plans = _kinds(model, sizes, damages, wanted)
+    if wanted.vocabulary and wanted.effort.candidates > 1 and (damages.depth or damages.width):
+        damages = _with_vocabularies(model, damages, documents, validation.first(JUDGING_WINDOWS), progress)
+        plans += _trimmed(model, damages, wanted, documents)
+    plans.sort(key=lambda plan: plan.damage)
+    alone = [plan for plan in plans if not plan.prunes]
+    others = [plan for plan in plans if plan.prunes]
+    rivals = (*alone, *others[: wanted.effort.candidates - len(alone)])
+    heal = wanted.effort.tokens
+    if wanted.heal_seconds is not None:
+        heal = tokens_in(model, calibration, wanted.heal_seconds) if wanted.heal_seconds else 0
+    tune = tokens_in(model, calibration, wanted.tune_seconds) if wanted.tune_seconds else 0
+    return Decision(recipe_of(plans[0], wanted, heal, tune, seed), plans[0], damages, rivals, heal, tune)
+
+
+def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int) -> Recipe:
+    """Return the steps of a plan.
+
+    Args:
+        plan: What to do.
+        wanted: What the person asks for.
+        heal: Tokens to learn from: after pruning all weights do, else scales and norms where the effort says so.
+        tune: Tokens that scales and norms learn from in any case.
+        seed: Of everything random.
+    """
     steps: list = []
+    if plan.vocabulary:
+        steps.append(TrimVocabulary(size=plan.vocabulary))
     if plan.drop:
         steps.append(PruneDepth(drop=plan.drop))
-    if plan.shape.ffn != sizes.original.ffn:
+    if plan.narrower:
         steps.append(PruneWidth(ffn=plan.shape.ffn))
-    if steps and wanted.heal_seconds != 0:
-        tokens = HEAL_TOKENS if wanted.heal_seconds is None else tokens_in(model, calibration, wanted.heal_seconds)
-        steps.append(Distil(tokens=tokens, seed=seed))
+    if steps and heal:
+        rate = min(HIGHEST_RATE, LEARNING_RATE * max(1.0, (heal / RATE_TOKENS) ** 0.5))
+        rate = max(rate, NEW_TOKENS_RATE) if plan.vocabulary else rate
+        steps.append(Distil(tokens=heal, learning_rate=rate, seed=seed))
+    elif wanted.effort.tunes:
+        tune = max(tune, heal)
     steps.append(Quantize(formats=plan.formats, method=wanted.method))
-    if wanted.tune_seconds:
-        steps.append(Tune(tokens=tokens_in(model, calibration, wanted.tune_seconds), seed=seed))
-    return Decision(Recipe(steps=tuple(steps), seed=seed), plan, damages)
+    if tune:
+        steps.append(Tune(tokens=tune, seed=seed))
+    return Recipe(steps=tuple(steps), seed=seed)
 
 
-def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted) -> Plan:
-    """Return the best plan whose layout, measured in the engine, keeps to the budget's memory and speed."""
+def _kinds(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted) -> list[Plan]:
+    """Return the best plan of each kind that fits: formats alone, fewer blocks, narrower FFNs, both.
+
+    Raises:
+        ImpossibleBudgetError: No kind fits.
+    """
+    whole, kinds = sizes.original, {}
+    for shape in candidate_shapes(sizes, len(damages.depth)):
+        kinds.setdefault((shape.blocks != whole.blocks, shape.ffn != whole.ffn), []).append(shape)
+    if wanted.effort.candidates == 1:
+        return [_chosen(model, sizes, damages, wanted, None)]
+    plans, refusal = [], None
+    for shapes in kinds.values():
+        try:
+            plans.append(_chosen(model, sizes, damages, wanted, shapes))
+        except ImpossibleBudgetError as error:
+            refusal = error
+    if not plans:
+        raise refusal
+    return plans
+
+
+def _with_vocabularies(
+    model: LanguageModel, damages: Damages, documents: Sequence[str], windows: Tensor, progress: Progress
+) -> Damages:
+    """Add what smaller vocabularies cost; nothing where the tokenizer is of a kind that cannot be trimmed."""
+    whole = model.network.config.vocab_size
+    counts = [int(whole * share) // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE for share in VOCABULARIES]
+    try:
+        return replace(damages, vocabulary=vocabulary_damage(model, documents, windows, counts, progress))
+    except BadInputError:
+        return damages
+
+
+def _trimmed(model: LanguageModel, damages: Damages, wanted: Wanted, documents: Sequence[str]) -> list[Plan]:
+    """Return the best plan with each smaller vocabulary; where none fits, there is none."""
+    plans = []
+    for count, damage in damages.vocabulary.items():
+        sizes = sizes_of(outline(model, TrimVocabulary(size=count), documents))
+        with suppress(ImpossibleBudgetError):
+            plan = choose(sizes, damages, wanted.budget, wanted.fixed)
+            plans.append(replace(plan, vocabulary=count, damage=plan.damage + damage))
+    return plans
+
+
+def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted, shapes: list[Shape] | None) -> Plan:
+    """Return the best plan of some shapes whose layout, measured in the engine, keeps to memory and speed."""
     asked = aimed = wanted.budget
     if wanted.most_damage is not None:
         asked = aimed = replace(asked, bytes=_fewest_bytes(sizes, damages, wanted, wanted.most_damage))
     for _ in range(TRIES):
-        plan = choose(sizes, damages, aimed, wanted.fixed, wanted.costs)
+        plan = choose(sizes, damages, aimed, wanted.fixed, wanted.costs, shapes)
         if wanted.costs is None:
             return plan
         found = measure_layout(model, plan.shape, plan.formats, asked.context)
@@ -231,6 +332,29 @@ def tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, student
     return max(batch.numel(), tokens // 10**digits * 10**digits)
 
 
-def as_facts(decision: Decision) -> dict:
-    """Return a decision's plan and damages as plain data."""
-    return {"plan": asdict(decision.plan), "damages": asdict(decision.damages)}
+def from_facts(facts: dict[str, Any]) -> Decision:
+    """Return a decision that was written as plain data."""
+    damages = facts["damages"]
+    return Decision(
+        from_dict(facts["recipe"], "the plan"),
+        _read_plan(facts["plan"]),
+        Damages(
+            tuple((block, kl) for block, kl in damages["depth"]),
+            {int(width): kl for width, kl in damages["width"].items()},
+            damages["formats"],
+            {int(count): nats for count, nats in damages["vocabulary"].items()},
+        ),
+        tuple(_read_plan(plan) for plan in facts["rivals"]),
+        facts["heal"],
+        facts["tune"],
+    )
+
+
+def _read_plan(facts: dict[str, Any]) -> Plan:
+    read = {
+        "shape": Shape(**facts["shape"]),
+        "drop": tuple(facts["drop"]),
+        "units": {unit: tuple(choice) for unit, choice in facts["units"].items()},
+        "footprint": facts["footprint"] and Footprint(**facts["footprint"]),
+    }
+    return Plan(**facts | read)

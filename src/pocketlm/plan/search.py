@@ -1,8 +1,8 @@
 """From a budget and measured damages to a recipe: the least expected damage that fits."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,11 +21,13 @@ class Damages:
         depth: (block, KL with it and all before it removed), in the order of removal; may be empty.
         width: By FFN width; the present width is not in it.
         formats: By unit (a group of one block, such as `3.ffn_in`) and format name.
+        vocabulary: By tokens kept; nats per token of the original's, of the text itself.
     """
 
     depth: tuple[tuple[int, float], ...]
     width: dict[int, float]
     formats: dict[str, dict[str, float]]
+    vocabulary: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Plan:
         damage: Expected KL in nats per token: no recovery, damages added up.
         units: Format, bytes and expected KL of each unit.
         footprint: Memory and speed of its layout, measured, where the budget is about them.
+        vocabulary: Tokens that are kept; all of them where None.
+        narrower: Whether FFNs lose channels.
     """
 
     shape: Shape
@@ -49,6 +53,22 @@ class Plan:
     damage: float
     units: dict[str, tuple[str, int, float]]
     footprint: Footprint | None = None
+    vocabulary: int | None = None
+    narrower: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is removed."""
+        return bool(self.vocabulary or self.drop or self.narrower)
+
+    def describe(self) -> str:
+        """Say what is left after pruning, in words."""
+        parts = [f"{self.vocabulary:,} tokens"] if self.vocabulary else []
+        if self.drop:
+            parts.append(f"{self.shape.blocks} blocks")
+        if self.narrower:
+            parts.append(f"FFN {self.shape.ffn:,}")
+        return ", ".join(parts) or "formats alone"
 
 
 def check_budget(sizes: Sizes, budget: Budget, prune: bool = True) -> None:
@@ -112,6 +132,7 @@ def choose(
     budget: Budget,
     fixed: Mapping[str, str] | None = None,
     costs: Costs | None = None,
+    shapes: Sequence[Shape] | None = None,
 ) -> Plan:
     """Return the shape and formats with the least expected damage among all that fit the budget.
 
@@ -124,13 +145,15 @@ def choose(
         budget: Bytes of the file.
         fixed: Formats by group or pattern that a person has fixed.
         costs: Of formats in the engine, where the budget is about memory or speed.
+        shapes: To choose from; `candidate_shapes` where None.
 
     Raises:
         ImpossibleBudgetError: Nothing fits.
     """
+    shapes = candidate_shapes(sizes, len(damages.depth)) if shapes is None else shapes
     narrowest = min(damages.width, default=sizes.original.ffn)  # beyond what was measured nothing is known
     best: tuple[float, Shape] | None = None
-    for shape in candidate_shapes(sizes, len(damages.depth)):
+    for shape in shapes:
         if shape.ffn < narrowest:
             continue
         base, options = _options(sizes, damages, shape, fixed, costs)
@@ -155,6 +178,7 @@ def choose(
         bytes=base + sum(option.bytes for option in chosen.values()),
         damage=shape_damage(sizes, damages, shape) + sum(option.damage for option in chosen.values()),
         units={unit: (option.format, option.bytes, option.damage) for unit, option in chosen.items()},
+        narrower=shape.ffn != sizes.original.ffn,
     )
 
 

@@ -1,19 +1,25 @@
 """Measured damage: what each thing that a plan may do costs in KL to the original, on text held out for choosing."""
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
-from pocketlm.model.judge import Judge, divergence_of, judge
+from pocketlm.model.judge import POSITIONS_AT_ONCE, Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.sweep import Layer, rehearse, run_block, sweep
+from pocketlm.model.respelling import Respelled, respell
+from pocketlm.model.sweep import Layer, final_hidden, rehearse, run_block, sweep
+from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.sizes import Sizes
 from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
 from pocketlm.steps.quantize import choose_codes, edges_by_group, gram_of
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
+from pocketlm.tensors.divergence import negative_log_likelihood
 from pocketlm.tensors.elimination import ridge
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
@@ -91,6 +97,39 @@ def width_damage(
         with replaced(dict(zip(readers, weights, strict=True))):
             damage[width] = divergence_of(network, windows, opinion)
     return damage
+
+
+@torch.no_grad()
+def vocabulary_damage(
+    model: LanguageModel, documents: Sequence[str], windows: Tensor, counts: Sequence[int], progress: Progress
+) -> dict[int, float]:
+    """Return what keeping so many tokens costs: the text's nats per token of the original's, less the original's own.
+
+    Args:
+        model: The original; unchanged afterwards.
+        documents: Text to choose the tokens by.
+        windows: (windows, length) of its ids to measure on; words that are gone are spelled with what is left.
+        counts: Tokens to keep.
+        progress: Called with what is measured, how much of it is done and how much there is.
+    """
+    labels = windows.numel() - len(windows)
+    own = _text_loss(model.network, respell(windows, [(i,) for i in range(model.network.config.vocab_size)]))
+    damage = {}
+    for done, count in enumerate(counts, 1):
+        smaller = replace(model, network=copy.deepcopy(model.network))
+        trimmed, _ = trim_vocabulary(smaller, TrimVocabulary(size=count), documents)
+        text = respell(windows, spellings(model.tokenizer, trimmed.tokenizer))
+        damage[count] = max(0.0, _text_loss(trimmed.network, text) - own) / labels
+        progress("damage of fewer tokens", done, len(counts))
+    return damage
+
+
+def _text_loss(network: nn.Module, text: Respelled) -> float:
+    """Return the nats that a text costs in all."""
+    hidden, total = final_hidden(network, text.ids).flatten(0, 1), 0.0
+    for places, labels in zip(text.places.split(POSITIONS_AT_ONCE), text.labels.split(POSITIONS_AT_ONCE), strict=True):
+        total += negative_log_likelihood(hidden[places] @ network.lm_head.weight.float().T, labels).sum().item()
+    return total
 
 
 @torch.no_grad()

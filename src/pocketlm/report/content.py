@@ -154,6 +154,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class TrialRun:
+    """A candidate that was built and measured on validation text before one was chosen."""
+
+    name: str
+    bytes: int
+    expected_kl: float  # before it was built; nats per token
+    kl: float | None  # None where vocabularies differ
+    perplexity_ratio: Estimate  # to the original, per token of the original's
+    tokens: int  # that it learnt from
+    seconds: float
+    won: bool
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that was verified about the exported file."""
 
@@ -186,6 +200,7 @@ class Report:
     notes: tuple[str, ...]  # what was not done, fallbacks, warnings
     hashes: dict[str, str]  # what is hashed, and its SHA-256
     perplexity_ratio_to_plain: Estimate | None = None  # compressed over plain, paired window by window
+    trials: tuple[TrialRun, ...] = ()
 
     def file(self, role: Role) -> MeasuredFile | None:
         """Return the measured file that plays `role`, None where there is none."""

@@ -46,7 +46,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"cell": cell, "fence": fence, "size": wording.size, "duration": wording.duration}
-    environment.filters |= {"count": wording.count, "percent": wording.percent}
+    environment.filters |= {"count": wording.count, "percent": wording.percent, "estimate": wording.estimate}
     environment.tests["fault"] = is_fault
     report = values["report"]
     return environment.get_template(template).render(

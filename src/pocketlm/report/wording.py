@@ -55,6 +55,11 @@ def middle(estimate: Estimate | None, scale: float = 1, unit: str = "") -> str:
     return f"{number(_times(estimate.value, scale), _decimals(estimate, scale))}{unit}"
 
 
+def estimate(value: Estimate) -> str:
+    """Return a value with its interval: `1.083 [1.061–1.105]`."""
+    return f"{middle(value)} [{interval(value)}]"
+
+
 def rate(value: Rate | None) -> str:
     """Return a mean and its deviation: `139.2 ± 2.1`."""
     if value is None:

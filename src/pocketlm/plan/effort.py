@@ -1,0 +1,78 @@
+"""How much work a search does, and about how long that takes here."""
+
+import time
+from dataclasses import dataclass
+
+from pocketlm.errors import BadInputError
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.sweep import final_hidden
+from pocketlm.model.text import Tokens
+
+# In forward passes of one window, as timed on SmolLM2-135M: every format's damage in every block, the damage of
+# pruning, of each candidate what is not learning (pruning, codes, reading it in the engine), and the proof at the end.
+FORMATS_PASSES, PRUNING_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 500, 200, 350, 250
+LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a search may do.
+
+    Attributes:
+        candidates: Plans that are built and measured; 1 takes what is expected to be best.
+        trial_tokens: That each of them learns from before it is measured.
+        tokens: That the winner learns from.
+        tunes: Whether a plan that prunes nothing learns too: its scales and norms, from as many tokens.
+    """
+
+    candidates: int
+    trial_tokens: int
+    tokens: int
+    tunes: bool = True
+
+
+PRESETS = {
+    "fast": Effort(candidates=1, trial_tokens=0, tokens=12_288, tunes=False),
+    "balanced": Effort(candidates=3, trial_tokens=12_288, tokens=49_152),
+    "best": Effort(candidates=6, trial_tokens=24_576, tokens=1_048_576),
+}
+
+
+def effort_of(preset: str) -> Effort:
+    """Return what a preset does.
+
+    Raises:
+        BadInputError: There is no such preset.
+    """
+    if preset not in PRESETS:
+        raise BadInputError(f"Unknown preset `{preset}`. Known: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def seconds_of_pass(model: LanguageModel, text: Tokens) -> float:
+    """Return how long a forward pass of one window takes on this machine."""
+    window = text.first(1)
+    final_hidden(model.network, window)  # the first one also allocates
+    began = time.monotonic()
+    final_hidden(model.network, window)
+    return time.monotonic() - began
+
+
+def expected_seconds(effort: Effort, seconds_of_pass: float, length: int, prunes: bool, known: bool) -> float:
+    """Return about how long a whole run takes, to some tens of percent.
+
+    Args:
+        effort: What it does.
+        seconds_of_pass: From the function of this name.
+        length: Tokens in a window.
+        prunes: Whether something will be pruned; else there is one candidate.
+        known: Whether the damages were measured by an earlier run.
+    """
+    candidates = effort.candidates if prunes else 1
+    passes = PROOF_PASSES + CANDIDATE_PASSES
+    passes += 0 if known else FORMATS_PASSES + PRUNING_PASSES * prunes
+    learnt = effort.tokens if prunes or effort.tunes else 0
+    if candidates > 1:
+        passes += candidates * CANDIDATE_PASSES
+        learnt += candidates * effort.trial_tokens
+    return seconds_of_pass * (passes + LEARNING_PASSES * learnt / length)

@@ -1,0 +1,199 @@
+"""What is asked for, and what to do about it: budgets are checked, damage is measured, plans are made."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.source import load, weight_bytes
+from pocketlm.plan.budget import Budget, parse_quality, parse_size, parse_speed, say_time
+from pocketlm.plan.decide import Decision, Wanted, tokens_in, uniform_recipe
+from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
+from pocketlm.plan.footprint import Footprint
+from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
+from pocketlm.plan.search import Plan, check_budget, check_running
+from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
+from pocketlm.preflight import check_resources
+from pocketlm.proof import engine_damage
+from pocketlm.stages import Progress, Texts, costs_here, damages_known, gather_texts, make_plan
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
+from pocketlm.steps.tune import Tune
+from pocketlm.trials import Search
+
+LARGE_BYTES = 1_200_000_000  # of the weights on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a person asks for."""
+
+    model: str  # a folder, a hub id, a GGUF file, or `demo`
+    size: str | None = None  # such as 70MB, 0.5GiB, 40%; a recipe needs none
+    ram: str | None = None  # memory while running, with `context`, such as 200MB
+    context: int = 2048  # tokens that `ram` is for
+    speed: str | None = None  # of generating on this machine, such as 30tok/s
+    quality: str | None = None  # floor of exp(-KL) to the original, such as 0.95: the fewest bytes that keep it
+    recipe: Path | None = None
+    out: Path = Path("pocketlm-out")
+    data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
+    bits: float | None = None  # per weight of all matrices together, instead of a size
+    format: str | None = None  # one for all matrices, instead of a size
+    fixed: tuple[tuple[str, str], ...] = ()  # formats of groups or patterns of tensors that are not up for choice
+    method: str = "gptaq"  # how codes are chosen; or `gptq`, `rtn`
+    prune: bool = True  # whether parts may be removed where that costs less than coarser numbers
+    preset: str = "balanced"  # how much is tried: or `fast`, `best`; see plan/effort.py
+    time: float | None = None  # seconds that the whole run may take, with `balanced` or `best`
+    heal: float | None = None  # seconds of distillation after pruning; as many tokens as the preset says where None
+    tune: float = 0.0  # seconds of tuning scales and norms after quantizing
+    seed: int = 0
+    force: bool = False  # replace `out`
+    command: str = ""  # that reproduces the run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe and its predicted bytes."""
+
+    recipe: Recipe
+    budget: Budget
+    predicted_bytes: int
+    sizes: Sizes
+    plan: Plan | None  # None where the recipe came from a person
+    engine: float = 0.0  # KL that the engine's 8-bit activations add to what the plan expects of weights
+    decision: Decision | None = None  # with the plans that are worth a try
+    wanted: Wanted | None = None
+    search: Search | None = None  # what came of trying them
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """Memory and speed of the plan's layout, measured, where the budget is about them."""
+        return self.plan and self.plan.footprint
+
+    @property
+    def binding(self) -> str:
+        """Which part of the budget is nearest its limit."""
+        used = {"size": self.predicted_bytes / self.budget.bytes}
+        if self.footprint and self.budget.memory:
+            used["memory"] = self.footprint.memory / self.budget.memory
+        if self.footprint and self.budget.speed:
+            used["speed"] = self.budget.speed / self.footprint.speed
+        return max(used, key=used.__getitem__)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return what a program needs to know of it."""
+        return {
+            "budget_bytes": self.budget.bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "recipe": to_dict(self.recipe),
+            "plan": None if self.plan is None else asdict(self.plan),
+            "candidates": [] if self.decision is None else [asdict(plan) for plan in self.decision.rivals],
+        }
+
+
+def load_for(job: Fit) -> LanguageModel:
+    """Load a job's model; in 16 bits, half the memory, where it is large and nothing will be trained."""
+    small = weight_bytes(job.model) < LARGE_BYTES
+    return load(job.model, torch.float32 if _trains(job) or small else torch.bfloat16)
+
+
+def _trains(job: Fit) -> bool:
+    """Whether something may learn; what a recipe does is not known yet when the model is loaded."""
+    return bool(job.prune or job.tune or job.recipe)
+
+
+def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
+    """Return the text of a run and its recipe: a person's, or the best for the budget."""
+    sizes = sizes_of(model)
+    if job.time and (effort_of(job.preset).candidates == 1 or job.recipe or job.heal is not None):
+        raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
+    budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
+    if job.format:
+        recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
+    check_fixed(sizes, dict(job.fixed))
+    costs = None
+    if budget and not recipe:
+        check_budget(sizes, budget, job.prune)
+        if budget.memory or budget.speed:
+            costs = costs_here(model, sizes, budget.context, progress)
+            check_running(sizes, budget, costs, job.prune)
+    check_resources(model, job.out, _trains(job))
+    floor = parse_quality(job.quality) if job.quality else None
+    texts = gather_texts(model, list(job.data), job.seed, progress)
+    if recipe and job.format and job.tune:
+        tokens = tokens_in(model, texts.calibration, job.tune)
+        recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
+    if recipe:
+        size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
+        return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
+    check_time(job, model, sizes, budget, texts, progress)
+    engine = engine_damage(model, texts, progress)
+    wanted = Wanted(
+        budget=budget,
+        costs=costs,
+        prune=job.prune,
+        fixed=dict(job.fixed),
+        method=job.method,
+        effort=effort_of(job.preset),
+        vocabulary=bool(job.data) and costs is None,
+        heal_seconds=job.heal,
+        tune_seconds=job.tune,
+        most_damage=None if floor is None else -math.log(floor) - engine,
+    )
+    decision = make_plan(model, wanted, texts, job.seed, progress)
+    return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
+
+
+def check_time(job: Fit, model: LanguageModel, sizes: Sizes, budget: Budget, texts: Texts, progress: Progress) -> None:
+    """Say about how long a run will take, and refuse a time that is too short for it.
+
+    Raises:
+        ImpossibleBudgetError: What must be done takes longer than the time allows.
+    """
+    effort, known = effort_of(job.preset), damages_known(model, texts)
+    nearly_free = {group: sizes.middle(group) for group in sizes.group_names}
+    prunes = job.prune and sizes.total(sizes.original, nearly_free) > budget.bytes
+    one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
+    expected = expected_seconds(effort, one, length, prunes, known)
+    if job.time is None:
+        progress(f"{job.preset} takes about {say_time(expected)} here", 0, 1)
+        return
+    least = expected_seconds(replace(effort, candidates=1, tokens=effort.trial_tokens), one, length, prunes, known)
+    if least > job.time:
+        raise ImpossibleBudgetError(
+            f"--time {say_time(job.time)} is too short: measuring, one candidate and its proof take about "
+            f"{say_time(least)} here. The smallest change that fits: --time {math.ceil(least / 60)}m"
+        )
+
+
+def sizes_before(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes:
+    """Return the size arithmetic that a recipe's steps start from: with the vocabulary that it leaves the model."""
+    first = recipe.steps[0]
+    if isinstance(first, TrimVocabulary):
+        return sizes_of(outline(model, first, texts.documents["calibration"]))
+    return sizes_of(model)
+
+
+def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
+    """Return what was asked for: bytes, or those of all matrices at an average of bits, memory and speed."""
+    if job.bits is not None:
+        return bits_budget(sizes, job.bits)
+    whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
+    size = parse_size(job.size, whole) if job.size else None
+    if not (job.ram or job.speed or job.quality):
+        return size
+    memory = parse_size(job.ram, whole) if job.ram else None
+    texts = [size.text] if size else []
+    texts += [f"{memory.text} of memory at {job.context:,} tokens of context"] if memory else []
+    texts += [f"{parse_speed(job.speed):g} tokens/s"] if job.speed else []
+    texts += [f"quality {parse_quality(job.quality):g}"] if job.quality else []
+    return Budget(
+        text=", ".join(texts),
+        bytes=size.bytes if size else budget_range(sizes)[1],
+        memory=memory and memory.bytes,
+        speed=parse_speed(job.speed) if job.speed else None,
+        context=job.context,
+    )

@@ -1,0 +1,210 @@
+"""Candidates built for real: each is pruned, learns for a while, is quantized, exported and read in the engine.
+
+What is expected of a plan adds up damages that were measured one by one, before anything healed. A trial is the thing
+itself, on validation text; the final file is measured again on text that no trial has seen.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketlm.cache import stage
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.quality import Comparison, Interval
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.plan.decide import Decision, Wanted, recipe_of
+from pocketlm.plan.recipe import Recipe, from_dict, to_dict
+from pocketlm.plan.search import Plan
+from pocketlm.proof import measure_on_text, measure_quality, original_file
+from pocketlm.stages import Progress, Texts, run_recipe
+
+LEARNING = ("distil", "tune")
+PROOF = 6  # times what reading one candidate takes: the proof of the final file, roughly
+MARGIN = 0.9  # of the time that is left is given to learning
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A person's time: `seconds` from `began` on, by the monotonic clock."""
+
+    seconds: float
+    began: float
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.began + self.seconds - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was built and measured on validation text.
+
+    Attributes:
+        plan: What it does.
+        recipe: How it was built.
+        file: The GGUF file.
+        losses: (windows,) nats per token of the original's.
+        reference: The original's.
+        kl: To the original, nats per token; None where vocabularies differ among the candidates.
+        tokens: That it learnt from.
+        pace: Of them, per second.
+        seconds: Building and measuring it took.
+        ending: Seconds that codes and the proof of a final file take, guessed from what they took here.
+    """
+
+    plan: Plan
+    recipe: Recipe
+    file: Path
+    losses: tuple[float, ...]
+    reference: tuple[float, ...]
+    kl: float | None
+    tokens: int
+    pace: float
+    seconds: float
+    ending: float
+
+    @property
+    def bytes(self) -> int:
+        """Of its file."""
+        return self.file.stat().st_size
+
+    @property
+    def ratio(self) -> Interval:
+        """Its perplexity, per token of the original's, over the original's."""
+        return _ratio(self.losses, self.reference)
+
+    def against(self, other: "Trial") -> Interval:
+        """Return its perplexity over another candidate's, paired window by window."""
+        return _ratio(self.losses, other.losses)
+
+
+def _ratio(ours: tuple[float, ...], theirs: tuple[float, ...]) -> Interval:
+    losses = {"ours": torch.tensor(ours).double(), "theirs": torch.tensor(theirs).double()}
+    return Comparison({}, losses).ratio("ours", "theirs")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What came of the trials.
+
+    Attributes:
+        trials: As they were made: what prunes nothing first, where that fits the budget.
+        winner: The best of them.
+        recipe: The winner's, with its full training.
+        untried: Candidates that there was no time for.
+    """
+
+    trials: tuple[Trial, ...]
+    winner: Trial
+    recipe: Recipe
+    untried: int
+
+
+def search(
+    model: LanguageModel,
+    decision: Decision,
+    wanted: Wanted,
+    texts: Texts,
+    limit: Limit | None,
+    progress: Progress,
+) -> Search:
+    """Build the rivals of a decision, rank them by perplexity in the engine, and give the best one its full training.
+
+    Every trial is kept: a search that was killed loses at most the one in hand.
+
+    Args:
+        model: The original.
+        decision: With its rivals.
+        wanted: What the person asks for.
+        texts: Its validation part ranks.
+        limit: Of the person's time; None where there is none. Candidates that do not fit any more are not tried, and
+            the winner learns from as many tokens as fit.
+        progress: Called as the work goes on.
+    """
+    per_text = any(plan.vocabulary for plan in decision.rivals)
+    heal, seed = min(wanted.effort.trial_tokens, decision.heal), decision.recipe.seed
+
+    def trial_of(plan: Plan) -> Trial:
+        return build(model, plan, recipe_of(plan, wanted, heal, 0, seed), texts, per_text, progress)
+
+    def produce(folder: Path) -> dict[str, Any]:
+        made: list[Trial] = []
+        for plan in decision.rivals:
+            if made and limit and limit.left() < max(trial.seconds + trial.ending for trial in made):
+                break
+            made.append(trial_of(plan))
+            progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))
+        won, tokens = best_of(made), decision.heal
+        if limit:
+            tokens = int(max(0.0, MARGIN * (limit.left() - won.ending)) * won.pace)
+        recipe = recipe_of(won.plan, wanted, tokens, decision.tune, seed) if tokens > won.tokens else won.recipe
+        return {"trials": len(made), "recipe": to_dict(recipe)}
+
+    rivals = [asdict(plan) for plan in decision.rivals]
+    inputs = {"model": model.origin.sha256, "rivals": rivals, "wanted": asdict(wanted), "seed": seed, **texts.sha256}
+    inputs |= {"heal": decision.heal, "tune": decision.tune, "limit": limit and limit.seconds}
+    done = stage("search", inputs, produce)
+    trials = tuple(trial_of(plan) for plan in decision.rivals[: done.facts["trials"]])
+    recipe = from_dict(done.facts["recipe"], "the search")
+    return Search(trials, best_of(trials), recipe, len(decision.rivals) - len(trials))
+
+
+def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_text: bool, progress: Progress) -> Trial:
+    """Build a candidate and read it in the engine beside the original, once.
+
+    Args:
+        model: The original.
+        plan: What the candidate does.
+        recipe: Its steps.
+        texts: Its validation part is read.
+        per_text: Whether texts are compared, not tokens, because some candidate has other tokens.
+        progress: Called as the work goes on.
+    """
+    name = "candidate.gguf" if plan.prunes else "formats-alone.gguf"
+
+    def produce(folder: Path) -> dict[str, Any]:
+        made = run_recipe(model, recipe, texts, progress)
+        write_gguf(made.model, made.packed, folder / name)
+        began = time.monotonic()
+        files, windows = {"original": original_file(model), "candidate": folder / name}, texts.validation.windows
+        if per_text:
+            found = measure_on_text(files, {"original": model, "candidate": made.model}, windows, progress)
+        else:
+            found = measure_quality(files, windows, progress)
+        reading, kl = time.monotonic() - began, found.qualities["candidate"].kl
+        took = {each.facts["step"]: each.seconds for each in made.stages}
+        return {
+            "losses": found.losses["candidate"].tolist(),
+            "reference": found.losses["original"].tolist(),
+            "kl": kl and kl.value,
+            "learning": sum(took.get(step, 0.0) for step in LEARNING),
+            "seconds": sum(took.values()) + reading,
+            "ending": took["quantize"] + PROOF * reading,
+        }
+
+    inputs = {"model": model.origin.sha256, "recipe": to_dict(recipe), "per_text": per_text, **texts.sha256}
+    done = stage("trial", inputs, produce)
+    facts = done.facts
+    tokens = sum(step.tokens for step in recipe.steps if step.step in LEARNING)
+    return Trial(
+        plan=plan,
+        recipe=recipe,
+        file=done.folder / name,
+        losses=tuple(facts["losses"]),
+        reference=tuple(facts["reference"]),
+        kl=facts["kl"],
+        tokens=tokens,
+        pace=tokens / facts["learning"] if facts["learning"] else 0.0,
+        seconds=facts["seconds"],
+        ending=facts["ending"],
+    )
+
+
+def best_of(trials: tuple[Trial, ...] | list[Trial]) -> Trial:
+    """Return what has the lowest perplexity; what prunes nothing, unless another beats it by more than noise."""
+    best = min(trials, key=lambda trial: trial.ratio.value)
+    simple = next((trial for trial in trials if not trial.plan.prunes), best)
+    return best if best is simple or best.against(simple).high < 1 else simple

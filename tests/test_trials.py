@@ -1,0 +1,160 @@
+"""Candidates are built and measured; what prunes nothing wins unless another is better by more than noise."""
+
+import json
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.command_line import command, environment, pocketlm
+from tests.conftest import Tiny
+from tests.tiny import tiny_folder
+
+from pocketlm.model.text import pack_windows, python_topics
+from pocketlm.plan.effort import PRESETS, expected_seconds
+from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.search import Plan
+from pocketlm.plan.sensitivity import vocabulary_damage
+from pocketlm.plan.sizes import Shape
+from pocketlm.stages import silent
+from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
+from pocketlm.trials import Limit, Trial, best_of
+
+WORDS = "".join(f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000))
+
+
+def trial(losses: list[float], prunes: bool) -> Trial:
+    plan = Plan(Shape(3, 96 if prunes else 128), (), {}, 10, 0.0, {}, narrower=prunes)
+    recipe = Recipe(steps=(Quantize(formats={}),))
+    return Trial(plan, recipe, Path("none"), tuple(losses), (1.0,) * len(losses), None, 0, 0.0, 0.0, 0.0)
+
+
+def test_what_prunes_wins_only_by_more_than_noise():
+    alone = trial([2.0, 2.2, 1.9, 2.1], prunes=False)
+    better = trial([1.9, 2.1, 1.8, 2.0], prunes=True)
+    lucky = trial([1.0, 2.3, 2.0, 2.2], prunes=True)  # the lowest mean, from one window
+    assert best_of([alone, better]) is better
+    assert best_of([alone, lucky]) is alone
+    assert best_of([lucky, better]) is lucky, "there is nothing simpler to prefer"
+    assert better.against(alone).value == pytest.approx(torch.tensor(-0.1).exp().item())
+    assert better.ratio.value == pytest.approx(torch.tensor(0.95).exp().item())
+
+
+def test_more_effort_takes_longer_and_known_damages_less():
+    seconds = [expected_seconds(effort, 0.5, 512, prunes=True, known=False) for effort in PRESETS.values()]
+    assert seconds == sorted(seconds)
+    assert expected_seconds(PRESETS["fast"], 0.5, 512, prunes=True, known=True) < seconds[0]
+    alone = replace(PRESETS["balanced"], candidates=1)
+    assert expected_seconds(alone, 0.5, 512, True, True) == expected_seconds(
+        PRESETS["balanced"], 0.5, 512, prunes=False, known=True
+    )
+
+
+def test_a_limit_counts_down():
+    limit = Limit(100.0, time.monotonic() - 40)
+    assert 50 < limit.left() <= 60
+
+
+def test_fewer_tokens_cost_what_the_same_text_costs_more(tiny_model: Tiny, exact: None):
+    """Against the trimmed model's own reading, piece by piece, in float64."""
+    model = tiny_model("llama")
+    documents = python_topics().split("calibration")
+    windows = pack_windows(documents, model.tokenizer, 2, 48)
+    count = model.network.config.vocab_size - 40
+    found = vocabulary_damage(model, documents, windows, [count], silent)
+
+    def nats(network: torch.nn.Module, ids: list[int]) -> float:
+        with torch.no_grad():
+            logits = network.double()(torch.tensor([ids])).logits[0, :-1]
+        return -torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+
+    trimmed, _ = trim_vocabulary(tiny_model("llama"), TrimVocabulary(size=count), documents)
+    left = {trimmed.tokenizer.convert_ids_to_tokens(i): i for i in range(len(trimmed.tokenizer))}
+    more = 0.0
+    for row in windows.tolist():
+        spelled = []
+        for token in model.tokenizer.convert_ids_to_tokens(row):
+            if token in left:
+                spelled.append(left[token])
+            else:
+                text = model.tokenizer.convert_tokens_to_string([token])
+                spelled += trimmed.tokenizer(text, add_special_tokens=False).input_ids
+        more += nats(trimmed.network, spelled) - nats(tiny_model("llama").network, row)
+    assert more > 0, "some tokens are gone"
+    assert found == {count: pytest.approx(more / (windows.numel() - len(windows)), rel=1e-3)}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search on a tiny model: arguments, folder, cache and report."""
+    place = tmp_path_factory.mktemp("searched")
+    folder = tiny_folder("llama", place / "model")
+    (place / "words.txt").write_text(WORDS)
+    arguments = ("fit", folder, "--size", "60kB", "--data", place / "words.txt", "--heal", "1s", "--json")
+    done = pocketlm(*arguments, "-o", place / "out", cache=place / "cache")
+    assert done.returncode == 0, done.stderr
+    return arguments, place / "out", place / "cache", json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_candidates_are_built_measured_and_reported(searched):
+    _, out, _, report = searched
+    names = [tried["name"] for tried in report["trials"]]
+    assert names[0] == "formats alone"
+    assert len(names) == len(set(names)) == PRESETS["balanced"].candidates
+    assert all(tried["bytes"] <= 60_000 for tried in report["trials"])
+    (won,) = [tried for tried in report["trials"] if tried["won"]]
+    assert any(won["name"] in note for note in report["notes"]) or names.index(won["name"]) == 0
+    assert (out / "model.gguf").stat().st_size == report["budget"]["predicted_bytes"] == won["bytes"]
+    for page in ("report.html", "report.md"):
+        assert f"{won['name']} (chosen)" in (out / page).read_text()
+
+
+@pytest.mark.slow
+def test_a_search_killed_in_a_trial_ends_in_the_same_file(searched, tmp_path):
+    arguments, out, kept, _ = searched
+    again = tmp_path / "cache"
+    for stage in kept.iterdir():  # what was measured and planned is there; trials are not
+        if stage.name.partition("-")[0] in ("text", "engine", "damage", "plan", "original"):
+            (again / stage.name).mkdir(parents=True)
+            for file in stage.iterdir():
+                (again / stage.name / file.name).symlink_to(file)
+    process = subprocess.Popen(
+        command(*arguments, "-o", tmp_path / "out"),
+        env=environment(again),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (list(again.glob("trial-*")) and list(again.glob(".trial-*.partial"))) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before a second trial was seen"
+    done = pocketlm(*arguments, "-o", tmp_path / "out", cache=again)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (out / "model.gguf").read_bytes()
+
+
+@pytest.mark.slow
+def test_time_that_is_too_short_is_refused_and_time_decides_what_is_learnt(searched, tmp_path):
+    arguments, _, cache, _ = searched
+    plain = [word for word in arguments if word not in ("--heal", "1s")]
+    refused = pocketlm(*plain, "--time", "1s", "-o", tmp_path / "out", cache=cache)
+    assert refused.returncode == 3
+    assert "The smallest change that fits: --time" in refused.stderr
+    wrong = pocketlm(*arguments, "--time", "10m", "-o", tmp_path / "out", cache=cache)
+    assert wrong.returncode == 2
+    assert "--time" in wrong.stderr
+    unknown = pocketlm(*plain, "--preset", "most", "-o", tmp_path / "out", cache=cache)
+    assert unknown.returncode == 2
+    assert "fast, balanced, best" in unknown.stderr
+    done = pocketlm(*plain, "--time", "75s", "-o", tmp_path / "out", cache=cache)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert 1 <= len(report["trials"]) <= 3
+    assert report["settings"]["time"] == 75
