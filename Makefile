@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test lint browser clean
 
 demo: .venv/installed  ## the demo model into 70 MB, its report, and a first question
-	$(BIN)/pocketlm fit demo --size 70MB -o demo-out --force
+	$(BIN)/pocketlm fit demo --size 70MB --preset fast -o demo-out --force
 	echo "Hi! What can you do for me?" | $(BIN)/pocketlm chat demo-out --seed 1
 	@echo "Read demo-out/report.html; chat with: $(BIN)/pocketlm chat demo-out"
 
