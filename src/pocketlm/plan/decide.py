@@ -167,6 +167,9 @@ def decide(
     sizes = sizes_of(model)
     calibration, validation = texts
     damages = measure_damages(model, sizes, wanted, formats, calibration, validation, progress)
+    if wanted.most_damage is not None:
+        fewest = _fewest_bytes(sizes, damages, wanted, wanted.most_damage)
+        wanted = replace(wanted, budget=replace(wanted.budget, bytes=fewest))
     plans = _kinds(model, sizes, damages, wanted)
     if wanted.vocabulary and wanted.effort.candidates > 1 and (damages.depth or damages.width):
         damages = _with_vocabularies(model, damages, documents, validation.first(JUDGING_WINDOWS), progress)
@@ -259,8 +262,6 @@ def _trimmed(model: LanguageModel, damages: Damages, wanted: Wanted, documents: 
 def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted, shapes: list[Shape] | None) -> Plan:
     """Return the best plan of some shapes whose layout, measured in the engine, keeps to memory and speed."""
     asked = aimed = wanted.budget
-    if wanted.most_damage is not None:
-        asked = aimed = replace(asked, bytes=_fewest_bytes(sizes, damages, wanted, wanted.most_damage))
     for _ in range(TRIES):
         plan = choose(sizes, damages, aimed, wanted.fixed, wanted.costs, shapes)
         if wanted.costs is None:

@@ -10,7 +10,7 @@ from pocketlm.model.text import Tokens
 
 # In forward passes of one window, as timed on SmolLM2-135M: every format's damage in every block, the damage of
 # pruning, of each candidate what is not learning (pruning, codes, reading it in the engine), and the proof at the end.
-FORMATS_PASSES, PRUNING_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 500, 200, 350, 250
+FORMATS_PASSES, PRUNING_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 300, 150, 250, 120
 LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
 
 
