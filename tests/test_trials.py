@@ -13,15 +13,18 @@ from tests.command_line import command, environment, pocketlm
 from tests.conftest import Tiny
 from tests.tiny import tiny_folder
 
-from pocketlm.model.text import pack_windows, python_topics
+from pocketlm.model.text import Tokens, pack_windows, python_topics
+from pocketlm.plan.budget import Budget
+from pocketlm.plan.decide import Decision, Wanted, decide, recipe_of
 from pocketlm.plan.effort import PRESETS, expected_seconds
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
-from pocketlm.plan.sizes import Shape
+from pocketlm.plan.sizes import Shape, sizes_of
 from pocketlm.stages import silent
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
+from pocketlm.tensors.formats import FORMATS
 from pocketlm.trials import Limit, Trial, best_of
 
 WORDS = "".join(f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000))
@@ -52,6 +55,39 @@ def test_more_effort_takes_longer_and_known_damages_less():
     assert expected_seconds(alone, 0.5, 512, True, True) == expected_seconds(
         PRESETS["balanced"], 0.5, 512, prunes=False, known=True
     )
+
+
+def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama")
+    sizes, text = sizes_of(model), Tokens("text", torch.zeros(8, 32, dtype=torch.long), "")
+    names = ("Q2_0", "Q4_0", "Q8_0")
+    by_format = {name: 2.0 ** -FORMATS[name].bits for name in names}
+    formats = dict.fromkeys(sizes.units(sizes.original), by_format)
+    monkeypatch.setattr("pocketlm.plan.decide.width_damage", lambda *_: {32: 9.0, 64: 0.3, 96: 0.01})
+    monkeypatch.setattr("pocketlm.plan.decide.depth_damage", lambda *_: [(1, 0.02)])
+    budget = Budget("b", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q4_0")) * 9 // 10)
+
+    def decided(preset: str) -> Decision:
+        wanted = Wanted(budget=budget, effort=PRESETS[preset], heal_seconds=None)
+        return decide(model, wanted, formats, (text, text), [], 0, silent)
+
+    one, several = decided("fast"), decided("best")
+    assert one.rivals == (one.plan,)
+    assert len(several.rivals) == 4, "formats alone, fewer blocks, narrower FFNs, both"
+    assert [plan.prunes for plan in several.rivals] == [False, True, True, True]
+    expected = [plan.damage for plan in several.rivals[1:]]
+    assert expected == sorted(expected)
+    assert min(plan.damage for plan in several.rivals) == several.plan.damage == one.plan.damage
+    assert all(plan.bytes <= budget.bytes for plan in several.rivals)
+    assert len(decided("balanced").rivals) == 3
+    wanted = Wanted(budget=budget, effort=PRESETS["balanced"])
+    steps = [[step.step for step in recipe_of(plan, wanted, 99, 0, 0).steps] for plan in several.rivals[:2]]
+    assert steps[0] == ["quantize", "tune"]
+    assert steps[1][-2:] == ["distil", "quantize"]
+    nothing = [[step.step for step in recipe_of(plan, wanted, 0, 0, 0).steps] for plan in several.rivals[:2]]
+    assert nothing[0] == ["quantize"]
+    assert nothing[1][-1] == "quantize"
+    assert "distil" not in nothing[1]
 
 
 def test_a_limit_counts_down():
