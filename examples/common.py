@@ -1,15 +1,20 @@
 """What the examples share: reading labelled requests, teaching a small model, and talking to served ones."""
 
+import asyncio
 import csv
 import hashlib
 import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import httpx
 
 from pocketlm.api import Distil, Distillation, distill, load
 from pocketlm.cache import stage
@@ -28,6 +33,23 @@ class Served:
 
     process: subprocess.Popen
     url: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered.
+
+    Attributes:
+        status: Of HTTP.
+        text: The answer; empty where there is none.
+        seconds: From the request to its last byte.
+        mark: Who answered and how sure it was, where the server may escalate.
+    """
+
+    status: int
+    text: str
+    seconds: float
+    mark: dict[str, Any]
 
 
 def read_labelled(path: Path, question: str, part: str = "train") -> list[Example]:
@@ -49,7 +71,17 @@ def read_labelled(path: Path, question: str, part: str = "train") -> list[Exampl
     return [Example(f"{question}\n{said}", label.replace("_", " ")) for said, label in pairs]
 
 
-def drawn(examples: list[Example], count: int) -> list[Example]:
+class Prompted(Protocol):
+    """A prompt with the answer that is right."""
+
+    prompt: str
+    answer: str
+
+
+Asked = TypeVar("Asked", bound=Prompted)
+
+
+def drawn(examples: list[Asked], count: int) -> list[Asked]:
     """Return `count` of the examples in an order that depends on their content alone."""
     return sorted(examples, key=lambda e: hashlib.sha256(f"{e.prompt}\0{e.answer}".encode()).hexdigest())[:count]
 
@@ -60,25 +92,28 @@ def write_examples(examples: list[Example], path: Path) -> Path:
     return path
 
 
-def taught(teacher: str, student: str, task: Path, epochs: float, rate: float, progress: Progress) -> Path:
-    """Return the folder of a student that learnt a task from its teacher, or of the teacher itself fine-tuned.
+def taught(
+    teacher: str, student: str, task: Path, epochs: float, rate: float, answers: float, progress: Progress
+) -> Path:
+    """Return the folder of a student that learnt a task.
 
     Args:
         teacher: A model.
-        student: A shape to cut from it, or the teacher again, which then learns the answers alone.
+        student: A shape to cut from it, or the teacher again.
         task: Prompts and answers.
         epochs: Over them.
         rate: The learning rate.
+        answers: The weight of the answers beside the teacher's probabilities of them; 1 is learning the answers alone.
         progress: Called as it goes on.
     """
-    alone = student == teacher
-    tokens = int(epochs * pack_examples(read_labelled(task, ""), load(teacher).tokenizer, LENGTH).numel())
-    how = Distil(tokens=tokens, learning_rate=rate, warm_up=0.05, evaluations=4, cross_entropy=1.0 if alone else 0.5)
+    model = load(teacher)
+    tokens = int(epochs * pack_examples(read_labelled(task, ""), model.tokenizer, LENGTH).numel())
+    how = Distil(tokens=tokens, learning_rate=rate, warm_up=0.05, evaluations=4, cross_entropy=answers)
 
     def produce(folder: Path) -> None:
         distill(Distillation(teacher=teacher, student=student, how=how, task=task, out=folder / "made"), progress)
 
-    inputs = {"teacher": load(teacher).origin.sha256, "student": student, "how": asdict(how)}
+    inputs = {"teacher": model.origin.sha256, "student": student, "how": asdict(how)}
     inputs |= {"task": hashlib.sha256(task.read_bytes()).hexdigest()}
     return stage("example-taught", inputs, produce).folder / "made" / "hf"
 
@@ -107,6 +142,29 @@ def served(file: Path, *options: object) -> Iterator[Served]:
         process.terminate()
         process.wait(30)
         process.stdout.close()
+
+
+async def ask_all(
+    url: str, bodies: list[dict[str, Any]], at_once: int, halfway: Callable[[], None] = lambda: None
+) -> list[Reply]:
+    """Ask a server for chat completions, some at a time; `halfway` is called when half of them were asked."""
+    gate, asked = asyncio.Semaphore(at_once), 0
+
+    async with httpx.AsyncClient(timeout=300) as client:
+
+        async def one(body: dict[str, Any]) -> Reply:
+            nonlocal asked
+            async with gate:
+                asked += 1
+                if asked == len(bodies) // 2:
+                    halfway()
+                began = time.monotonic()
+                response = await client.post(f"{url}/chat/completions", json=body)
+                seconds, answer = time.monotonic() - began, response.json()
+            said = answer["choices"][0]["message"]["content"] if response.status_code == 200 else ""
+            return Reply(response.status_code, said or "", seconds, answer.get("pocketlm", {}))
+
+        return await asyncio.gather(*map(one, bodies))
 
 
 def share(right: int, count: int) -> str:

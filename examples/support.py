@@ -19,14 +19,11 @@ import asyncio
 import json
 import signal
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import httpx
-from common import drawn, read_labelled, served, share, stored, taught, write_examples
+from common import Reply, ask_all, drawn, read_labelled, served, share, stored, taught, write_examples
 
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.examples import Example
@@ -76,44 +73,22 @@ def split(args: argparse.Namespace) -> tuple[list[Example], list[Example], list[
     return learning[: args.learn_from], calibrating, [example for example in test if example.prompt not in seen]
 
 
-async def ask_all(url: str, examples: list[Example], halfway: Callable[[], None] = lambda: None) -> list[dict]:
-    """Ask a server every request, a few at a time; `halfway` is called when half of them were asked."""
-    gate, asked = asyncio.Semaphore(AT_ONCE), 0
-
-    async with httpx.AsyncClient(timeout=300) as client:
-
-        async def one(example: Example) -> dict:
-            nonlocal asked
-            async with gate:
-                asked += 1
-                if asked == len(examples) // 2:
-                    halfway()
-                body = {"messages": [{"role": "user", "content": example.prompt}], "temperature": 0}
-                began = time.monotonic()
-                response = await client.post(f"{url}/chat/completions", json=body | {"max_tokens": ANSWER_TOKENS})
-                seconds, answer = time.monotonic() - began, response.json()
-            said = answer["choices"][0]["message"]["content"] if response.status_code == 200 else ""
-            mark = answer.get("pocketlm", {})
-            return {
-                "status": response.status_code,
-                "right": is_right(said or "", (example.answer,)),
-                "seconds": seconds,
-                "escalated": mark.get("escalated", False),
-                "failed": "escalation_failed" in mark,
-            }
-
-        return await asyncio.gather(*(one(example) for example in examples))
+def requests(examples: list[Example]) -> list[dict]:
+    """Return the bodies of the requests that ask examples."""
+    common = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
+    return [{"messages": [{"role": "user", "content": example.prompt}], **common} for example in examples]
 
 
-def summary(answers: list[dict]) -> dict:
+def summary(examples: list[Example], replies: list[Reply]) -> dict:
     """Return the figures of a round of requests."""
-    seconds = sorted(answer["seconds"] for answer in answers)
+    seconds = sorted(reply.seconds for reply in replies)
+    pairs = zip(examples, replies, strict=True)
     return {
-        "requests": len(answers),
-        "failed requests": sum(answer["status"] != 200 for answer in answers),
-        "right": sum(answer["right"] for answer in answers),
-        "escalated": sum(answer["escalated"] for answer in answers),
-        "answered locally with a mark": sum(answer["failed"] for answer in answers),
+        "requests": len(replies),
+        "failed requests": sum(reply.status != 200 for reply in replies),
+        "right": sum(is_right(reply.text, (example.answer,)) for example, reply in pairs),
+        "escalated": sum(reply.mark.get("escalated", False) for reply in replies),
+        "answered locally with a mark": sum("escalation_failed" in reply.mark for reply in replies),
         "median seconds": statistics.median(seconds),
         "95th percentile seconds": seconds[int(0.95 * (len(seconds) - 1))],
     }
@@ -128,11 +103,12 @@ def main() -> None:
     held_back = write_examples(calibrating, args.out / "calibrating.jsonl")
     small, larger = args.out / "small.gguf", args.out / "larger.gguf"
     with Screen() as screen:
-        teacher = taught(args.model, args.model, task, args.epochs, args.teacher_rate, screen.progress)
-        student = taught(str(teacher), args.student, task, args.epochs, args.learning_rate, screen.progress)
+        teacher = taught(args.model, args.model, task, args.epochs, args.teacher_rate, 1.0, screen.progress)
+        student = taught(str(teacher), args.student, task, args.epochs, args.learning_rate, 0.5, screen.progress)
         stored(student, args.format, learning, small)
         if not args.escalate_to:
             write_gguf(load(str(teacher)), {}, larger)
+    asked = requests(test)
     figures: dict = {"learnt from": len(learning), "calibrated on": len(calibrating), "bytes": small.stat().st_size}
     with served(larger) if not args.escalate_to else nullcontext() as stand_in:
         url = args.escalate_to or stand_in.url
@@ -145,14 +121,15 @@ def main() -> None:
         options = ["--escalate-to", url, "--escalate-model", endpoint.model]
         options += ["--threshold", point.threshold, "--confidence", found.measure]
         with served(small, "--slots", AT_ONCE) as alone:
-            figures["small alone"] = summary(asyncio.run(ask_all(alone.url, test)))
+            figures["small alone"] = summary(test, asyncio.run(ask_all(alone.url, asked, AT_ONCE)))
         with served(small, "--slots", AT_ONCE, *options) as desk:
-            figures["with escalation"] = summary(asyncio.run(ask_all(desk.url, test)))
+            figures["with escalation"] = summary(test, asyncio.run(ask_all(desk.url, asked, AT_ONCE)))
         if not args.escalate_to:
-            figures["larger alone"] = summary(asyncio.run(ask_all(url, test)))
+            figures["larger alone"] = summary(test, asyncio.run(ask_all(url, asked, AT_ONCE)))
             with served(small, "--slots", AT_ONCE, *options) as desk:
-                killed = ask_all(desk.url, test, partial(stand_in.process.send_signal, signal.SIGKILL))
-                figures["larger killed in the middle"] = summary(asyncio.run(killed))
+                kill = partial(stand_in.process.send_signal, signal.SIGKILL)
+                replies = asyncio.run(ask_all(desk.url, asked, AT_ONCE, kill))
+                figures["larger killed in the middle"] = summary(test, replies)
     (args.out / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
     text = page(args, figures, found, point.threshold)
     (args.out / "result.md").write_text(text)

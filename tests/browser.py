@@ -58,12 +58,12 @@ def served(*arguments: object, port: int, cache: Path) -> Iterator[str]:
     finally:
         server.terminate()
         try:
-            server.wait(30)
+            server.wait(180)
         finally:
             server.kill()
 
 
-def wait_for(address: str, server: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(address: str, server: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while server.poll() is None:
         try:
@@ -83,6 +83,6 @@ def chromium() -> Iterator[object]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, timeout=180_000)
         yield browser
         browser.close()

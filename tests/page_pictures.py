@@ -60,8 +60,8 @@ def take_all(address: str, folder: Path) -> None:
         for size, viewport in SIZES.items():
             for scheme in ("light", "dark"):
                 page = browser.new_page(viewport=viewport, color_scheme=scheme, is_mobile=size == "phone")
-                page.goto(address)
                 page.set_default_timeout(120_000)
+                page.goto(address)
                 take(page, folder / f"{size}-{scheme}")
                 page.close()
 

@@ -18,6 +18,7 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
 
 CONTEXT = 16_384
+SECONDS = 300  # that anything may take: a busy machine is slow, and slow is not wrong
 # A random model ends where it likes; with this bias it goes on as long as it may.
 ENDLESS = {str(token): -100 for token in tiny_tokenizer("llama").convert_tokens_to_ids(list(SPECIALS["llama"]))}
 
@@ -45,13 +46,13 @@ class Running:
         return self.errors.read()
 
     def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=120)
+        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=SECONDS)
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.address + path, timeout=60, **options)
+        return httpx.get(self.address + path, timeout=SECONDS, **options)
 
     def post(self, path: str, **options: object) -> httpx.Response:
-        return httpx.post(self.address + path, timeout=60, **options)
+        return httpx.post(self.address + path, timeout=SECONDS, **options)
 
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels; 0 if nothing was counted yet."""
@@ -80,7 +81,7 @@ def serving(file: Path, *arguments: object, cache: Path, **more: str) -> Iterato
         finally:
             process.terminate()
             try:
-                process.wait(30)
+                process.wait(180)
             finally:
                 process.kill()
                 process.stdout.close()

@@ -67,7 +67,7 @@ class Visit:
         page.on("request", lambda request: self.requests.append(request))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda message: self.complaints.append(message.text))
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
         page.goto(address)
 
     def setting(self, label, value):
@@ -80,6 +80,7 @@ class Visit:
 
     def write(self, question):
         self.page.get_by_label("Your message").fill(question)
+        self.page.locator("#send:enabled").wait_for()  # once it knows the models
         self.page.get_by_label("Your message").press("Enter")
 
     def ask(self, question):
@@ -315,16 +316,21 @@ def test_trouble_is_a_sentence_and_a_way_on(visit, address, reply, sentence):
 def test_shift_enter_starts_a_new_line_and_what_is_typed_meanwhile_is_kept(visit, address):
     someone = visit(address)
     someone.single()
-    someone.setting("Longest answer", 200)
-    keyboard = someone.page.keyboard
+    someone.setting("Longest answer", 20)
+    keyboard, held = someone.page.keyboard, []
+    someone.page.route("**/chat/completions", lambda route: held.append(route))  # the answer waits for the typing
     someone.page.get_by_label("Your message").click()
     keyboard.type("Count to twenty.")
     keyboard.press("Shift+Enter")
     keyboard.type("In words.")
+    someone.page.locator("#send:enabled").wait_for()
     keyboard.press("Enter")
     keyboard.type("And then?")
     keyboard.press("Enter")  # too early: the answer is still being written
+    someone.page.get_by_role("button", name="Stop").wait_for()
+    held.pop().continue_()
     someone.rest()
+    assert held == []
     assert [body["messages"][-1]["content"] for body in someone.bodies()] == ["Count to twenty.\nIn words."]
     assert someone.page.get_by_label("Your message").input_value() == "And then?"
 
