@@ -3,7 +3,7 @@
     python benchmarks/distill.py heal MODEL --text FILE... --held-out FILE... [--minutes 30 | --tokens N] \
         [--learning-rate R...] [--control-rate R...] [--out benchmarks/results/DATE-distill.md]
     python benchmarks/distill.py cached MODEL --text FILE... --held-out FILE... --tokens N [--learning-rate R]
-    python benchmarks/distill.py variants MODEL --text FILE... --held-out FILE... --tokens N [--hidden W] \
+    python benchmarks/distill.py variants MODEL --text FILE... --held-out FILE... --tokens N [--hidden-states W] \
         [--relations W] [--on-policy SHARE]
 
 MODEL is a Hugging Face folder. Of the files under --text, three quarters of the documents teach, a tenth chooses
@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
         heal.add_argument("--windows", type=int, default=24, help=f"of {LENGTH} tokens per text, to measure on")
         heal.add_argument("--seed", type=int, default=0)
         if mode == "variants":
-            heal.add_argument("--hidden", type=float, default=0.5, help="weight of hidden states")
+            heal.add_argument("--hidden-states", type=float, default=0.5, help="weight of hidden states")
             heal.add_argument("--relations", type=float, default=0.5, help="weight of relations")
             heal.add_argument(
                 "--on-policy", type=float, default=0.25, help="share of windows in the student's own words"
@@ -137,7 +137,7 @@ def trained(
     """Return the cut model trained, by the teacher or by what is kept of its opinion."""
     name = "cross-entropy" if step.cross_entropy == 1 else step.loss
     name += f" with {step.cross_entropy:g} of cross-entropy" if 0 < step.cross_entropy < 1 else ""
-    more = {"hidden": step.hidden, "relations": step.relations, "on_policy": step.on_policy}
+    more = {"hidden states": step.hidden_states, "relations": step.relations, "on-policy": step.on_policy}
     name += "".join(f", {what} {value:g}" for what, value in more.items() if value)
     windows = texts["calibration"].windows
     if kept:
@@ -312,7 +312,7 @@ def variants(args: argparse.Namespace) -> None:
     texts = split(args, teacher)
     asked = {
         "plain": {},
-        f"hidden {args.hidden:g}": {"hidden": args.hidden},
+        f"hidden states {args.hidden_states:g}": {"hidden_states": args.hidden_states},
         f"relations {args.relations:g}": {"relations": args.relations},
         f"on-policy {args.on_policy:g}": {"on_policy": args.on_policy},
     }

@@ -122,7 +122,7 @@ def obvious_loss(
         obvious_relations(mine, theirs, heads, seen)
         for mine, theirs, heads in zip(my_vectors, vectors, plain.heads, strict=True)
     ]
-    return kl[following].mean() + plain.hidden * sum(apart) / len(apart) + plain.relations * sum(related) / 3
+    return kl[following].mean() + plain.hidden_states * sum(apart) / len(apart) + plain.relations * sum(related) / 3
 
 
 @pytest.mark.usefixtures("exact")
@@ -167,7 +167,7 @@ def test_matching_brings_the_insides_closer_than_the_loss_alone(width: int, tiny
     def trained(**weights: float) -> tuple[float, set[str]]:
         """How far the last stream is off through the best map there is: the projections that learnt are gone."""
         student = tiny_model("llama", num_hidden_layers=2, hidden_size=width)
-        config = Distil(windows_per_step=4, tokens=24 * 128, learning_rate=3e-3, **weights)
+        config = Distil(windows_per_step=4, tokens=16 * 128, learning_rate=3e-3, **weights)
         student, report = distil(teacher, student, config, WINDOWS[:4], HELD_OUT)
         assert report.details["kept"]
         with torch.no_grad():
@@ -175,7 +175,7 @@ def test_matching_brings_the_insides_closer_than_the_loss_alone(width: int, tiny
             best = projection_onto(streams[-1].flatten(0, 1), truth[-1].flatten(0, 1))
             return obvious_streams(streams[-1] @ best.T, truth[-1]).item(), set(student.network.state_dict())
 
-    (plain, names), (matched, others) = trained(), trained(hidden=3.0, relations=1.0)
+    (plain, names), (matched, others) = trained(), trained(hidden_states=3.0, relations=1.0)
     assert matched < 0.95 * plain
     assert others == names, "what learnt besides is not in the model"
 
@@ -183,7 +183,7 @@ def test_matching_brings_the_insides_closer_than_the_loss_alone(width: int, tiny
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": -1.0}, "`hidden` and `relations` of at least 0"),
+        ({"hidden_states": -1.0}, "`hidden_states` and `relations` of at least 0"),
         ({"on_policy": 1.5}, "`on_policy` from 0 to 1"),
         ({"relations": 1.0, "cross_entropy": 1.0}, "need a teacher"),
         ({"on_policy": 0.5, "cross_entropy": 1.0}, "need a teacher"),

@@ -122,16 +122,20 @@ def test_own_words_are_judged_by_the_teacher_and_are_no_example(tiny_model: Tiny
         assert (mine.grad - theirs.grad).norm() <= 1e-3 * theirs.grad.norm() + 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights_with_all_that_learns(
-    family: str, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Projections and draws included."""
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(training, "CHECKPOINT_SHARE", 0)
-    depth = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2, "hidden_size": 32}
     config = Distil(
-        tokens=12 * 96, windows_per_step=3, learning_rate=1e-3, evaluations=3, on_policy=0.5, hidden=0.5, relations=0.5
+        tokens=8 * 96,
+        windows_per_step=3,
+        learning_rate=1e-3,
+        evaluations=2,
+        on_policy=0.5,
+        hidden_states=0.5,
+        relations=0.5,
     )
 
     def run(folder: Path, stop: int = 0) -> dict[str, Tensor]:
@@ -139,13 +143,13 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights_with_all_that_l
             if done == stop:
                 raise KeyboardInterrupt
 
-        student = tiny_model(family, **depth)
+        student = tiny_model("llama", num_hidden_layers=2, hidden_size=32)
         torch.rand(stop + 1)  # what else draws random numbers does not matter
-        distil(tiny_model(family), student, config, WINDOWS, HELD_OUT, progress, folder)
+        distil(tiny_model("llama"), student, config, WINDOWS, HELD_OUT, progress, folder)
         return student.network.state_dict()
 
     whole = run(tmp_path / "whole")
-    for stop in (2, 7):
+    for stop in (2, 5):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", stop)
     resumed = run(tmp_path / "stopped")

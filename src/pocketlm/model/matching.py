@@ -13,7 +13,7 @@ away at the end; relations have no width and need none. They are those of the la
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,14 @@ class Matching:
     """What of the teacher's insides is learnt.
 
     Attributes:
-        hidden: Weight of the streams' relative squared distance, averaged over blocks.
+        hidden_states: Weight of the streams' relative squared distance, averaged over blocks.
         relations: Weight of the divergence of relations, averaged over queries, keys and values.
         blocks: Of the student's blocks, in order, which of the teacher's each is compared with.
-        projections: (teacher's width, student's width) for each of these; empty without `hidden`.
+        projections: (teacher's width, student's width) for each of these; empty without `hidden_states`.
         heads: Into how many parts queries, keys and values are cut.
     """
 
-    hidden: float
+    hidden_states: float
     relations: float
     blocks: tuple[int, ...]
     projections: tuple[nn.Parameter, ...]
@@ -59,11 +59,11 @@ class Matching:
 
     def noting_teacher(self, network: nn.Module) -> AbstractContextManager[Insides]:
         """While open, note what is matched of the teacher."""
-        return noting(network, self.blocks if self.hidden else (), bool(self.relations))
+        return noting(network, self.blocks if self.hidden_states else (), bool(self.relations))
 
     def noting_student(self, network: nn.Module) -> AbstractContextManager[Insides]:
         """While open, note what is matched of the student."""
-        return noting(network, tuple(range(len(self.blocks))) if self.hidden else (), bool(self.relations))
+        return noting(network, tuple(range(len(self.blocks))) if self.hidden_states else (), bool(self.relations))
 
     @torch.no_grad()
     def distance(
@@ -78,7 +78,7 @@ class Matching:
             share: Of these windows in the batch.
         """
         total, slopes = 0.0, []
-        weight = share * self.hidden / max(1, len(self.projections))
+        weight = share * self.hidden_states / max(1, len(self.projections))
         for projection, stream, truth in zip(self.projections, mine.streams, theirs.streams, strict=True):
             states, matrix = as_forward(stream), as_forward(projection)
             value, slope = stream_distance(states @ matrix.T, truth)
@@ -95,13 +95,15 @@ class Matching:
         return total, [*mine.streams, *mine.attention], slopes
 
 
-def matching(teacher: nn.Module, student: nn.Module, hidden: float, relations: float, windows: Tensor) -> Matching:
+def matching(
+    teacher: nn.Module, student: nn.Module, hidden_states: float, relations: float, windows: Tensor
+) -> Matching:
     """Return what is matched between two networks that read the same tokens.
 
     Args:
         teacher: The original.
         student: Of any depth and width.
-        hidden: Weight of the streams.
+        hidden_states: Weight of the streams.
         relations: Weight of the relations.
         windows: (windows, length) token ids, on whose first ones projections between different widths are solved. Where
             the widths are equal they start as the identity.
@@ -111,8 +113,8 @@ def matching(teacher: nn.Module, student: nn.Module, hidden: float, relations: f
     heads = tuple(
         math.gcd(_heads(teacher, name), _heads(student, name)) for name in ("attention", "key_value", "key_value")
     )
-    plain = Matching(hidden, relations, mapped, (), heads)
-    return Matching(hidden, relations, mapped, _starts(teacher, student, plain, windows), heads) if hidden else plain
+    plain = Matching(hidden_states, relations, mapped, (), heads)
+    return replace(plain, projections=_starts(teacher, student, plain, windows)) if hidden_states else plain
 
 
 @torch.no_grad()

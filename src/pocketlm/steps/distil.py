@@ -47,7 +47,7 @@ class Distil:
     """Of the teacher in the mixture of `jensen_shannon` (0.5 where None) and `skewed_kl` (0.1)."""
     cross_entropy: float = 0.0
     """Weight of the text's own next tokens beside the teacher's probabilities; 1 is training without a teacher."""
-    hidden: float = 0.0
+    hidden_states: float = 0.0
     """Weight of the distance between the two models' hidden states, each of the student's through a learned map."""
     relations: float = 0.0
     """Weight of the divergence of who is how alike among the last block's queries, keys and values."""
@@ -70,22 +70,36 @@ class Distil:
                 "distil needs a `temperature` above 0, `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
                 f"given: {self.temperature}, {self.cross_entropy}, {self.share}"
             )
-        if min(self.hidden, self.relations) < 0 or not 0 <= self.on_policy <= 1:
+        if min(self.hidden_states, self.relations) < 0 or not 0 <= self.on_policy <= 1:
             raise BadInputError(
-                "distil needs `hidden` and `relations` of at least 0 and `on_policy` from 0 to 1; "
-                f"given: {self.hidden}, {self.relations}, {self.on_policy}"
+                "distil needs `hidden_states` and `relations` of at least 0 and `on_policy` from 0 to 1; "
+                f"given: {self.hidden_states}, {self.relations}, {self.on_policy}"
             )
         if self.asks_more and self.cross_entropy == 1:
             raise BadInputError(
-                "`hidden`, `relations` and `on_policy` need a teacher, and `cross_entropy: 1` is training without one. "
-                "Lower it, or leave them out"
+                "`hidden_states`, `relations` and `on_policy` need a teacher, and `cross_entropy: 1` is training "
+                "without one. Lower it, or leave them out"
             )
         return loss
+
+    def check_for_targets(self) -> None:
+        """Do nothing where a teacher's opinion on disk is enough.
+
+        Raises:
+            BadInputError: It is not.
+        """
+        if (self.loss, self.temperature) != ("forward_kl", 1):
+            raise BadInputError("Targets on disk are for forward KL at temperature 1. Leave out the other loss")
+        if self.asks_more:
+            raise BadInputError(
+                "`hidden_states`, `relations` and `on_policy` need the teacher itself. "
+                "Leave them out, or the targets on disk"
+            )
 
     @property
     def asks_more(self) -> bool:
         """Whether more is asked of the teacher than its probabilities on the text."""
-        return bool(self.hidden or self.relations or self.on_policy)
+        return bool(self.hidden_states or self.relations or self.on_policy)
 
 
 def distil(
@@ -127,17 +141,12 @@ def distil(
     if isinstance(teacher, Respeller) and (loss != Loss() or config.asks_more):
         raise BadInputError(
             "Across two vocabularies distil has forward KL at temperature 1 alone. "
-            "Leave out its `loss`, `hidden`, `relations` and `on_policy`"
+            "Leave out its `loss`, `hidden_states`, `relations` and `on_policy`"
         )
     if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
         raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
-    from_disk = isinstance(windows, Lessons) and windows.targets is not None
-    if from_disk and (loss.kind, loss.temperature) != ("forward_kl", 1):
-        raise BadInputError("Targets on disk are for forward KL at temperature 1, which leaves out its `loss`")
-    if from_disk and config.asks_more:
-        raise BadInputError(
-            "`hidden`, `relations` and `on_policy` need the teacher itself. Leave them out, or the targets on disk"
-        )
+    if isinstance(windows, Lessons) and windows.targets is not None:
+        config.check_for_targets()
     windows = windows if isinstance(windows, Lessons) or isinstance(teacher, Respeller) else Lessons(windows)
     step, held_out_kl, projections = _teaching(teacher, network, config, windows, held_out)
     steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
@@ -194,8 +203,8 @@ def _teaching(
     else:
         original, measured_by = fast_copy(teacher.network), Loss()
     matched = None
-    if config.hidden or config.relations:
-        matched = matching(original, network, config.hidden, config.relations, windows.ids)
+    if config.hidden_states or config.relations:
+        matched = matching(original, network, config.hidden_states, config.relations, windows.ids)
     projections = list(matched.projections) if matched else []
     step = partial(distillation_step, original, network, loss=loss, matched=matched)
     if original is None or isinstance(held_out, Lessons) or not _same_rows(teacher.network, network):
