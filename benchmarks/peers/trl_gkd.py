@@ -6,8 +6,9 @@ Run it with the Python of an environment that has trl (see README.md):
         [--batch 4] [--steps 6] [--learning-rate 3e-4]
 
 AdamW (fused), bfloat16 autocast with float32 weights of the student and the teacher in bfloat16 where the CPU
-multiplies it, else float32; no gradient checkpointing: what is fastest on a CPU. OUT/results.json has tokens per second without the first step (of the clock,
-and of the processor's work), each step's seconds and loss, and the largest resident size of the process.
+multiplies it, else float32; no gradient checkpointing: what is fastest on a CPU. OUT/results.json has tokens per second
+without the first step (by the clock, and of the processor's work), each step's seconds and loss, and the largest
+resident size of the process.
 """
 
 import statistics
