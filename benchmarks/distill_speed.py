@@ -104,8 +104,9 @@ def main() -> None:
         f"`{command_line()}`",
         "",
         f"{here.cpu}, {torch.get_num_threads()} threads; trl {runs['trl'][0]['version']}; "
-        + ", ".join(f"{name} {which}" for name, which in versions().items()),
-        f". {args.batch} windows of {LENGTH} tokens a step, {args.steps} steps, {args.rounds} rounds in turns: median",
+        + ", ".join(f"{name} {which}" for name, which in versions().items())
+        + ".",
+        f"{args.batch} windows of {LENGTH} tokens a step, {args.steps} steps, {args.rounds} rounds in turns: median",
         "step of each round, the first step left out; lowest and highest round in brackets.",
         "",
         "| trainer | tokens/s | tokens per CPU second | peak memory, MB | loss of the first and last step |",
