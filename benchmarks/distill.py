@@ -3,12 +3,15 @@
     python benchmarks/distill.py heal MODEL --text FILE... --held-out FILE... [--minutes 30 | --tokens N] \
         [--learning-rate R...] [--control-rate R...] [--out benchmarks/results/DATE-distill.md]
     python benchmarks/distill.py cached MODEL --text FILE... --held-out FILE... --tokens N [--learning-rate R]
+    python benchmarks/distill.py variants MODEL --text FILE... --held-out FILE... --tokens N [--hidden-states W] \
+        [--relations W] [--on-policy SHARE]
 
 MODEL is a Hugging Face folder. Of the files under --text, three quarters of the documents teach, a tenth chooses
 checkpoints and the rest is held out, like the files under --held-out. The model is cut by pocketlm's own steps, then
 healed with KL (or, with --cross-entropy, a mixture) and, from the same start on the same batches, with cross-entropy,
 at each learning rate given; the one with the lowest loss on the choosing text counts. `cached` heals from the teacher's
-opinion on disk instead, sampled and top, beside the teacher in memory. Everything finished or half trained is kept in
+opinion on disk instead, sampled and top, beside the teacher in memory. `variants` heals plainly, then with hidden
+states, relations, or the student's own words besides, one at a time. Everything finished or half trained is kept in
 pocketlm's cache: the same command goes on where it was stopped. Writes a page (Markdown) and the same as JSON.
 """
 
@@ -19,7 +22,7 @@ import shutil
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +49,7 @@ from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.terminal import Screen
 
 LENGTH = 512
-SOLVING, CHOOSING = 64, 16  # windows that the cut is solved on, and that choose blocks and checkpoints
+SOLVING, CHOOSING = 64, 16  # windows that the cut is solved on by default, and that choose blocks and checkpoints
 
 
 def arguments() -> argparse.Namespace:
@@ -57,6 +60,7 @@ def arguments() -> argparse.Namespace:
     for mode, what in (
         ("heal", "a cut model healed with KL, beside cross-entropy"),
         ("cached", "healed from targets on disk, beside the teacher in memory"),
+        ("variants", "healed with more than the teacher's probabilities on text, one thing at a time"),
     ):
         heal = modes.add_parser(mode, help=what)
         heal.add_argument("model")
@@ -64,6 +68,8 @@ def arguments() -> argparse.Namespace:
         heal.add_argument("--held-out", type=Path, nargs="+", required=True, help="to measure on")
         heal.add_argument("--depth", type=int, default=24)
         heal.add_argument("--ffn", type=int, default=1152)
+        heal.add_argument("--drop", type=int, nargs="+", help="blocks that go; found by trying where not given")
+        heal.add_argument("--solving", type=int, default=SOLVING, help="windows that the cut is solved on")
         heal.add_argument("--minutes", type=float, default=30, help="of healing, turned into tokens by timing")
         heal.add_argument("--tokens", type=int, help="instead of --minutes")
         heal.add_argument("--learning-rate", type=float, nargs="+", default=[3e-4], help="of distillation")
@@ -75,6 +81,12 @@ def arguments() -> argparse.Namespace:
         heal.add_argument("--evaluations", type=int, default=8)
         heal.add_argument("--windows", type=int, default=24, help=f"of {LENGTH} tokens per text, to measure on")
         heal.add_argument("--seed", type=int, default=0)
+        if mode == "variants":
+            heal.add_argument("--hidden-states", type=float, default=0.5, help="weight of hidden states")
+            heal.add_argument("--relations", type=float, default=0.5, help="weight of relations")
+            heal.add_argument(
+                "--on-policy", type=float, default=0.25, help="share of windows in the student's own words"
+            )
         name = "distill" if mode == "heal" else f"distill-{mode}"
         heal.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{today}-{name}.md")
     return parser.parse_args()
@@ -91,19 +103,27 @@ def cut(args: argparse.Namespace, teacher: LanguageModel, texts: dict[str, Token
     """Return the model with fewer blocks and narrower FFNs, as pocketlm prunes it."""
 
     def produce(folder: Path) -> dict:
-        model, solving = load(args.model), texts["calibration"].first(SOLVING)
+        model, solving = load(args.model), texts["calibration"].first(args.solving)
         gone = model.network.config.num_hidden_layers - args.depth
         trying = texts["validation"].first(CHOOSING // 2)
-        damage = depth_damage(model.network, trying, judge(model.network, trying), gone, screen.progress)
-        drop = PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True)
-        model, depth = prune_depth(model, drop, solving, lambda i, n: screen.progress("repairing blocks", i, n))
+        blocks = args.drop
+        if not blocks:
+            damage = depth_damage(model.network, trying, judge(model.network, trying), gone, screen.progress)
+            blocks = [block for block, _ in damage]
+        model, depth = prune_depth(
+            model,
+            PruneDepth(drop=tuple(sorted(blocks)), repair=True),
+            solving,
+            lambda i, n: screen.progress("repairing blocks", i, n),
+        )
         narrow = PruneWidth(ffn=args.ffn)
         model, width = prune_width(model, narrow, solving, lambda i, n: screen.progress("narrowing blocks", i, n))
         save(model, folder / "hf")
         return {"cut": [depth.summary, width.summary], "parameters": model.network.num_parameters()}
 
     hashes = {name: texts[name].sha256 for name in ("calibration", "validation")}
-    return stage("benchmark-cut", {"model": teacher.origin.sha256, "shape": [args.depth, args.ffn], **hashes}, produce)
+    shape = {"shape": [args.depth, args.ffn], "drop": args.drop, "solving": args.solving}
+    return stage("benchmark-cut", {"model": teacher.origin.sha256, **shape, **hashes}, produce)
 
 
 def trained(
@@ -117,6 +137,8 @@ def trained(
     """Return the cut model trained, by the teacher or by what is kept of its opinion."""
     name = "cross-entropy" if step.cross_entropy == 1 else step.loss
     name += f" with {step.cross_entropy:g} of cross-entropy" if 0 < step.cross_entropy < 1 else ""
+    more = {"hidden states": step.hidden_states, "relations": step.relations, "on-policy": step.on_policy}
+    name += "".join(f", {what} {value:g}" for what, value in more.items() if value)
     windows = texts["calibration"].windows
     if kept:
         targets = open_targets(kept.folder)
@@ -284,6 +306,48 @@ def heal(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def variants(args: argparse.Namespace) -> None:
+    """Heal a cut model plainly and with each thing more, measure, write."""
+    teacher = load(args.model)
+    texts = split(args, teacher)
+    asked = {
+        "plain": {},
+        f"hidden states {args.hidden_states:g}": {"hidden_states": args.hidden_states},
+        f"relations {args.relations:g}": {"relations": args.relations},
+        f"on-policy {args.on_policy:g}": {"on_policy": args.on_policy},
+    }
+    with Screen() as screen:
+        start = cut(args, teacher, texts, screen)
+        tokens = tokens_for(args, teacher, start, texts)
+        plain = Distil(
+            tokens=tokens,
+            learning_rate=args.learning_rate[0],
+            evaluations=args.evaluations,
+            windows_per_step=args.windows_per_step,
+            warm_up=0.05,
+            cross_entropy=args.cross_entropy,
+            seed=args.seed,
+        )
+        runs = {name: trained(teacher, start, replace(plain, **more), texts, screen) for name, more in asked.items()}
+        models = {"original": args.model, "cut": start.folder / "hf"}
+        models |= {name: run.folder / "hf" for name, run in runs.items()}
+        found = measure(models, measured_texts(args, teacher, texts), screen)
+    rows = [_row(text, name, comparison) for text, comparison in found.items() for name in models]
+    lines = ["# What to learn besides the teacher's probabilities", "", *setting(args, start, tokens)]
+    lines += [f"Share of the text's own next tokens: {args.cross_entropy:g}.", "", *quality_table(rows)]
+    lines += ["", "Perplexity over that of plain healing, paired:", ""]
+    for text, comparison in found.items():
+        ratios = [f"{name} {_cell(vars(comparison.ratio(name, 'plain')), 3)}" for name in list(asked)[1:]]
+        lines.append(f"- {text}: {'; '.join(ratios)}")
+    lines += ["", "| training | KL on the choosing text | tokens/s | seconds |", "|---|---|---|---|"]
+    for name, run in runs.items():
+        curve = " -> ".join(f"{value:.3f}" for _, value in run.facts["held_out_kl"])
+        lines.append(f"| {name} | {curve} | {run.facts['tokens_per_second']:.0f} | {run.seconds:.0f} |")
+    facts = {name: run.facts | {"seconds": run.seconds} for name, run in runs.items()}
+    write_results(args.out, lines, {"rows": rows, "runs": facts, "cut": start.facts})
+    print("\n".join(lines))
+
+
 def lowest(run: Finished) -> float:
     """Return the lowest loss of a training on the text that chooses."""
     return min(value for _, value in run.facts["held_out_kl"])
@@ -361,7 +425,7 @@ def _cell(interval: dict | None, digits: int) -> str:
 def main() -> None:
     """Run the mode asked for."""
     args = arguments()
-    {"heal": heal, "cached": cached}[args.mode](args)
+    {"heal": heal, "cached": cached, "variants": variants}[args.mode](args)
 
 
 if __name__ == "__main__":

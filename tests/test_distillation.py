@@ -22,6 +22,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("distillation")
     text = base / "text.txt"
     text.write_text("\n\n".join(f"The {n}th of many short paragraphs of text, {n * n} of them." for n in range(3000)))
+    empty = base / "empty.txt"
+    empty.touch()
     task = base / "task.jsonl"
     task.write_text("\n".join(json.dumps({"prompt": f"Is {n} odd", "answer": ["no", "yes"][n % 2]}) for n in range(50)))
     return {
@@ -29,6 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "stock": tiny_folder("llama", base / "stock", 1, num_hidden_layers=1),
         "stranger": tiny_folder("qwen2", base / "stranger"),
         "text": text,
+        "empty": empty,
         "task": task,
         "cache": base / "cache",
     }
@@ -51,9 +54,10 @@ def test_shapes_are_read():
         ("depth=2", ("--targets", "sampled")),
         ("depth=4", ("--adapters", 2, "--loss", "jensen_shannon")),
         ("stock", ("--cross-entropy", 0.5, "--targets", "top")),
-        ("stock", ("--task", "task")),
+        ("stock", ("--task", "task", "--on-policy", 0.5)),
+        ("stock", ("--hidden-states", 0.5, "--relations", 0.5, "--on-policy", 0.25)),
     ],
-    ids=["cut", "targets", "adapters", "stock", "task"],
+    ids=["cut", "targets", "adapters", "stock", "task", "insides"],
 )
 def test_students_of_every_kind(student: str, more: tuple, folders: dict[str, Path], tmp_path: Path):
     out = tmp_path / "out"
@@ -107,6 +111,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(folders: dict[str, Path], tmp_pa
         (("--student", "depth=9"), "the model has 5"),
         (("--student", "depth=1"), "Cannot keep fewer than 2"),
         (("--student", "stranger"), "another tokenizer"),
+        (("--student", "stranger", "--task", "task"), "let the teacher answer prompts"),
+        (("--student", "depth=4", "--task", "text"), "line 1: not an example"),
+        (("--student", "depth=4", "--task", "task", "--remote", "http://127.0.0.1:9"), "Nothing answers at"),
+        (("--student", "depth=4", "--data", "empty"), "is empty"),
+        (("--student", "depth=4", "--on-policy", "0.5", "--targets", "top"), "need the teacher itself"),
         (("--student", "depth=4", "--loss", "kl"), "Unknown --loss `kl`"),
         (("--student", "depth=4", "--temperature", "0"), "`temperature` above 0"),
         (("--student", "depth=4", "--targets", "sampled", "--loss", "reverse_kl"), "forward KL at temperature 1"),
@@ -124,4 +133,6 @@ def test_mistakes_have_a_way_out_and_leave_nothing(
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(("[", "Writing", "Loading"))]
+    assert len(errors) <= 3, errors
     assert not list(tmp_path.iterdir())

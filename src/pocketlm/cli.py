@@ -221,6 +221,15 @@ def distill(
     cross_entropy: Annotated[
         float, typer.Option(help="Weight of the text's own next tokens, 0 to 1; 1 is without a teacher.")
     ] = 0.0,
+    hidden_states: Annotated[
+        float, typer.Option(help="Weight of their distance, each of the student's through a learned map; try 0.5.")
+    ] = 0.0,
+    relations: Annotated[
+        float, typer.Option(help="Weight of how alike queries, keys and values of the last block are; try 0.5.")
+    ] = 0.0,
+    on_policy: Annotated[
+        float, typer.Option(help="Share of windows that the student goes on by itself, for the teacher to judge.")
+    ] = 0.0,
     learning_rate: Annotated[
         float | None, typer.Option(help="3e-4 for a cut student or adapters, 1e-4 for a model of its own.")
     ] = None,
@@ -255,6 +264,9 @@ def distill(
         loss=loss,
         temperature=temperature,
         cross_entropy=cross_entropy,
+        hidden_states=hidden_states,
+        relations=relations,
+        on_policy=on_policy,
         adapters=adapters,
         seed=seed,
     )

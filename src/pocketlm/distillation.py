@@ -104,23 +104,23 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
     The folder has `hf`, which plain transformers loads, every step's loss as CSV, and a page of what came of it.
 
     Raises:
-        BadInputError: The student is neither a shape nor a model, or its tokenizer is another.
+        BadInputError: The student is neither a shape nor a model, its tokenizer is another, the task cannot be read, or
+            what is asked for does not go together.
     """
     remove_leftovers()
-    if job.remote and not job.task:
-        raise BadInputError(
-            "A remote teacher answers prompts. Give some with --task: a .jsonl with a `prompt` per line"
-        )
-    job.how.objective  # noqa: B018  (refuses what is out of range, before any work)
+    _check(job)
     with new_folder(job.out, job.force) as folder:
         teacher = load(job.teacher)
         shape = read_shape(job.student)
         if shape:
             check_shape(teacher, Prune(model=job.teacher, **shape))
         check_resources(teacher, job.out, trained=True)
+        # What a person can have got wrong comes before what takes minutes.
+        stock = None if shape else _stock(job.student, teacher)
+        examples = _examples(job, progress)
         texts = gather_texts(teacher, list(job.data), job.how.seed, progress, LEARNING_WINDOWS)
-        start = _cut(teacher, shape, texts, progress) if shape else _stock(job.student, teacher)
-        lessons, held_out, of_text = _lessons(job, teacher, texts, progress)
+        lessons, held_out, of_text = _lessons(job, examples, teacher, texts)
+        start = stock or _cut(teacher, shape, texts, progress)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
         if job.remote:  # which says words, and no probabilities
             config = replace(config, cross_entropy=1.0)
@@ -144,6 +144,23 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         (folder / "distillation.json").write_text(json.dumps(asdict(made), indent=1, default=str))
         write_manifest(folder)
     return made
+
+
+def _check(job: Distillation) -> None:
+    """Refuse what does not go together, before any work."""
+    if job.remote and not job.task:
+        raise BadInputError(
+            "A remote teacher answers prompts. Give some with --task: a .jsonl with a `prompt` per line"
+        )
+    if job.task and job.targets != "live":
+        raise BadInputError("Targets on disk are for text. Leave out --targets where a --task is learnt")
+    job.how.objective  # noqa: B018  (refuses what is out of range)
+    if job.targets != "live":
+        job.how.check_for_targets()
+    if job.remote and job.how.asks_more:
+        raise BadInputError(
+            "A remote teacher says words and nothing else. Leave out --hidden-states, --relations and --on-policy"
+        )
 
 
 def read_shape(student: str) -> dict[str, int]:
@@ -206,7 +223,8 @@ def _stock(student: str, teacher: LanguageModel) -> Start:
     if not alike(teacher, model):
         raise BadInputError(
             f"{student} has another tokenizer than {teacher.origin.source}, so their probabilities cannot be compared. "
-            "Take a student of the same family, or cut one: --student depth=12"
+            "Take a student of the same family, cut one (--student depth=12), or let the teacher answer prompts: serve "
+            f"it, then `pocketlm distill {student} --student {student} --task PROMPTS.jsonl --remote http://...`"
         )
     return Start(student, model.origin.sha256, (f"the student is {model.origin.base_model}",))
 
@@ -215,24 +233,30 @@ def _tokens(job: Distillation, teacher: LanguageModel, start: Start, texts: Text
     """Return how many tokens to train on; a time is turned into tokens once, so that a resumed run does the same."""
     if job.seconds is None:
         return job.how.tokens
-    inputs = {"teacher": teacher.origin.sha256, "student": start.key, "seconds": job.seconds, **texts.sha256}
+    inputs = {"teacher": teacher.origin.sha256, "student": start.key, "seconds": job.seconds, "how": asdict(job.how)}
+    inputs |= texts.sha256
 
     def produce(_: Path) -> dict[str, int]:
-        return {"tokens": tokens_in(teacher, texts.calibration, job.seconds, load(start.source))}
+        return {"tokens": tokens_in(teacher, texts.calibration, job.seconds, load(start.source), job.how)}
 
     return stage("distill-tokens", inputs, produce).facts["tokens"]
 
 
+def _examples(job: Distillation, progress: Progress) -> list[Example]:
+    """Return the task's examples, answered by the remote teacher where there is one; none where text is learnt."""
+    if job.task is None:
+        return []
+    return _asked(job, progress) if job.remote else read_examples(job.task)
+
+
 def _lessons(
-    job: Distillation, teacher: LanguageModel, texts: Texts, progress: Progress
+    job: Distillation, examples: list[Example], teacher: LanguageModel, texts: Texts
 ) -> tuple[Lessons, Tensor | Lessons, dict[str, str]]:
     """Return what is learnt, what chooses the checkpoint, and the hashes of both."""
     if job.task is None:
         return Lessons(texts.calibration.windows), texts.validation.windows, texts.sha256
-    if job.targets != "live":
-        raise BadInputError("Targets on disk are for text. Leave out --targets where a --task is learnt")
     length = texts.calibration.windows.shape[1]
-    examples = that_fit(_asked(job, progress), teacher.tokenizer, length) if job.remote else read_examples(job.task)
+    examples = that_fit(examples, teacher.tokenizer, length) if job.remote else examples
     learnt, choosing = (pack_examples(part, teacher.tokenizer, length) for part in split_examples(examples))
     return learnt, choosing, {"task": file_sha256(job.task), "remote": job.remote or ""}
 

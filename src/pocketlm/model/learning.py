@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketlm.model.anatomy import blocks_of
 from pocketlm.model.compute import as_forward, fast_forward
+from pocketlm.model.matching import Insides, Matching
 from pocketlm.model.targets import Targets
 from pocketlm.tensors.divergence import (
     Loss,
@@ -39,12 +40,15 @@ class Lessons:
             not see each other; None where a window is one text.
         counted: (windows, length) bool, the tokens whose prediction is learnt; None for all.
         targets: What a teacher said about the windows, to learn from instead of asking it; None to ask.
+        own: (windows, length) bool, the tokens that the student wrote itself: the teacher judges what it says there,
+            and they are no example of what comes next; None where none is.
     """
 
     ids: Tensor
     places: Tensor | None = None
     counted: Tensor | None = None
     targets: Targets | None = None
+    own: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +71,12 @@ class Lessons:
         following = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.ids.device)
         following[:, :-1] = True if self.counted is None else self.counted[:, 1:]
         return following.flatten().nonzero().squeeze(1)
+
+    def following(self, places: Tensor) -> Tensor:
+        """Return the token behind each of some positions, flattened; -1 where it is no example."""
+        after = (places + 1) % self.numel()
+        labels = self.ids.flatten()[after]
+        return labels if self.own is None else labels.masked_fill(self.own.flatten()[after], -1)
 
 
 class Updates:
@@ -166,7 +176,11 @@ def recomputing(network: nn.Module) -> Iterator[None]:
 
 
 def distillation_step(
-    teacher: nn.Module | None, student: nn.Module, batch: Tensor | Lessons, loss: Loss = FORWARD_KL
+    teacher: nn.Module | None,
+    student: nn.Module,
+    batch: Tensor | Lessons,
+    loss: Loss = FORWARD_KL,
+    matched: Matching | None = None,
 ) -> float:
     """Add the gradient of a loss on one batch to the student; return the loss in nats per trained position.
 
@@ -178,6 +192,8 @@ def distillation_step(
         student: Whose gradients are added to.
         batch: (windows, length) token ids, or lessons.
         loss: What is learnt.
+        matched: What of the teacher's insides is learnt besides, averaged over all tokens and added to the loss; the
+            projections are given their gradients too.
     """
     lessons = batch if isinstance(batch, Lessons) else Lessons(batch)
     at_once = max(1, TOKENS_AT_ONCE // lessons.ids.shape[1])
@@ -186,12 +202,18 @@ def distillation_step(
     count = sum(part.numel() if each is None else len(each) for part, each in zip(parts, places, strict=True))
     total = 0.0
     for part, each in zip(parts, places, strict=True):
-        judged = _judged_by(teacher, student, part, each, loss)
-        with recomputing(student), fast_forward(part.ids.device):
+        with matched.noting_teacher(teacher) if matched else nullcontext(Insides()) as theirs:
+            judged = _judged_by(teacher, student, part, each, loss)
+        noted = matched.noting_student(student) if matched else nullcontext(Insides())
+        with recomputing(student), fast_forward(part.ids.device), noted as mine:
             hidden = _read(student, part)
         value, slope = through_head(hidden.detach().flatten(0, 1), each, student.lm_head, judged, count)
-        hidden.backward(slope.view_as(hidden))
+        ends, slopes = [hidden], [slope.view_as(hidden)]
         total += value
+        if matched:
+            value, further, more = matched.distance(mine, theirs, part.places, part.numel() / lessons.numel())
+            ends, slopes, total = ends + further, slopes + more, total + value
+        torch.autograd.backward(ends, slopes)
     return total
 
 
@@ -209,7 +231,7 @@ def _judged_by(
     teacher: nn.Module | None, student: nn.Module, lessons: Lessons, places: Tensor | None, loss: Loss
 ) -> Judged:
     """Return what judges the student's logits: the teacher's on the same text, the tokens that follow, or both."""
-    labels = None if places is None else lessons.ids.flatten()[(places + 1) % lessons.numel()]
+    labels = None if places is None else lessons.following(places)
     if lessons.targets is not None and loss.cross_entropy < 1:
         return _judged_by_targets(lessons.targets.read(), places, labels, loss)
     if teacher is None or loss.cross_entropy == 1:

@@ -313,7 +313,13 @@ def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, 
     return recipe
 
 
-def tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, student: LanguageModel | None = None) -> int:
+def tokens_in(
+    model: LanguageModel,
+    calibration: Tokens,
+    seconds: float,
+    student: LanguageModel | None = None,
+    how: Distil | None = None,
+) -> int:
     """Return how many tokens of distillation fit into a time on this machine, to two digits.
 
     Args:
@@ -321,11 +327,12 @@ def tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, student
         calibration: What will be learnt from.
         seconds: The time.
         student: Who learns, and is spoilt by the trial; a copy of the teacher where None.
+        how: It learns; its tokens and evaluations do not matter.
     """
     trial = student or LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
-    config = Distil(tokens=1)
-    batch = calibration.first(config.windows_per_step)
-    config = Distil(tokens=TIMED_STEPS * batch.numel(), evaluations=1)
+    how = how or Distil(tokens=1)
+    batch = calibration.first(how.windows_per_step)
+    config = replace(how, tokens=TIMED_STEPS * batch.numel(), evaluations=1)
     began = time.monotonic()
     distil(model, trial, config, batch, batch[:1])
     tokens = int(0.9 * seconds * config.tokens / (time.monotonic() - began))

@@ -1,6 +1,6 @@
 """Recover what pruning lost: the smaller model learns the original's next-token probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ from pocketlm.model.compute import fast_copy
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
+from pocketlm.model.matching import matching
+from pocketlm.model.on_policy import with_own_words
 from pocketlm.model.respelling import Respeller, respelled_divergence, respelled_step
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.adapters import learning_parts
@@ -45,6 +47,12 @@ class Distil:
     """Of the teacher in the mixture of `jensen_shannon` (0.5 where None) and `skewed_kl` (0.1)."""
     cross_entropy: float = 0.0
     """Weight of the text's own next tokens beside the teacher's probabilities; 1 is training without a teacher."""
+    hidden_states: float = 0.0
+    """Weight of the distance between the two models' hidden states, each of the student's through a learned map."""
+    relations: float = 0.0
+    """Weight of the divergence of who is how alike among the last block's queries, keys and values."""
+    on_policy: float = 0.0
+    """Share of the windows that the student goes on by itself, for the teacher to judge."""
     adapters: int = 0
     """Rank of adapters (LoRA) that learn in place of the weights and are merged at the end; 0 for the weights."""
     seed: int = 0
@@ -62,7 +70,36 @@ class Distil:
                 "distil needs a `temperature` above 0, `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
                 f"given: {self.temperature}, {self.cross_entropy}, {self.share}"
             )
+        if min(self.hidden_states, self.relations) < 0 or not 0 <= self.on_policy <= 1:
+            raise BadInputError(
+                "distil needs `hidden_states` and `relations` of at least 0 and `on_policy` from 0 to 1; "
+                f"given: {self.hidden_states}, {self.relations}, {self.on_policy}"
+            )
+        if self.asks_more and self.cross_entropy == 1:
+            raise BadInputError(
+                "`hidden_states`, `relations` and `on_policy` need a teacher, and `cross_entropy: 1` is training "
+                "without one. Lower it, or leave them out"
+            )
         return loss
+
+    def check_for_targets(self) -> None:
+        """Do nothing where a teacher's opinion on disk is enough.
+
+        Raises:
+            BadInputError: It is not.
+        """
+        if (self.loss, self.temperature) != ("forward_kl", 1):
+            raise BadInputError("Targets on disk are for forward KL at temperature 1. Leave out the other loss")
+        if self.asks_more:
+            raise BadInputError(
+                "`hidden_states`, `relations` and `on_policy` need the teacher itself. "
+                "Leave them out, or the targets on disk"
+            )
+
+    @property
+    def asks_more(self) -> bool:
+        """Whether more is asked of the teacher than its probabilities on the text."""
+        return bool(self.hidden_states or self.relations or self.on_policy)
 
 
 def distil(
@@ -76,7 +113,7 @@ def distil(
 ) -> tuple[LanguageModel, StepReport]:
     """Train `student` on its divergence from the teacher over full next-token distributions.
 
-    Logits only, by default forward KL at temperature 1, as pruned models are best recovered (Minitron,
+    By default on logits only, forward KL at temperature 1, as pruned models are best recovered (Minitron,
     https://arxiv.org/abs/2407.14679). The checkpoint with the lowest held-out KL(teacher ‖ student) is kept (without a
     teacher, cross-entropy), and the untrained student is one of the candidates.
 
@@ -101,30 +138,37 @@ def distil(
             "Teacher and student have different vocabularies, so probabilities cannot be compared. Take a student with "
             "the teacher's tokenizer, or train on the teacher's answers with `cross_entropy: 1`"
         )
-    if isinstance(teacher, Respeller) and loss != Loss():
+    if isinstance(teacher, Respeller) and (loss != Loss() or config.asks_more):
         raise BadInputError(
-            "Across two vocabularies distil has forward KL at temperature 1 alone. Leave out its `loss`"
+            "Across two vocabularies distil has forward KL at temperature 1 alone. "
+            "Leave out its `loss`, `hidden_states`, `relations` and `on_policy`"
         )
     if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
         raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
-    from_disk = isinstance(windows, Lessons) and windows.targets is not None
-    if from_disk and (loss.kind, loss.temperature) != ("forward_kl", 1):
-        raise BadInputError("Targets on disk are for forward KL at temperature 1, which leaves out its `loss`")
-    step, held_out_kl = _teaching(teacher, network, loss, held_out)
+    if isinstance(windows, Lessons) and windows.targets is not None:
+        config.check_for_targets()
+    windows = windows if isinstance(windows, Lessons) or isinstance(teacher, Respeller) else Lessons(windows)
+    step, held_out_kl, projections = _teaching(teacher, network, config, windows, held_out)
     steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
+
+    def lessons(start: int) -> Iterator[Lessons | Tensor]:
+        plain = batches(windows, config.windows_per_step, steps, config.seed, start)
+        return with_own_words(network, plain, config.on_policy, config.seed, start) if config.on_policy else plain
+
     course = Course(
-        batches=lambda start: batches(windows, config.windows_per_step, steps, config.seed, start),
+        batches=lessons,
         steps=steps,
         evaluations=config.evaluations,
         patience=config.patience,
         folder=folder,
     )
     with learning_parts(network, config.adapters, config.seed) as trained:
-        update = Updates([{"params": trained, "lr": config.learning_rate}], steps, config.warm_up)
+        groups = [{"params": each, "lr": config.learning_rate} for each in (trained, projections) if each]
+        update = Updates(groups, steps, config.warm_up)
 
         def learn(batch: Tensor | Lessons) -> float:
             value = step(batch)
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)  # projections apart: they must not slow the student down
             update()
             return value
 
@@ -139,24 +183,34 @@ def alike(teacher: LanguageModel, student: LanguageModel) -> bool:
 
 
 def _teaching(
-    teacher: LanguageModel | Respeller, network: nn.Module, loss: Loss, held_out: Tensor | Lessons
-) -> tuple[Callable[[Tensor | Lessons], float], Callable[[], float]]:
-    """Return what adds a batch's gradient, and what measures the student on the held-out text."""
+    teacher: LanguageModel | Respeller,
+    network: nn.Module,
+    config: Distil,
+    windows: Tensor | Lessons,
+    held_out: Tensor | Lessons,
+) -> tuple[Callable[[Tensor | Lessons], float], Callable[[], float], list[nn.Parameter]]:
+    """Return what adds a batch's gradient, what measures the student on the held-out text, and what learns besides."""
+    loss = config.objective
     if isinstance(teacher, Respeller):
         original = fast_copy(teacher.model.network)
         return (
             lambda batch: respelled_step(original, network, batch, teacher.spelling),
             lambda: respelled_divergence(original, network, held_out, teacher.spelling),
+            [],
         )
     if loss.cross_entropy == 1:
         original, measured_by = None, loss
     else:
         original, measured_by = fast_copy(teacher.network), Loss()
-    step = partial(distillation_step, original, network, loss=loss)
+    matched = None
+    if config.hidden_states or config.relations:
+        matched = matching(original, network, config.hidden_states, config.relations, windows.ids)
+    projections = list(matched.projections) if matched else []
+    step = partial(distillation_step, original, network, loss=loss, matched=matched)
     if original is None or isinstance(held_out, Lessons) or not _same_rows(teacher.network, network):
-        return step, lambda: held_out_loss(original, network, held_out, measured_by)
+        return step, lambda: held_out_loss(original, network, held_out, measured_by), projections
     opinion = judge(teacher.network, held_out)
-    return step, lambda: divergence_of(network, held_out, opinion)
+    return step, lambda: divergence_of(network, held_out, opinion), projections
 
 
 def _same_rows(teacher: nn.Module, student: nn.Module) -> bool:

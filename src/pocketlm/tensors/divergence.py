@@ -83,11 +83,14 @@ def loss_with_gradient(
 
 
 def mixed(soft: tuple[Tensor, Tensor], logits: Tensor, labels: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
-    """Return a loss and its gradient, `soft`, mixed with `share` of the cross-entropy; the tensors are used up."""
+    """Return a loss and its gradient, `soft`, mixed with `share` of the cross-entropy; the tensors are used up.
+
+    Where the label is -1 there is no example, and the loss stays as it is.
+    """
     if not share:
         return soft
-    hard = cross_entropy_with_gradient(logits, labels)
-    return soft[0].lerp_(hard[0], share), soft[1].lerp_(hard[1], share)
+    hard, shares = cross_entropy_with_gradient(logits, labels.clamp_min(0)), share * (labels >= 0)
+    return soft[0].lerp_(hard[0], shares), soft[1].lerp_(hard[1], shares[:, None])
 
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
