@@ -27,7 +27,8 @@ def evaluate(
     data: Data = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
     task: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of prompt, choices, answer: score this instead; repeatable.")
+        list[Path] | None,
+        typer.Option(help="JSONL of prompt with choices and answer, with label, or with answer alone; repeatable."),
     ] = None,
     limit: Annotated[int, typer.Option(help="Items to take of each task.", min=1)] = 500,
     json_output: Json = False,

@@ -198,11 +198,14 @@ def task_lines(results: list[TaskResult]) -> list[str]:
     lines = [f"{'task':<20}{'':<12}{'items':>6}  {'acc':<22}acc_norm"]
     for result in results:
         for role, score in result.scores.items():
-            cells = f"{_percent(score.acc):<22}{_percent(score.acc_norm)}"
-            lines.append(f"{result.task:<20}{role:<12}{score.count:>6}  {cells}")
+            normed = "" if score.acc_norm is None else _percent(score.acc_norm)
+            found = ", ".join(f"{fault}: {count}" for fault, count in score.faults.items())
+            lines.append(
+                f"{result.task:<20}{role:<12}{score.count:>6}  {_percent(score.acc):<22}{normed}{found}".rstrip()
+            )
         if paired := result.paired:
             verdict = "within noise" if paired.within_noise else "more than noise"
-            change = f"acc_norm {_percent(paired.difference, '+.1f')}: {verdict}"
+            change = f"{result.measure} {_percent(paired.difference, '+.1f')}: {verdict}"
             lines.append(f"{'':<20}{'difference':<12}{'':>6}  {change}; {paired.lost} items lost, {paired.won} won")
     return [*lines, "in brackets: 95 % intervals (Wilson; the difference is paired, bootstrap over items)"]
 
