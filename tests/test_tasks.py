@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.artefact import task_score
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.inspection import write
 from pocketlm.measure.task_files import Item, read_task
-from pocketlm.measure.tasks import chosen, joined, likelihoods, matches, pair, wilson
+from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result, wilson
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.run.engine import Engine
+from pocketlm.scoring import write
 
 ITEM = Item("The operators of the language are", (" evaluated left to right", " no objects", " names"), 1)
 
@@ -50,10 +51,17 @@ def test_likelihoods_are_the_sums_of_one_token_at_a_time(tiny_model):
     for (before, after), choice in zip(pairs, ITEM.choices, strict=True):
         assert before + after == encode(ITEM.prompt) + model.tokenizer(choice, add_special_tokens=False).input_ids
     expected = [one_token_at_a_time(network, *each) for each in pairs]
-    assert likelihoods(pairs, whole_windows(network), 64) == pytest.approx(expected, rel=1e-9)
+    found = likelihoods(pairs, whole_windows(network), 64)
+    assert [total for total, _ in found] == pytest.approx(expected, rel=1e-9)
+    before, after = pairs[0][0], []
+    while len(after) < 3:
+        after.append(int(last_row(network, before + after).argmax()))
+    assert [greedy for _, greedy in likelihoods([(before, after)], whole_windows(network), 64)] == [True]
+    assert not any(greedy for _, greedy in found)
     most = max(len(after) for _, after in pairs) + 3  # prompts then lose their beginnings
     expected = [one_token_at_a_time(network, before[len(after) - most :], after) for before, after in pairs]
-    assert likelihoods(pairs, whole_windows(network), most) == pytest.approx(expected, rel=1e-9)
+    found = likelihoods(pairs, whole_windows(network), most)
+    assert [total for total, _ in found] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -145,6 +153,17 @@ def test_what_is_written_is_read(tmp_path_factory, prompt, choices, data):
     (item,) = task.items
     assert (task.kind, item.prompt, item.answer) == ("choices", prompt, answer)
     assert [text.strip() for text in item.choices] == [text.strip() for text in choices]
+
+
+def test_a_report_has_what_a_task_is_judged_by():
+    before = [Outcome(True, True), Outcome(True, False), Outcome(False, True), Outcome(False, False)]
+    after = [Outcome(False, True), Outcome(False, False), Outcome(False, False), Outcome(False, False)]
+    found = task_score(result("arc", "choices", {"reference": before, "model": after}))
+    assert (found.measure, found.items, found.lost, found.won) == ("acc_norm", 4, 1, 0)
+    assert (found.original.value, found.compressed.value, found.difference.value) == (0.5, 0.25, -0.25)
+    written = [Outcome(True), Outcome(False, faults=("empty",)), Outcome(False, faults=("empty",))]
+    found = task_score(result("capitals", "written", {"reference": written[:1] * 3, "model": written}))
+    assert (found.measure, found.lost, found.faults) == ("acc", 2, {"empty": 2})
 
 
 LAYOUTS = {

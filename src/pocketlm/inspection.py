@@ -5,27 +5,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pocketlm
 from pocketlm.cache import cache_folder
+from pocketlm.harness import HarnessScore, score_harness
 from pocketlm.measure.device import Speeds, machine, measure_speed
 from pocketlm.measure.quality import Quality
-from pocketlm.measure.task_files import Item, Kind, read_task
-from pocketlm.measure.tasks import Outcome, TaskResult, chosen, joined, likelihoods, matches, result
-from pocketlm.model.examples import encode_answer, encode_prompt
+from pocketlm.measure.task_files import read_task
+from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
 from pocketlm.proof import measure_models, original_file
-from pocketlm.report.answers import faults
-from pocketlm.run.engine import Engine
 from pocketlm.run.speed import WORKER
+from pocketlm.scoring import score_tasks
 from pocketlm.stages import Progress, silent
-
-WRITTEN = 64  # tokens of an answer at most
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,6 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Score a model in the engine on files of tasks, and compare it with a reference on the same items.
 
-    Multiple choice is read as it stands, as lm-evaluation-harness does. Prompts of labels and of written answers are
-    put as `pocketlm distill --task` teaches them: as a chat's first message where the model is one for chats.
-
     Args:
         source: The model.
         reference: The original to compare with, if any.
@@ -112,50 +106,29 @@ def evaluate_tasks(
         BadInputError: A task or a model cannot be used.
     """
     read = [read_task(path, limit) for path in tasks]
-    sources = ({} if reference is None else {"reference": reference}) | {"model": source}
-    outcomes: list[dict[str, list[Outcome]]] = [{} for _ in read]
-    for role, name in sources.items():
-        model = load(name)
-        context = min(2048, model.network.config.max_position_embeddings)
-        with Engine(original_file(model), context=context) as engine:
-            for task, found in zip(read, outcomes, strict=True):
-                found[role] = []
-                for item in task.items:
-                    found[role].append(_outcome(task.kind, item, engine, model.tokenizer))
-                    progress(f"{task.name}, {role}", len(found[role]), len(task.items))
-    return [result(task.name, task.kind, found) for task, found in zip(read, outcomes, strict=True)]
+    return score_tasks(*_files_and_models(source, reference), read, progress)
 
 
-def _outcome(kind: Kind, item: Item, engine: Engine, tokenizer: Any) -> Outcome:
-    if kind == "written":
-        said = write(engine, tokenizer, item.prompt)
-        wrong = tuple(fault for fault in faults(said) if fault != "broken characters")  # a limit may cut one in two
-        return Outcome(matches(said, str(item.answer)), faults=wrong)
-    if kind == "labels":
-        prompt = encode_prompt(tokenizer, item.prompt)
-        pairs = [(prompt, encode_answer(tokenizer, choice)) for choice in item.choices]
-    else:
-        pairs = [
-            joined(item.prompt, choice, lambda text: tokenizer(text, verbose=False).input_ids)
-            for choice in item.choices
-        ]
-    return chosen(item, likelihoods(pairs, engine.continuations, engine.context))
+def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit: int) -> list[HarnessScore]:
+    """Score a model in the engine on tasks of lm-evaluation-harness, and compare it with a reference.
 
-
-def write(engine: Engine, tokenizer: Any, prompt: str) -> str:
-    """Return what a model answers, the likeliest token each time, until it ends its turn or at most WRITTEN tokens.
-
-    A model without a chat template goes on with the prompt, up to the end of the line that it begins.
+    Args:
+        source: The model.
+        reference: The original to compare with, if any.
+        tasks: Names as the harness knows them, or YAML files named after their task.
+        limit: Items to take of each.
 
     Raises:
-        BadInputError: The prompt does not fit the context.
+        MissingExtraError: The harness is not installed.
+        BadInputError: A task or a model cannot be used.
     """
+    return score_harness(*_files_and_models(source, reference), tasks, limit)
 
-    def line_ends(said: list[int]) -> bool:
-        return not tokenizer.chat_template and "\n" in tokenizer.decode(said).lstrip()
 
-    said = engine.generate(encode_prompt(tokenizer, prompt), WRITTEN, line_ends)
-    return tokenizer.decode(said, skip_special_tokens=True)
+def _files_and_models(source: str, reference: str | None) -> tuple[dict[str, Path], dict[str, LanguageModel]]:
+    sources = ({} if reference is None else {"reference": reference}) | {"model": source}
+    models = {role: load(name) for role, name in sources.items()}
+    return {role: original_file(model) for role, model in models.items()}, models
 
 
 def bench(

@@ -114,10 +114,10 @@ Reader = Callable[[Sequence[int], Sequence[Sequence[int]]], list[Tensor]]
 """Ids of a prompt and of its endings to logits before each token of each ending, (tokens, vocabulary)."""
 
 
-def likelihoods(pairs: Sequence[Pair], read: Reader, context: int) -> list[float]:
-    """Return the log-likelihood of each ending behind its prompt, in nats; an equal prompt is read once.
+def likelihoods(pairs: Sequence[Pair], read: Reader, context: int) -> list[tuple[float, bool]]:
+    """Return each ending's log-likelihood behind its prompt, in nats, and whether all its tokens are the likeliest.
 
-    What does not fit the context goes from the prompt's front.
+    Equal prompts are read once. What does not fit the context goes from the prompt's front.
 
     Args:
         pairs: The ids of both.
@@ -135,13 +135,13 @@ def likelihoods(pairs: Sequence[Pair], read: Reader, context: int) -> list[float
                 f"least, and {context} fit together. Shorten it"
             )
         endings.setdefault(tuple(before[-(context - len(after)) :]), []).append(index)
-    sums = [0.0] * len(pairs)
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for before, indices in endings.items():
-        found = read(before, [pairs[index][1] for index in indices])
-        for index, logits in zip(indices, found, strict=True):
-            rows = logits.double().log_softmax(-1)
-            sums[index] = rows.gather(1, torch.tensor(pairs[index][1])[:, None]).sum().item()
-    return sums
+        for index, logits in zip(indices, read(before, [pairs[index][1] for index in indices]), strict=True):
+            rows, after = logits.double().log_softmax(-1), torch.tensor(pairs[index][1])
+            greedy = bool((rows.argmax(-1) == after).all())
+            found[index] = rows.gather(1, after[:, None]).sum().item(), greedy
+    return found
 
 
 def chosen(item: Item, sums: Sequence[float]) -> Outcome:
@@ -193,7 +193,7 @@ def result(task: str, kind: Kind, outcomes: dict[str, list[Outcome]]) -> TaskRes
     return TaskResult(task, kind, measure, {role: score(each) for role, each in outcomes.items()}, paired)
 
 
-def pair(reference: Sequence[bool], model: Sequence[bool]) -> Paired:
+def pair(reference: Sequence[float], model: Sequence[float]) -> Paired:
     """Compare two models on the same items, with a bootstrap over items of a fixed seed."""
     change = torch.tensor(model, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
     draws = torch.randint(len(change), (RESAMPLES, len(change)), generator=torch.Generator().manual_seed(0))
