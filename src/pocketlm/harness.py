@@ -30,13 +30,13 @@ class HarnessScore:
 
 
 def score_harness(
-    files: Mapping[str, Path], models: Mapping[str, LanguageModel], tasks: Sequence[str], limit: int
+    subjects: Mapping[str, tuple[Path, LanguageModel]], tasks: Sequence[str], limit: int
 ) -> list[HarnessScore]:
     """Score files on tasks of the harness, at most `limit` items each.
 
     Args:
-        files: GGUF files by role, `reference` and `model`; a reference is not needed.
-        models: By role, for their tokenizers.
+        subjects: By role, `reference` and `model`: a GGUF file, and the same model for its tokenizer. A reference
+            is not needed.
         tasks: Names as the harness knows them, or YAML files named after their task.
         limit: Items of each task.
 
@@ -58,10 +58,10 @@ def score_harness(
     if unknown:
         raise BadInputError(f"The harness has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them")
     found = {}
-    for role, path in files.items():
-        context = min(CONTEXT, models[role].network.config.max_position_embeddings)
+    for role, (path, subject) in subjects.items():
+        context = min(CONTEXT, subject.network.config.max_position_embeddings)
         with Engine(path, context=context) as engine:
-            model = _adapter(engine, models[role].tokenizer)
+            model = _adapter(engine, subject.tokenizer)
             found[role] = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0)
     return [score for task in found["model"]["samples"] for score in _scores(task, found)]
 

@@ -106,7 +106,7 @@ def evaluate_tasks(
         BadInputError: A task or a model cannot be used.
     """
     read = [read_task(path, limit) for path in tasks]
-    return score_tasks(*_files_and_models(source, reference), read, progress)
+    return score_tasks(_subjects(source, reference), read, progress)
 
 
 def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit: int) -> list[HarnessScore]:
@@ -122,13 +122,13 @@ def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit
         MissingExtraError: The harness is not installed.
         BadInputError: A task or a model cannot be used.
     """
-    return score_harness(*_files_and_models(source, reference), tasks, limit)
+    return score_harness(_subjects(source, reference), tasks, limit)
 
 
-def _files_and_models(source: str, reference: str | None) -> tuple[dict[str, Path], dict[str, LanguageModel]]:
+def _subjects(source: str, reference: str | None) -> dict[str, tuple[Path, LanguageModel]]:
     sources = ({} if reference is None else {"reference": reference}) | {"model": source}
     models = {role: load(name) for role, name in sources.items()}
-    return {role: original_file(model) for role, model in models.items()}, models
+    return {role: (original_file(model), model) for role, model in models.items()}
 
 
 def bench(

@@ -19,7 +19,7 @@ from pocketlm.measure.task_files import Task
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load
+from pocketlm.model.source import load, set_aside
 from pocketlm.model.text import encode_from_start, plain_pieces
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.report.answers import compare as compare_answers
@@ -29,7 +29,7 @@ from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
 from pocketlm.run.speed import WORKER
 from pocketlm.scoring import score_tasks
-from pocketlm.stages import Compressed, Progress, Texts, put_decoded, put_norms, read_packed, silent
+from pocketlm.stages import Compressed, Progress, Texts, put_decoded, read_packed, silent
 from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.tensors.divergence import kl_divergence
 
@@ -106,13 +106,8 @@ def prove(
     speed = measure_speeds(files, texts, progress)
     cache = measure_cache(exported, compressed.texts.validation.first(CACHE_WINDOWS))
     by_stage = damage_by_stage(original, compressed, files, texts, progress)
-    pair = {"reference": "original", "model": "compressed"}
-    scores = score_tasks(
-        {role: files[name] for role, name in pair.items()},
-        {role: models[name] for role, name in pair.items()},
-        tasks,
-        progress,
-    )
+    both = {"reference": (files["original"], original), "model": (exported, compressed.model)}
+    scores = score_tasks(both, tasks, progress)
     return Proof(files, checks, answers, quality, speed, cache, by_stage, tuple(scores))
 
 
@@ -302,21 +297,23 @@ def damage_by_stage(
     """Return the KL to the original, in nats per token, behind each stage that changed the model.
 
     All on the same held-out windows: stages in torch from what they left on disk, then the exported file in the
-    engine, under the name `llama.cpp`. Empty where the vocabulary was trimmed, or the text is too short.
+    engine, under the name `llama.cpp`. Empty where the vocabulary was trimmed.
     """
     if compressed.model.network.config.vocab_size != original.network.config.vocab_size:
         return ()
     windows = texts.test.first(STAGE_WINDOWS)
     opinion, found = judge(original.network, windows), []
-    plain = compressed.stages[0].folder / "hf"
-    for done, finished in enumerate(compressed.stages[1:], 1):
-        progress("measuring the damage of each stage", done, len(compressed.stages))
-        plain = finished.folder / "hf" if (finished.folder / "hf").exists() else plain
-        model = load(str(plain), original.network.dtype)
-        if (finished.folder / PACKED).exists():
-            put_decoded(model, read_packed(finished.folder))
-        put_norms(model, finished.folder)
-        found.append((finished.facts["step"], divergence_of(model.network, windows, opinion)))
+    first, *others, last = compressed.stages
+    plain = first.folder / "hf"
+    with set_aside(original, plain):
+        for done, finished in enumerate(others, 1):
+            progress("measuring the damage of each stage", done, len(compressed.stages))
+            plain = finished.folder / "hf" if (finished.folder / "hf").exists() else plain
+            model = load(str(plain), original.network.dtype)
+            if (finished.folder / PACKED).exists():
+                put_decoded(model, read_packed(finished.folder))
+            found.append((finished.facts["step"], divergence_of(model.network, windows, opinion)))
+        found.append((last.facts["step"], divergence_of(compressed.model.network, windows, opinion)))
     engine = measure_quality({role: files[role] for role in ("original", "compressed")}, windows, silent)
     return (*found, ("llama.cpp", engine.qualities["compressed"].kl.value))
 

@@ -18,20 +18,20 @@ WRITTEN = 64  # tokens of an answer at most
 
 
 def score_tasks(
-    files: Mapping[str, Path], models: Mapping[str, LanguageModel], tasks: Sequence[Task], progress: Progress
+    subjects: Mapping[str, tuple[Path, LanguageModel]], tasks: Sequence[Task], progress: Progress
 ) -> list[TaskResult]:
     """Score files on tasks, and compare `model` with `reference` on the same items.
 
     Args:
-        files: GGUF files by role, `reference` and `model`; a reference is not needed.
-        models: By role, for their tokenizers.
+        subjects: By role, `reference` and `model`: a GGUF file, and the same model for its tokenizer. A reference
+            is not needed.
         tasks: What to score.
         progress: Called after each item.
 
     Raises:
         BadInputError: An item does not fit the context.
     """
-    found = {role: outcomes(path, models[role], tasks, partial(_said, progress, role)) for role, path in files.items()}
+    found = {role: outcomes(*subject, tasks, partial(_said, progress, role)) for role, subject in subjects.items()}
     return [
         result(task.name, task.kind, {role: each[index] for role, each in found.items()})
         for index, task in enumerate(tasks)
