@@ -12,6 +12,7 @@ Tasks are what `pocketlm evaluate --task` reads; all files are read in llama.cpp
 import argparse
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -61,12 +62,13 @@ def make(args: argparse.Namespace, screen: Screen) -> dict[str, dict]:
     made: dict[str, dict] = {}
     heal = None if args.heal is None else parse_time(args.heal)
     for kind, prune in KINDS.items():
-        job = Fit(
-            model=args.model, data=tuple(args.calibrate), prune=prune, heal=heal, out=args.work / kind, command=kind
-        )
+        data = tuple(args.calibrate)
+        said = ["pocketlm", "fit" if prune else "quantize", args.model]
+        said += [f"--data={path}" for path in data] + ([f"--heal={args.heal}"] if args.heal and prune else [])
         for size in args.sizes:
             name, began = f"{kind} {size}", time.monotonic()
-            kept = args.work / f"{kind}-{size}.json"
+            kept, command = args.work / f"{kind}-{size}.json", shlex.join([*said, f"--size={size}"])
+            job = Fit(model=args.model, data=data, prune=prune, heal=heal, out=args.work / kind, command=command)
             try:
                 (folder,) = sweep(job, (size,), screen.progress).reports
             except ImpossibleBudgetError as error:

@@ -13,7 +13,7 @@ from pocketlm.artefact import sensitivity_of
 from pocketlm.errors import BadInputError
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
-from pocketlm.report import charts, wording
+from pocketlm.report import charts, tables, wording
 from pocketlm.report.answers import compare, repeats_itself
 from pocketlm.report.content import (
     BudgetFacts,
@@ -699,6 +699,9 @@ def test_model_card_of_an_unlicensed_base_model_in_a_new_format(report, tmp_path
 
 
 def test_numbers_are_worded():
+    assert tables.spread([0.0124, 0.00003]) == "<0.0001–0.0124"
+    assert tables.spread([0.5, 0.5]) == "0.5000"
+    assert wording.interval(Estimate(-0.2, -0.29, -0.11), 100, "%") == "-29 to -11%"
     assert wording.size(69_911_808) == "69.9 MB"
     assert wording.size(999_960) == "1.00 MB"
     assert wording.size(1_234_000_000) == "1.23 GB"

@@ -152,8 +152,8 @@ def by_group(units: Sequence[UnitCost]) -> dict[str, list[UnitCost]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the least and the most of some small amounts."""
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    """Return the least and the most of some costs, to four decimals."""
+    low, high = (f"{end:.4f}" if end >= 5e-5 else "<0.0001" for end in (min(values), max(values)))
     return low if low == high else f"{low}–{high}"
 
 
