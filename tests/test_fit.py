@@ -98,6 +98,12 @@ def test_the_folder_is_whole(uninterrupted):
     assert product["perplexity"]["low"] <= product["perplexity"]["value"] <= product["perplexity"]["high"]
     assert report["model"]["blocks"] == {"before": 3, "after": 2}
     assert report["model"]["ffn_width"]["after"] == 96
+    names, divergences = zip(*(stage.values() for stage in report["waterfall"]["stages"]), strict=True)
+    assert names == ("prune_depth", "prune_width", "distil", "quantize", "llama.cpp")
+    assert min(divergences) > 0
+    # The engine reads what torch reads from the same weights, on the same windows.
+    assert divergences[-1] == pytest.approx(divergences[-2], rel=0.1)
+    assert len(set(divergences)) == len(divergences)
 
 
 @pytest.mark.slow

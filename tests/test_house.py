@@ -20,6 +20,7 @@ ROWS = (
     ("steps", "measure", "export", "run"),
     ("plan", "report", "cache"),
     ("stages", "preflight"),
+    ("scoring", "harness"),
     ("proof",),
     ("artefact", "trials"),
     ("planning",),

@@ -9,8 +9,11 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from pocketlm.artefact import sensitivity_of
 from pocketlm.errors import BadInputError
-from pocketlm.report import charts, wording
+from pocketlm.plan.search import Damages, Plan
+from pocketlm.plan.sizes import Shape
+from pocketlm.report import charts, tables, wording
 from pocketlm.report.answers import compare, repeats_itself
 from pocketlm.report.content import (
     BudgetFacts,
@@ -22,9 +25,14 @@ from pocketlm.report.content import (
     PartSize,
     Rate,
     Report,
+    Sensitivity,
     Speed,
+    StageDamage,
     StageRun,
+    TaskScore,
     TextUsed,
+    UnitCost,
+    Waterfall,
     from_dict,
     to_dict,
 )
@@ -207,7 +215,40 @@ def report_of_smollm2() -> Report:
             "The embedding is tied to the head and counted once.",
         ),
         hashes={"SmolLM2-135M-Instruct-70MB.gguf": hashlib.sha256(b"product").hexdigest()},
-    )
+        waterfall=Waterfall(
+            2,
+            (
+                StageDamage("prune_depth", 0.6112),
+                StageDamage("prune_width", 0.9034),
+                StageDamage("distil", 0.2213),
+                StageDamage("quantize", 0.1177),
+                StageDamage("llama.cpp", 0.1213),
+            ),
+        ),
+        sensitivity=Sensitivity("Q3_K", invented_units()),
+        tasks=(
+            TaskScore(
+                "arc_easy", "acc_norm", 500,
+                Estimate(0.486, 0.442, 0.530), Estimate(0.4621, 0.4187, 0.5059), Estimate(-0.024, -0.05, 0.004),
+                lost=30, won=18, faults={},
+            ),
+            TaskScore(
+                "capitals", "acc", 100,
+                Estimate(0.81, 0.72, 0.88), Estimate(0.61, 0.51, 0.7), Estimate(-0.2, -0.29, -0.11),
+                lost=21, won=1, faults={"empty": 3, "repeats itself": 4},
+            ),
+        ),
+    )  # fmt: skip
+
+
+def invented_units() -> tuple[UnitCost, ...]:
+    """A mix of formats for 27 blocks, coarser in the middle."""
+    units = [UnitCost("embedding", None, "Q5_0", 19_464_192, 0.0021, 0.0314)]
+    for block in range(27):
+        for rank, (group, form) in enumerate((("query_key", "Q3_K"), ("value", "Q5_K"), ("ffn_in", "IQ4_NL"))):
+            alike = 0.01 * (rank + 1) / (1 + min(block, 26 - block))
+            units.append(UnitCost(group, block, form if block < 13 else "Q4_K", 300_000 + block, alike / 4, alike))
+    return tuple(units)
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +344,43 @@ def test_page_needs_nothing_from_elsewhere(report):
     assert "default-src 'none'" in page
 
 
+def test_every_figure_of_the_page_is_in_report_json(report, tmp_path):
+    write_reports(report, tmp_path)
+    again = from_dict(json.loads((tmp_path / "report.json").read_text("utf-8")))
+    assert html_page(again) == (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_costs_of_the_blocks_that_are_left_are_those_of_the_same_blocks_of_the_original():
+    kls = {"embedding": 1.0, "0.ffn_in": 2.0, "1.ffn_in": 4.0, "2.ffn_in": 8.0}
+    formats = {unit: {"Q4_0": kl, "Q8_0": kl / 10} for unit, kl in kls.items()}
+    units = {"embedding": ("Q8_0", 30, 0.1), "0.ffn_in": ("Q4_0", 20, 2.0), "1.ffn_in": ("Q4_0", 20, 8.0)}
+    plan = Plan(Shape(2, 64), (1,), {}, 70, 10.1, units)
+    found = sensitivity_of(plan, Damages((), {}, formats))
+    assert found.format == "Q4_0"
+    assert [(unit.group, unit.block, unit.alike, unit.expected) for unit in found.units] == [
+        ("embedding", None, 1.0, 0.1),
+        ("ffn_in", 0, 2.0, 2.0),
+        ("ffn_in", 1, 8.0, 8.0),
+    ]
+
+
+def test_parts_and_stages_show_what_they_cost(report):
+    page = html_page(report)
+    assert page.count("<title>block 3, ffn_in, IQ4_NL: ") == 2
+    assert page.count("<title>block 13, ffn_in, Q4_K: ") == 2
+    seen = " ".join(_Page(page).text.split())
+    for words in ("0.9034 (+0.2922)", "0.2213 (-0.6821)", "In Q3_K everywhere", "21 lost, 1 won: more than noise"):
+        assert words in seen
+    assert "empty: 3; repeats itself: 4" in seen
+    bare = html_page(replace(report, waterfall=None, sensitivity=None, tasks=()))
+    assert not {'id="sensitivity"', 'id="tasks"', "everywhere"} & set(re.findall(r'id="\w+"|everywhere', bare))
+    text = markdown_page(report)
+    assert "| ffn in | 0." in text
+    assert "| distil | 0.2213 |" in text
+    assert "| arc\\_easy" not in text
+    assert "| arc_easy, acc_norm | 49% (44–53%) |" in text
+
+
 def test_curves_and_bars_are_drawn_where_a_stage_brings_them(report):
     assert html_page(report).count('class="curve"') == 1
     undistilled = replace(report, stages=tuple(stage for stage in report.stages if stage.name != "distil"))
@@ -383,6 +461,9 @@ def test_page_of_a_report_with_hardly_anything_measured(report, tmp_path):
         stages=(),
         parts=(),
         machine={},
+        waterfall=None,
+        sensitivity=None,
+        tasks=(),
     )
     assert set(judge(bare)) == {"budget"}
     write_reports(bare, tmp_path)
@@ -408,7 +489,7 @@ def test_markdown_tables_are_well_formed(report, tmp_path, name):
     write_reports(spiteful, tmp_path)
     text = (tmp_path / name).read_text()
     tables = _tables(text)
-    assert len(tables) == {"report.md": 5, "README.md": 1}[name]
+    assert len(tables) == {"report.md": 8, "README.md": 1}[name]
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
         assert len(widths) == 1, table
@@ -618,6 +699,9 @@ def test_model_card_of_an_unlicensed_base_model_in_a_new_format(report, tmp_path
 
 
 def test_numbers_are_worded():
+    assert tables.spread([0.0124, 0.00003]) == "<0.0001–0.0124"
+    assert tables.spread([0.5, 0.5]) == "0.5000"
+    assert wording.interval(Estimate(-0.2, -0.29, -0.11), 100, "%") == "-29 to -11%"
     assert wording.size(69_911_808) == "69.9 MB"
     assert wording.size(999_960) == "1.00 MB"
     assert wording.size(1_234_000_000) == "1.23 GB"
@@ -641,6 +725,17 @@ def test_ticks_enclose_the_values_and_are_even(low, high):
     assert 2 <= len(ticks) <= 8
     steps = [b - a for a, b in pairwise(ticks)]
     assert max(steps) - min(steps) < 1e-9
+
+
+def test_a_waterfall_and_a_heat_map_draw_to_scale():
+    drawn = str(charts.waterfall([("cut", 2.0), ("heal", 0.5), ("end", 1.0)], "t"))
+    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)%"[^>]* width="([\d.]+)%"', drawn)
+    assert bars == [("more", "0.000", "100.000"), ("less", "25.000", "75.000"), ("compressed", "0.000", "50.000")]
+    cells = str(charts.heat([("a", "", [(4.0, "x"), (1.0, "<y>")]), ("b", "", [(0.0, "z")])], "t"))
+    shades = [float(shade) for shade in re.findall(r"fill-opacity:([\d.]+)", cells)]
+    assert shades == [1.0, 0.53, 0.06]
+    assert re.findall(r'<rect[^>]* x="([\d.]+)%"', cells) == ["0.000", "50.000", "0.000"]
+    assert "&lt;y&gt;" in cells
 
 
 def test_charts_draw_to_scale():

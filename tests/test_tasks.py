@@ -1,4 +1,4 @@
-"""Multiple choice in the engine is what the slow, obvious sum in torch is, and bad rows are named."""
+"""Tasks in the engine are what the slow, obvious sum in torch is, and bad rows are named."""
 
 import json
 
@@ -9,36 +9,125 @@ from hypothesis import strategies as st
 from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.artefact import task_score
 from pocketlm.errors import BadInputError
-from pocketlm.measure.tasks import Item, correct, likelihoods, pair, read_items, wilson
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.task_files import Item, read_task
+from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result, wilson
+from pocketlm.model.examples import encode_answer, encode_prompt
+from pocketlm.run.engine import Engine
+from pocketlm.scoring import write
 
 ITEM = Item("The operators of the language are", (" evaluated left to right", " no objects", " names"), 1)
+
+
+def last_row(network, ids):
+    with torch.no_grad():
+        return network(torch.tensor([ids])).logits[0, -1]
+
+
+def one_token_at_a_time(network, before, after):
+    """The log-likelihood of `after` behind `before`, the slow way."""
+    total, ids = 0.0, list(before)
+    for token in after:
+        total += last_row(network, ids).log_softmax(-1)[token].item()
+        ids.append(token)
+    return total
+
+
+def whole_windows(network):
+    def read(before, endings):
+        with torch.no_grad():
+            return [network(torch.tensor([[*before, *ending]])).logits[0, len(before) - 1 : -1] for ending in endings]
+
+    return read
 
 
 def test_likelihoods_are_the_sums_of_one_token_at_a_time(tiny_model):
     model = tiny_model("llama")
     network = model.network.double()
+    encode = lambda text: model.tokenizer(text).input_ids  # noqa: E731
+    pairs = [joined(ITEM.prompt, choice, encode) for choice in ITEM.choices]
+    for (before, after), choice in zip(pairs, ITEM.choices, strict=True):
+        assert before + after == encode(ITEM.prompt) + model.tokenizer(choice, add_special_tokens=False).input_ids
+    expected = [one_token_at_a_time(network, *each) for each in pairs]
+    found = likelihoods(pairs, whole_windows(network), 64)
+    assert [total for total, _ in found] == pytest.approx(expected, rel=1e-9)
+    before, after = pairs[0][0], []
+    while len(after) < 3:
+        after.append(int(last_row(network, before + after).argmax()))
+    assert [greedy for _, greedy in likelihoods([(before, after)], whole_windows(network), 64)] == [True]
+    assert not any(greedy for _, greedy in found)
+    most = max(len(after) for _, after in pairs) + 3  # prompts then lose their beginnings
+    expected = [one_token_at_a_time(network, before[len(after) - most :], after) for before, after in pairs]
+    found = likelihoods(pairs, whole_windows(network), most)
+    assert [total for total, _ in found] == pytest.approx(expected, rel=1e-9)
 
-    def logits(ids):
-        with torch.no_grad():
-            return network(torch.tensor([ids])).logits[0]
 
-    def encode(text):
-        return model.tokenizer(text).input_ids
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # Gemma's window of 8 tokens must survive going back
+def test_the_engine_reads_a_prompt_once_and_scores_every_ending_the_same(tiny_model, tmp_path, family):
+    model = tiny_model(family)
+    write_gguf(model, {}, tmp_path / "tiny.gguf")
+    before = model.tokenizer(ITEM.prompt + ", as everybody knows who has read so far in the manual,").input_ids
+    endings = [model.tokenizer(choice, add_special_tokens=False).input_ids for choice in ITEM.choices]
+    with Engine(tmp_path / "tiny.gguf", context=128) as engine:
+        found = engine.continuations(before, endings)
+        apart = [engine.logits([*before, *ending])[len(before) - 1 : -1] for ending in endings]
+    for one, other, ending in zip(found, apart, endings, strict=True):
+        assert one.shape == (len(ending), engine.vocabulary_size)
+        torch.testing.assert_close(one, other, rtol=0, atol=0.05 * other.std().item())
 
-    expected = []
-    for choice in ITEM.choices:
-        ids, total = encode(ITEM.prompt), 0.0
-        for token in model.tokenizer(choice, add_special_tokens=False).input_ids:
-            total += logits(ids)[-1].softmax(-1)[token].log().item()
-            ids = [*ids, token]
-        expected.append(total)
-    assert likelihoods(ITEM, encode, logits, 64) == pytest.approx(expected, rel=1e-9)
+
+@pytest.mark.slow
+def test_the_engine_generates_the_likeliest_token_each_time(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    write_gguf(model, {}, tmp_path / "tiny.gguf")
+    prompt = encode_prompt(model.tokenizer, ITEM.prompt)
+    with Engine(tmp_path / "tiny.gguf", context=len(prompt) + 9) as engine:
+        said = engine.generate(prompt, 64, lambda ids: False)
+        assert 0 < len(said) <= 9
+        assert engine.generate(prompt, 2, lambda ids: False) == said[:2]
+        assert engine.generate(prompt, 9, lambda ids: True) == said[:1]
+        ended = len(said) < 9
+        for count, token in enumerate(said):
+            row = last_row(model.network, prompt + said[:count])
+            assert row[token] > row.max() - 0.05 * row.std()  # the engine rounds
+            assert not engine.ends_generation(token)
+        rest = last_row(model.network, prompt + said)
+        assert not ended or engine.ends_generation(int(rest.argmax()))
+
+
+@pytest.mark.slow
+def test_a_model_without_a_template_writes_a_line(tiny_model, tmp_path):
+    model = tiny_model("gpt2")
+    write_gguf(model, {}, tmp_path / "tiny.gguf")
+    with Engine(tmp_path / "tiny.gguf", context=128) as engine:
+        for prompt in ("The operators", "A name is", "a", "In Python,", "1"):
+            said = write(engine, model.tokenizer, prompt).lstrip()
+            assert "\n" not in said.removesuffix("\n"), prompt
 
 
 def test_per_byte_prefers_the_long_choice():
-    item = Item("A", (" ab", " abcdefgh"), 1)
-    assert correct(item, [-4.0, -8.0]) == (False, True)
+    outcome = chosen(Item("A", (" ab", " abcdefgh"), 1), [-4.0, -8.0])
+    assert (outcome.right, outcome.normed) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        (" Paris.\nQ: What", "paris", True),
+        ("“Paris”", "“Paris”", True),
+        ("**New  York**", "new york", True),
+        ("Paris, France", "Paris", False),
+        ("", "Paris", False),
+        ("1.\n2.", "1\n2", False),
+        ("one\ntwo\nthree", "One\nTwo", True),
+        ("ﬁne", "fine", True),
+    ],
+)
+def test_written_answers_match_but_for_case_spaces_and_marks(said, answer, right):
+    assert matches(said, answer) is right
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -60,35 +149,105 @@ def test_what_is_written_is_read(tmp_path_factory, prompt, choices, data):
     answer = data.draw(st.integers(0, len(choices) - 1))
     path = tmp_path_factory.mktemp("task") / "task.jsonl"
     path.write_text(json.dumps({"prompt": prompt, "choices": choices, "answer": answer}) + "\n")
-    (item,) = read_items(path)
-    assert (item.prompt, item.answer) == (prompt, answer)
+    task = read_task(path)
+    (item,) = task.items
+    assert (task.kind, item.prompt, item.answer) == ("choices", prompt, answer)
     assert [text.strip() for text in item.choices] == [text.strip() for text in choices]
+
+
+def test_a_report_has_what_a_task_is_judged_by():
+    before = [Outcome(True, True), Outcome(True, False), Outcome(False, True), Outcome(False, False)]
+    after = [Outcome(False, True), Outcome(False, False), Outcome(False, False), Outcome(False, False)]
+    found = task_score(result("arc", "choices", {"reference": before, "model": after}))
+    assert (found.measure, found.items, found.lost, found.won) == ("acc_norm", 4, 1, 0)
+    assert (found.original.value, found.compressed.value, found.difference.value) == (0.5, 0.25, -0.25)
+    written = [Outcome(True), Outcome(False, faults=("empty",)), Outcome(False, faults=("empty",))]
+    found = task_score(result("capitals", "written", {"reference": written[:1] * 3, "model": written}))
+    assert (found.measure, found.lost, found.faults) == ("acc", 2, {"empty": 2})
+
+
+LAYOUTS = {
+    "arc": (
+        {"query": "Question: Why?", "choices": ["So.", "It is.", "So."], "gold": 1},
+        Item("Question: Why?\nAnswer:", (" So.", " It is.", " So."), 1),
+    ),
+    "piqa": (
+        {"query": "Question: dresser\n", "choices": ["a", "b"], "gold": 0},
+        Item("Question: dresser\nAnswer:", (" a", " b"), 0),
+    ),
+    "openbookqa": (
+        {"query": "Predators eat", "choices": ["grass", "bunnies"], "gold": 1},
+        Item("Predators eat", (" grass", " bunnies"), 1),
+    ),
+    "hellaswag": (
+        {"activity_label": "Shaving", "ctx_a": "A man [header] sits.", "ctx_b": "he", "ctx": "A man sits. he",
+         "endings": ["is up [title] Stop", "is down"], "label": "1"},
+        Item("Shaving: A man sits. He", (" is up. Stop", " is down"), 1),
+    ),
+    "written": ({"prompt": "2 + 2 =", "answer": "4"}, Item("2 + 2 =", (), "4")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_common_layouts_are_known(tmp_path, name):
+    row, item = LAYOUTS[name]
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    assert read_task(tmp_path / f"{name}.jsonl").items == (item,)
+
+
+def test_the_choices_of_a_classification_are_the_labels_of_the_whole_file(tmp_path):
+    rows = [{"prompt": text, "label": label} for text, label in (("a", "no"), ("b", "yes"), ("c", "maybe"))]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = read_task(tmp_path / "task.jsonl", limit=2)
+    assert task.kind == "labels"
+    assert task.items == (Item("a", ("maybe", "no", "yes"), 1), Item("b", ("maybe", "no", "yes"), 2))
+    (tmp_path / "task.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(BadInputError, match="single label"):
+        read_task(tmp_path / "task.jsonl")
 
 
 @pytest.mark.parametrize(
     "row",
     ["{", "[]", '{"prompt": "a", "choices": ["b", "c"]}', '{"prompt": "a", "choices": ["b"], "answer": 0}',
-     '{"prompt": "", "choices": ["b", "c"], "answer": 0}', '{"prompt": "a", "choices": ["b", "c"], "answer": 2}'],
+     '{"prompt": "", "choices": ["b", "c"], "answer": 0}', '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
+     '{"prompt": "a", "choices": ["b", "b", "c"], "answer": 0}', '{"prompt": "a", "answer": "c"}',
+     '{"ctx": "a", "endings": ["b", "c"], "label": "d"}'],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row):
     path = tmp_path / "task.jsonl"
     path.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": "c"}\n' + row)
     with pytest.raises(BadInputError, match=r"task\.jsonl, line 2: "):
-        read_items(path)
+        read_task(path)
 
 
 @pytest.mark.slow
-def test_a_model_beside_itself_differs_by_nothing(tmp_path):
+def test_tasks_of_every_kind_as_a_person_scores_them(tmp_path, tiny_model):
     folder = tiny_folder("llama", tmp_path / "tiny")
+    tokenizer = tiny_model("llama").tokenizer
     row = {"prompt": ITEM.prompt, "choices": list(ITEM.choices), "answer": 1}
-    (tmp_path / "task.jsonl").write_text(json.dumps(row) + "\n")
-    done = pocketlm(
-        "evaluate", folder, "--reference", folder, "--task", tmp_path / "task.jsonl", "--json", cache=tmp_path / "cache"
-    )
+    labels = [{"prompt": ITEM.prompt, "label": text.strip()} for text in ITEM.choices]
+    (tmp_path / "choices.jsonl").write_text(json.dumps(row))
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    (tmp_path / "written.jsonl").write_text(json.dumps({"prompt": ITEM.prompt, "answer": "nothing of the kind"}))
+    tasks = [part for name in ("choices", "labels", "written") for part in ("--task", tmp_path / f"{name}.jsonl")]
+    done = pocketlm("evaluate", folder, "--reference", folder, *tasks, "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads(done.stdout)
-    assert result["scores"]["model"] == result["scores"]["reference"]
-    assert (result["paired"]["lost"], result["paired"]["won"]) == (0, 0)
+    results = json.loads(done.stdout)
+    assert [(found["kind"], found["measure"]) for found in results] == [
+        ("choices", "acc_norm"), ("labels", "acc"), ("written", "acc"),
+    ]  # fmt: skip
+    for found in results:
+        assert found["scores"]["model"] == found["scores"]["reference"]
+        assert (found["paired"]["lost"], found["paired"]["won"]) == (0, 0)
+    # Of three items with the same prompt and a label each, the likeliest label is right once; which is slow to say.
+    network = tiny_model("llama").network.double()
+    before = encode_prompt(tokenizer, ITEM.prompt)
+    sums = [one_token_at_a_time(network, before, encode_answer(tokenizer, text.strip())) for text in ITEM.choices]
+    assert results[1]["scores"]["model"]["acc"]["value"] == pytest.approx(1 / 3)
+    assert results[0]["scores"]["model"]["count"] == 1
+    assert len(set(sums)) == 3
+    assert results[2]["scores"]["model"]["acc"]["value"] == 0
+    assert results[2]["scores"]["model"]["acc_norm"] is None
 
 
 def test_evaluate_without_reference_and_task_says_what_to_give(tmp_path):

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from pocketlm.artefact import Run
+from pocketlm.artefact import Run, sensitivity_of
 from pocketlm.plan.budget import parse_quality, say_bytes
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import to_yaml
@@ -40,7 +40,8 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
     settings |= {"tune seconds": job.tune, "method": job.method, "pruning allowed": job.prune}
     settings |= {"preset": job.preset, "time": job.time}
-    return Run(job.command, settings, job.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned))
+    parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
+    return Run(job.command, settings, job.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts)
 
 
 def tried(planned: Planned) -> tuple[TrialRun, ...]:

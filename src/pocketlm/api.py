@@ -8,7 +8,7 @@ print(report.product.perplexity_ratio)
 
 from pocketlm.distillation import Distillation, distill
 from pocketlm.fit import fit, plan
-from pocketlm.inspection import bench, doctor, evaluate, evaluate_tasks, inspect
+from pocketlm.inspection import bench, doctor, evaluate, evaluate_harness, evaluate_tasks, inspect
 from pocketlm.integers import quantize_integers
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
@@ -29,6 +29,7 @@ __all__ = [
     "distill",
     "doctor",
     "evaluate",
+    "evaluate_harness",
     "evaluate_tasks",
     "fit",
     "inspect",

@@ -3,6 +3,7 @@
 import datetime
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from pocketlm.cache import Finished
 from pocketlm.errors import BadInputError
 from pocketlm.measure.device import FileSpeed, Machine, machine
 from pocketlm.measure.quality import Interval
+from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
 from pocketlm.model.text import Tokens
 from pocketlm.plan.budget import say_bytes
-from pocketlm.proof import Proof
+from pocketlm.plan.search import Damages, Plan
+from pocketlm.proof import STAGE_WINDOWS, Proof
 from pocketlm.report import content
 from pocketlm.stages import Compressed, Texts
 
@@ -61,6 +64,7 @@ class Run:
     recipe: str
     notes: tuple[str, ...]
     trials: tuple[content.TrialRun, ...] = ()
+    sensitivity: content.Sensitivity | None = None
 
 
 def make_report(
@@ -107,6 +111,57 @@ def make_report(
         hashes=hashes,
         perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
         trials=run.trials,
+        waterfall=_waterfall(proof),
+        sensitivity=run.sensitivity,
+        tasks=tuple(task_score(result) for result in proof.tasks),
+    )
+
+
+def sensitivity_of(plan: Plan, damages: Damages) -> content.Sensitivity | None:
+    """Return what a plan's parts cost as they are stored, and in the one format that most of its bytes have.
+
+    None where no format was measured for all parts.
+    A plan counts the blocks that are left, damages those of the original.
+    """
+    bytes_in: Counter[str] = Counter()
+    for form, count, _ in plan.units.values():
+        bytes_in[form] += count
+    kept = [block for block in range(plan.shape.blocks + len(plan.drop)) if block not in plan.drop]
+
+    def measured(unit: str) -> dict[str, float]:
+        block, _, group = unit.rpartition(".")
+        return damages.formats[f"{kept[int(block)]}.{group}" if block else unit]
+
+    common = [form for form, _ in bytes_in.most_common() if all(form in measured(unit) for unit in plan.units)]
+    if not common:
+        return None
+    units = []
+    for unit, (form, count, expected) in plan.units.items():
+        block, _, group = unit.rpartition(".")
+        place = int(block) if block else None
+        units.append(content.UnitCost(group, place, form, count, expected, measured(unit)[common[0]]))
+    return content.Sensitivity(common[0], tuple(units))
+
+
+def _waterfall(proof: Proof) -> content.Waterfall | None:
+    if not proof.by_stage:
+        return None
+    return content.Waterfall(STAGE_WINDOWS, tuple(content.StageDamage(*stage) for stage in proof.by_stage))
+
+
+def task_score(result: TaskResult) -> content.TaskScore:
+    """Return a task's result as a report has it: what the task is judged by, original beside compressed."""
+    original, compressed = (getattr(result.scores[role], result.measure) for role in ("reference", "model"))
+    return content.TaskScore(
+        name=result.task,
+        measure=result.measure,
+        items=result.scores["model"].count,
+        original=_estimate(original),
+        compressed=_estimate(compressed),
+        difference=_estimate(result.paired.difference),
+        lost=result.paired.lost,
+        won=result.paired.won,
+        faults=result.scores["model"].faults,
     )
 
 
@@ -194,7 +249,7 @@ def _speed(speed: FileSpeed) -> content.Speed:
     )
 
 
-def _estimate(interval: Interval | None) -> content.Estimate | None:
+def _estimate(interval: Interval | Share | None) -> content.Estimate | None:
     return None if interval is None else content.Estimate(interval.value, interval.low, interval.high)
 
 

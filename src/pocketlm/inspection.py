@@ -5,21 +5,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pocketlm
 from pocketlm.cache import cache_folder
+from pocketlm.harness import HarnessScore, score_harness
 from pocketlm.measure.device import Speeds, machine, measure_speed
 from pocketlm.measure.quality import Quality
-from pocketlm.measure.tasks import TaskResult, correct, likelihoods, pair, read_items, score
+from pocketlm.measure.task_files import read_task
+from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.plan.sizes import budget_range, sizes_of
 from pocketlm.proof import measure_models, original_file
-from pocketlm.run.engine import Engine
 from pocketlm.run.speed import WORKER
+from pocketlm.scoring import score_tasks
 from pocketlm.stages import Progress, silent
 
 
@@ -91,42 +93,42 @@ def evaluate(
 def evaluate_tasks(
     source: str, reference: str | None, tasks: list[Path], limit: int, progress: Progress = silent
 ) -> list[TaskResult]:
-    """Score a model in the engine on files of multiple choice, and compare it with a reference on the same items.
+    """Score a model in the engine on files of tasks, and compare it with a reference on the same items.
 
     Args:
         source: The model.
         reference: The original to compare with, if any.
-        tasks: JSONL files, see `read_items`.
+        tasks: JSONL files, see `read_task`.
         limit: Items to take from the front of each.
         progress: Called after each item.
 
     Raises:
         BadInputError: A task or a model cannot be used.
     """
-    items = [read_items(path, limit) for path in tasks]
+    read = [read_task(path, limit) for path in tasks]
+    return score_tasks(_subjects(source, reference), read, progress)
+
+
+def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit: int) -> list[HarnessScore]:
+    """Score a model in the engine on tasks of lm-evaluation-harness, and compare it with a reference.
+
+    Args:
+        source: The model.
+        reference: The original to compare with, if any.
+        tasks: Names as the harness knows them, or YAML files named after their task.
+        limit: Items to take of each.
+
+    Raises:
+        MissingExtraError: The harness is not installed.
+        BadInputError: A task or a model cannot be used.
+    """
+    return score_harness(_subjects(source, reference), tasks, limit)
+
+
+def _subjects(source: str, reference: str | None) -> dict[str, tuple[Path, LanguageModel]]:
     sources = ({} if reference is None else {"reference": reference}) | {"model": source}
-    hits: dict[str, list[list[tuple[bool, bool]]]] = {}
-    for role, name in sources.items():
-        model = load(name)
-        context = min(2048, model.network.config.max_position_embeddings)
-
-        def encode(text: str, tokenizer: Any = model.tokenizer) -> list[int]:
-            return tokenizer(text, verbose=False).input_ids
-
-        with Engine(original_file(model), context=context) as engine:
-            hits[role] = []
-            for path, task in zip(tasks, items, strict=True):
-                rows = []
-                for done, item in enumerate(task):
-                    rows.append(correct(item, likelihoods(item, encode, engine.logits, context)))
-                    progress(f"{path.stem}, {role}", done + 1, len(task))
-                hits[role].append(rows)
-    results = []
-    for at, path in enumerate(tasks):
-        normed = {role: [row[1] for row in rows[at]] for role, rows in hits.items()}
-        paired = pair(normed["reference"], normed["model"]) if reference is not None else None
-        results.append(TaskResult(path.stem, {role: score(rows[at]) for role, rows in hits.items()}, paired))
-    return results
+    models = {role: load(name) for role, name in sources.items()}
+    return {role: (original_file(model), model) for role, model in models.items()}
 
 
 def bench(

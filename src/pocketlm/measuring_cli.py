@@ -27,7 +27,12 @@ def evaluate(
     data: Data = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
     task: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of prompt, choices, answer: score this instead; repeatable.")
+        list[Path] | None,
+        typer.Option(help="JSONL of prompt with choices and answer, with label, or with answer alone; repeatable."),
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-evaluation-harness, or a YAML file of one; repeatable."),
     ] = None,
     limit: Annotated[int, typer.Option(help="Items to take of each task.", min=1)] = 500,
     json_output: Json = False,
@@ -35,23 +40,23 @@ def evaluate(
 ) -> None:
     """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
     from pocketlm import api
-    from pocketlm.terminal import Screen, quality_lines, task_lines
+    from pocketlm.terminal import Screen, harness_lines, quality_lines, task_lines
 
-    if task and data:
-        raise BadInputError("Give either --task or --data: they are measured apart")
-    if not task and reference is None:
+    if bool(task) + bool(harness) + bool(data) > 1:
+        raise BadInputError("Give one of --task, --harness and --data: they are measured apart")
+    if not task and not harness and reference is None:
         raise BadInputError("Give the original with --reference MODEL, or tasks with --task FILE")
     with Screen() as screen:
         if task:
             results = api.evaluate_tasks(model, reference, task, limit, screen.progress)
+            lines, found = task_lines(results), [asdict(result) for result in results]
+        elif harness:
+            scores = api.evaluate_harness(model, reference, harness, limit)
+            lines, found = harness_lines(scores), [asdict(score) for score in scores]
         else:
             qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
-    if task:
-        print_result(task_lines(results), [asdict(result) for result in results], json_output)
-    else:
-        print_result(
-            quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}, json_output
-        )
+            lines, found = quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}
+    print_result(lines, found, json_output)
 
 
 def diff(

@@ -1,5 +1,6 @@
 """The proof of a run: the exported file beside the original and the obvious simpler choice, in the real engine."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,11 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
 from pocketlm.measure.device import FileSpeed, measure_speed
 from pocketlm.measure.quality import Comparison, Reader, compare, compare_on_text
+from pocketlm.measure.task_files import Task
+from pocketlm.measure.tasks import TaskResult
+from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load
+from pocketlm.model.source import load, set_aside
 from pocketlm.model.text import encode_from_start, plain_pieces
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.report.answers import compare as compare_answers
@@ -24,7 +28,8 @@ from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
 from pocketlm.run.speed import WORKER
-from pocketlm.stages import Compressed, Progress, Texts
+from pocketlm.scoring import score_tasks
+from pocketlm.stages import Compressed, Progress, Texts, put_decoded, read_packed, silent
 from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.tensors.divergence import kl_divergence
 
@@ -38,6 +43,8 @@ ANSWER_TOKENS = 160
 VERIFIED_WINDOWS = 2
 CACHE_WINDOWS = 2
 ENGINE_WINDOWS = 2
+STAGE_WINDOWS = 2
+PACKED = "packed.json"  # in the folder of a stage that quantizes
 # A type of the cache is recommended where its KL is below this, or below this share of the file's own.
 CACHE_KL = 0.001
 CACHE_SHARE = 0.02
@@ -54,6 +61,8 @@ class Proof:
         quality: By role, on text that nothing else of the run has seen.
         speed: By role; the plain file is not timed.
         cache: What caching keys and values in other types than f16 costs the exported file: KL in nats per token.
+        by_stage: The KL to the original behind each stage, the exported file in the engine last; see `damage_by_stage`.
+        tasks: Scores of the exported file beside the original's.
     """
 
     files: dict[str, Path]
@@ -62,6 +71,8 @@ class Proof:
     quality: Comparison
     speed: dict[str, FileSpeed]
     cache: dict[str, float]
+    by_stage: tuple[tuple[str, float], ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
 
     @property
     def cache_type(self) -> str:
@@ -79,8 +90,9 @@ def prove(
     texts: Texts,
     plain: Path,
     progress: Progress,
+    tasks: Sequence[Task] = (),
 ) -> Proof:
-    """Verify an exported file and measure it against the original and the simpler choice, a file.
+    """Verify an exported file and measure it against the original and the simpler choice, a file; also on tasks.
 
     Raises:
         VerificationError: The file does not do in the engine what was predicted.
@@ -93,7 +105,10 @@ def prove(
     quality = measure_models(files, models, texts.test.windows, progress)
     speed = measure_speeds(files, texts, progress)
     cache = measure_cache(exported, compressed.texts.validation.first(CACHE_WINDOWS))
-    return Proof(files, checks, answers, quality, speed, cache)
+    by_stage = damage_by_stage(original, compressed, files, texts, progress)
+    both = {"reference": (files["original"], original), "model": (exported, compressed.model)}
+    scores = score_tasks(both, tasks, progress)
+    return Proof(files, checks, answers, quality, speed, cache, by_stage, tuple(scores))
 
 
 # ---- what to compare with ----
@@ -274,6 +289,33 @@ def measure_on_text(
             for role, engine in engines.items()
         }
         return compare_on_text(readers, texts, lambda i, n: progress("measuring quality in llama.cpp", i, n))
+
+
+def damage_by_stage(
+    original: LanguageModel, compressed: Compressed, files: dict[str, Path], texts: Texts, progress: Progress
+) -> tuple[tuple[str, float], ...]:
+    """Return the KL to the original, in nats per token, behind each stage that changed the model.
+
+    All on the same held-out windows: stages in torch from what they left on disk, then the exported file in the
+    engine, under the name `llama.cpp`. Empty where the vocabulary was trimmed.
+    """
+    if compressed.model.network.config.vocab_size != original.network.config.vocab_size:
+        return ()
+    windows = texts.test.first(STAGE_WINDOWS)
+    opinion, found = judge(original.network, windows), []
+    first, *others, last = compressed.stages
+    plain = first.folder / "hf"
+    with set_aside(original, plain):
+        for done, finished in enumerate(others, 1):
+            progress("measuring the damage of each stage", done, len(compressed.stages))
+            plain = finished.folder / "hf" if (finished.folder / "hf").exists() else plain
+            model = load(str(plain), original.network.dtype)
+            if (finished.folder / PACKED).exists():
+                put_decoded(model, read_packed(finished.folder))
+            found.append((finished.facts["step"], divergence_of(model.network, windows, opinion)))
+        found.append((last.facts["step"], divergence_of(compressed.model.network, windows, opinion)))
+    engine = measure_quality({role: files[role] for role in ("original", "compressed")}, windows, silent)
+    return (*found, ("llama.cpp", engine.qualities["compressed"].kl.value))
 
 
 def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:

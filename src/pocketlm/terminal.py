@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketlm.distillation import Distilled
+from pocketlm.harness import HarnessScore
 from pocketlm.integers import IntegerFolder
 from pocketlm.measure.device import Speeds
 from pocketlm.measure.quality import Interval, Quality
@@ -207,13 +208,27 @@ def task_lines(results: list[TaskResult]) -> list[str]:
     lines = [f"{'task':<20}{'':<12}{'items':>6}  {'acc':<22}acc_norm"]
     for result in results:
         for role, score in result.scores.items():
-            cells = f"{_percent(score.acc):<22}{_percent(score.acc_norm)}"
-            lines.append(f"{result.task:<20}{role:<12}{score.count:>6}  {cells}")
+            normed = "" if score.acc_norm is None else _percent(score.acc_norm)
+            found = ", ".join(f"{fault}: {count}" for fault, count in score.faults.items())
+            lines.append(
+                f"{result.task:<20}{role:<12}{score.count:>6}  {_percent(score.acc):<22}{normed}{found}".rstrip()
+            )
         if paired := result.paired:
             verdict = "within noise" if paired.within_noise else "more than noise"
-            change = f"acc_norm {_percent(paired.difference, '+.1f')}: {verdict}"
+            change = f"{result.measure} {_percent(paired.difference, '+.1f')}: {verdict}"
             lines.append(f"{'':<20}{'difference':<12}{'':>6}  {change}; {paired.lost} items lost, {paired.won} won")
     return [*lines, "in brackets: 95 % intervals (Wilson; the difference is paired, bootstrap over items)"]
+
+
+def harness_lines(scores: list[HarnessScore]) -> list[str]:
+    """Lay scores of lm-evaluation-harness out as a table, 95 % intervals in brackets."""
+    lines = [f"{'task':<24}{'metric':<16}{'':<12}{'items':>6}"]
+    for score in scores:
+        rows = score.scores | ({} if score.difference is None else {"difference": score.difference})
+        for role, share in rows.items():
+            value = f"{share.value:.4f} ({share.low:.4f} to {share.high:.4f})"
+            lines.append(f"{score.task:<24}{score.metric:<16}{role:<12}{score.items:>6}  {value}")
+    return [*lines, "in brackets: 95 % intervals (normal; the difference is paired, bootstrap over items)"]
 
 
 def _percent(share: Share, form: str = ".1f") -> str:
@@ -240,7 +255,7 @@ def _cell(interval: Interval | None) -> str:
 
 def speed_lines(speeds: Speeds) -> list[str]:
     """Lay speeds out as a table."""
-    heads = ("bytes", "prefill tok/s", "decode tok/s", "first token", "load", "memory")
+    heads = ("bytes", "prefill tok/s", "decode tok/s", "first token", "load", "memory", "J/token")
     lines = [
         f"{speeds.engine}, {speeds.threads} threads, {speeds.prompt} tokens read, {speeds.generate} generated",
         f"{'file':<32}" + "".join(f"{head:>16}" for head in heads),
@@ -253,13 +268,10 @@ def speed_lines(speeds: Speeds) -> list[str]:
             f"{file.first_token.mean:.2f} s",
             f"{file.load_seconds.mean:.2f} s",
             say_bytes(file.memory_bytes.mean),
+            "not available" if file.joules_per_token is None else f"{file.joules_per_token.mean:.3f}",
         )
         lines.append(f"{file.path.name:<32}" + "".join(f"{cell:>16}" for cell in cells))
-    energy = speeds.files[0].joules_per_token
-    return [
-        *lines,
-        "energy: not available on this machine" if energy is None else f"energy: {energy.mean:.3f} J/token",
-    ]
+    return lines
 
 
 def doctor_lines(found: dict[str, Any]) -> list[str]:

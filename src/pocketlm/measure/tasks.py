@@ -1,27 +1,19 @@
-"""Tasks: multiple choice by likelihood, with margins of error, paired against an original."""
+"""Scores on tasks: by likelihood or by what a model writes, with margins of error, paired against an original."""
 
-import json
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
+from pocketlm.measure.task_files import Item, Kind
 
 Z = 1.959964  # of a 95 % interval
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Item:
-    """A prompt, the texts that may follow it (each with its leading space), and the index of the right one."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
+MARKS = " \t.,;:!?\"'`*()[]{}"  # around an answer, which do not make it another one
 
 
 @dataclass(frozen=True)
@@ -34,23 +26,40 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a model did with an item.
+
+    Attributes:
+        right: Whether its likeliest choice, or what it wrote, is right.
+        normed: The same by log-likelihood per byte of the choice; None of what it wrote.
+        faults: What is wrong with what it wrote, whatever it says: `empty`, `repeats itself`.
+    """
+
+    right: bool
+    normed: bool | None = None
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Score:
     """How a model did on a task.
 
     Attributes:
         count: Items.
-        acc: Share of items whose right choice is the likeliest.
-        acc_norm: The same by log-likelihood per byte of the choice.
+        acc: Share of items whose right choice is the likeliest, or whose answer is the right one.
+        acc_norm: The same by log-likelihood per byte of the choice; None where answers are written.
+        faults: Of written answers, how many have which fault.
     """
 
     count: int
     acc: Share
-    acc_norm: Share
+    acc_norm: Share | None
+    faults: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same items, by `acc_norm`.
+    """Two models on the same items.
 
     Attributes:
         difference: Model minus reference, bootstrap over items.
@@ -70,97 +79,86 @@ class Paired:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task file: scores by model (`reference` first where there is one), and the pair compared."""
+    """One task file.
+
+    Attributes:
+        task: Its name.
+        kind: Of its items.
+        measure: What the task is judged by: `acc_norm` of multiple choice, `acc` of all else.
+        scores: By model, `reference` first where there is one.
+        paired: The two compared by `measure`.
+    """
 
     task: str
+    kind: Kind
+    measure: str
     scores: dict[str, Score]
     paired: Paired | None
 
 
-def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Read a task: JSONL of objects with `prompt`, `choices` and `answer` (index from 0, or the choice itself).
+Pair = tuple[list[int], list[int]]
+"""The ids of a prompt and those of what follows it."""
 
-    A choice that begins with no white space, behind a prompt that ends with none, gets a space in front.
 
-    Raises:
-        BadInputError: The file cannot be read, or a row is no such object; the message names the line.
+def joined(prompt: str, choice: str, encode: Callable[[str], list[int]]) -> Pair:
+    """Cut prompt and choice into tokens together, as lm-evaluation-harness does (`_encode_pair`).
+
+    The prompt's own count of tokens is taken off, white space at its end counting as the choice's.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadInputError(f"Cannot read the task {path}: {problem}") from problem
-    items: list[Item] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            items.append(_item(line, f"{path}, line {number}"))
-        if len(items) == limit:
-            break
-    if not items:
-        raise BadInputError(f"The task {path} has no items. Write one JSON object a line: prompt, choices, answer")
-    return items
+    before = len(encode(prompt.rstrip()))
+    ids = encode(prompt + choice)
+    return ids[:before], ids[before:]
 
 
-def _item(line: str, place: str) -> Item:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise BadInputError(f"{place}: no JSON ({problem})") from problem
-    if not isinstance(row, dict):
-        raise BadInputError(f"{place}: expected an object with prompt, choices and answer")
-    prompt, choices, answer = (row.get(key) for key in ("prompt", "choices", "answer"))
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise BadInputError(f"{place}: `prompt` must be a text that is not empty")
-    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
-    if not texts or len(choices) < 2 or len(set(choices)) < len(choices):
-        raise BadInputError(f"{place}: `choices` must be two or more different texts, none empty")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise BadInputError(f"{place}: `answer` must be one of the choices or its index, from 0 to {len(choices) - 1}")
-    spaced = (choice if prompt[-1].isspace() or choice[0].isspace() else f" {choice}" for choice in choices)
-    return Item(prompt, tuple(spaced), answer)
+Reader = Callable[[Sequence[int], Sequence[Sequence[int]]], list[Tensor]]
+"""Ids of a prompt and of its endings to logits before each token of each ending, (tokens, vocabulary)."""
 
 
-def likelihoods(
-    item: Item, encode: Callable[[str], list[int]], logits: Callable[[Sequence[int]], Tensor], context: int
-) -> list[float]:
-    """Return the log-likelihood of each choice behind the prompt, in nats.
+def likelihoods(pairs: Sequence[Pair], read: Reader, context: int) -> list[tuple[float, bool]]:
+    """Return each ending's log-likelihood behind its prompt, in nats, and whether all its tokens are the likeliest.
 
-    Prompt and choice are cut into tokens together and the prompt's own count is taken off, white space at the
-    prompt's end counting as the choice's, as lm-evaluation-harness does (`_encode_pair`). What does not fit the
-    context goes from the front.
+    Equal prompts are read once. What does not fit the context goes from the prompt's front.
 
     Args:
-        item: The item.
-        encode: Text to token ids.
-        logits: Token ids to (tokens, vocabulary).
+        pairs: The ids of both.
+        read: What reads them.
         context: Longest window in tokens.
 
     Raises:
-        BadInputError: The prompt has no token, or a choice alone does not fit the context.
+        BadInputError: A prompt has no token, or an ending has none or does not fit the context.
     """
-    prompt = item.prompt.rstrip()
-    before = len(encode(prompt))
-    found = []
-    for choice in item.choices:
-        ids = encode(item.prompt + choice)
-        scored = len(ids) - before
-        if before == 0 or not 0 < scored < context:
+    endings: dict[tuple[int, ...], list[int]] = {}
+    for index, (before, after) in enumerate(pairs):
+        if not before or not 0 < len(after) < context:
             raise BadInputError(
-                f"Cannot score the choice {choice[:40]!r} behind {prompt[:40]!r}: "
-                f"it takes {scored} tokens, and {context} fit with the prompt. Shorten it"
+                f"Cannot score a choice of {len(after)} tokens behind a prompt of {len(before)}: each needs one at "
+                f"least, and {context} fit together. Shorten it"
             )
-        ids = ids[-context:]
-        rows = logits(ids[:-1])[-scored:].double().log_softmax(-1)
-        found.append(rows.gather(1, torch.tensor(ids[-scored:])[:, None]).sum().item())
+        endings.setdefault(tuple(before[-(context - len(after)) :]), []).append(index)
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for before, indices in endings.items():
+        for index, logits in zip(indices, read(before, [pairs[index][1] for index in indices]), strict=True):
+            rows, after = logits.double().log_softmax(-1), torch.tensor(pairs[index][1])
+            greedy = bool((rows.argmax(-1) == after).all())
+            found[index] = rows.gather(1, after[:, None]).sum().item(), greedy
     return found
 
 
-def correct(item: Item, sums: Sequence[float]) -> tuple[bool, bool]:
+def chosen(item: Item, sums: Sequence[float]) -> Outcome:
     """Say whether the right choice is the likeliest: by the sums, and by the sums per byte (UTF-8, no first space)."""
     per_byte = [value / len(text.lstrip().encode()) for value, text in zip(sums, item.choices, strict=True)]
     first, normed = (max(range(len(values)), key=values.__getitem__) for values in (sums, per_byte))
-    return first == item.answer, normed == item.answer
+    return Outcome(first == item.answer, normed == item.answer)
+
+
+def matches(said: str, answer: str) -> bool:
+    """Whether a model wrote the answer: its first lines, as many as the answer has, but for case, spaces and marks."""
+    count = len(answer.strip().splitlines())
+    return _bare("\n".join(said.strip().splitlines()[:count])) == _bare(answer)
+
+
+def _bare(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(MARKS)
 
 
 def wilson(hits: int, count: int) -> Share:
@@ -171,13 +169,31 @@ def wilson(hits: int, count: int) -> Share:
     return Share(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
-def score(hits: Sequence[tuple[bool, bool]]) -> Score:
-    """Summarize what `correct` said of each item."""
-    plain, normed = (wilson(sum(column), len(hits)) for column in zip(*hits, strict=True))
-    return Score(len(hits), plain, normed)
+def score(outcomes: Sequence[Outcome]) -> Score:
+    """Summarize what a model did with each item of a task, which are of one kind."""
+    count = len(outcomes)
+    normed = [outcome.normed for outcome in outcomes if outcome.normed is not None]
+    faults = [fault for outcome in outcomes for fault in outcome.faults]
+    return Score(
+        count,
+        wilson(sum(outcome.right for outcome in outcomes), count),
+        wilson(sum(normed), count) if normed else None,
+        {fault: faults.count(fault) for fault in dict.fromkeys(faults)},
+    )
 
 
-def pair(reference: Sequence[bool], model: Sequence[bool]) -> Paired:
+def result(task: str, kind: Kind, outcomes: dict[str, list[Outcome]]) -> TaskResult:
+    """Summarize a task by model, and compare the model with the reference where there is one."""
+    measure = "acc_norm" if kind == "choices" else "acc"
+    hits = {
+        role: [bool(outcome.normed if measure == "acc_norm" else outcome.right) for outcome in each]
+        for role, each in outcomes.items()
+    }
+    paired = pair(hits["reference"], hits["model"]) if "reference" in hits else None
+    return TaskResult(task, kind, measure, {role: score(each) for role, each in outcomes.items()}, paired)
+
+
+def pair(reference: Sequence[float], model: Sequence[float]) -> Paired:
     """Compare two models on the same items, with a bootstrap over items of a fixed seed."""
     change = torch.tensor(model, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
     draws = torch.randint(len(change), (RESAMPLES, len(change)), generator=torch.Generator().manual_seed(0))

@@ -106,6 +106,51 @@ def columns(values: Mapping[str, float], title: str) -> Markup:
     return _picture(drawn, 124, title)
 
 
+def waterfall(rows: Sequence[tuple[str, float]], title: str) -> Markup:
+    """Draw how a value came about: each row's bar goes from the value before it to its own; the last begins at zero.
+
+    Args:
+        rows: Name, and the value behind it; before the first it is 0.
+        title: What is shown, for those who cannot see it.
+    """
+    highest = max((value for _, value in rows), default=0) or 1
+    drawn, before = [], 0.0
+    for index, (name, value) in enumerate(rows):
+        top, last = 44 * index, index == len(rows) - 1
+        said = f"{value:.4f}" if last else f"{value:.4f} ({value - before:+.4f})"
+        start, end = sorted((0.0 if last else before, value))
+        kind = "compressed" if last else "more" if value >= before else "less"
+        drawn.append(_heading(name, said, top + 15, halo=True))
+        drawn.append(_rectangle(100 * start / highest, max(0.3, 100 * (end - start) / highest), top + 23, 14, kind))
+        if not last:
+            x = min(100, 100 * value / highest)
+            drawn.append(f'<line class="grid" x1="{x:.3f}%" x2="{x:.3f}%" y1="{top + 37}" y2="{top + 67}"/>')
+        before = value
+    return _picture(drawn, 44 * len(rows), title)
+
+
+def heat(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], title: str) -> Markup:
+    """Draw a heat map, darker by the root of a value, so that small ones can still be told apart.
+
+    Args:
+        rows: Label on the left, label on the right, and the cells: value, and what it is in words.
+        title: What is shown, for those who cannot see it.
+    """
+    highest = max((value for *_, cells in rows for value, _ in cells), default=0) or 1
+    drawn = []
+    for index, (left, right, cells) in enumerate(rows):
+        top, step = 46 * index, 100 / max(1, len(cells))
+        drawn.append(_heading(left, right, top + 15))
+        for place, (value, words) in enumerate(cells):
+            shade = 0.06 + 0.94 * math.sqrt(max(0.0, value) / highest)
+            width = step - min(0.4, 0.1 * step)
+            drawn.append(
+                f'<rect class="compressed" x="{place * step:.3f}%" width="{width:.3f}%" y="{top + 23}" height="16" '
+                f'style="fill-opacity:{shade:.3f}"><title>{escape(words)}</title></rect>'
+            )
+    return _picture(drawn, 46 * len(rows), title)
+
+
 def grid(values: Sequence[Sequence[float]], framed: Sequence[Sequence[bool]], title: str) -> Markup:
     """Draw a heat map with a column for each row of `values`, darker where a value is higher; some cells framed."""
     highest = max((value for row in values for value in row), default=0) or 1
@@ -147,7 +192,7 @@ def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]],
     """Draw estimates over x with their intervals, a name beside each dot.
 
     Args:
-        series: Class, and (x, estimate, name) of each point.
+        series: Class, and (x, estimate, name or nothing) of each point.
         title: What is shown, for those who cannot see it.
     """
     points = [(kind, *point) for kind, each in series for point in each]
@@ -166,10 +211,11 @@ def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]],
         y = place(across[0], tick)[1]
         drawn.append(f'<line class="grid" x1="8%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         drawn.append(_small(0, "start", y + 4, _tick(tick, upwards)))
-    for kind, x, item, name in points:  # below the dots, which a halo would cut
-        if kind == "compressed":
+    for _, x, item, name in points:  # below the dots, which a halo would cut
+        if name:
             left, middle = place(x, item.value)
-            drawn.append(f'<text class="small halo" x="{left:.3f}%" dx="8" y="{middle - 6:.1f}">{escape(name)}</text>')
+            side = 'dx="-8" text-anchor="end"' if left > 50 else 'dx="8"'
+            drawn.append(f'<text class="small halo" x="{left:.3f}%" {side} y="{middle - 6:.1f}">{escape(name)}</text>')
     for kind, x, item, _ in points:
         left, middle = place(x, item.value)
         ends = [place(x, end)[1] for end in (item.low, item.high)]

@@ -132,6 +132,61 @@ class MeasuredFile:
 
 
 @dataclass(frozen=True)
+class StageDamage:
+    """The KL to the original behind a stage, nats per token."""
+
+    name: str
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Waterfall:
+    """How the damage came about: the KL behind each stage on the same held-out windows, the file in the engine last."""
+
+    windows: int
+    stages: tuple[StageDamage, ...]
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What it costs to store a part: the matrices of a group in one block, or of the whole model.
+
+    KL to the original in nats per token with all else exact: `expected` as it is stored, `alike` in the format of
+    the `Sensitivity` that it belongs to.
+    """
+
+    group: str
+    block: int | None  # of the compressed model
+    format: str
+    bytes: int
+    expected: float
+    alike: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The measured damages that a mix of formats was chosen from; all parts are compared in one `format`."""
+
+    format: str
+    units: tuple[UnitCost, ...]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Original and compressed file on a task; `difference` is paired item by item, and all three are shares."""
+
+    name: str
+    measure: str  # acc or acc_norm
+    items: int
+    original: Estimate
+    compressed: Estimate
+    difference: Estimate
+    lost: int  # items that only the original has right
+    won: int
+    faults: dict[str, int]  # of the compressed file's written answers
+
+
+@dataclass(frozen=True)
 class TextUsed:
     """A text that was measured on or calibrated with."""
 
@@ -201,6 +256,9 @@ class Report:
     hashes: dict[str, str]  # what is hashed, and its SHA-256
     perplexity_ratio_to_plain: Estimate | None = None  # compressed over plain, paired window by window
     trials: tuple[TrialRun, ...] = ()
+    waterfall: Waterfall | None = None
+    sensitivity: Sensitivity | None = None
+    tasks: tuple[TaskScore, ...] = ()
 
     def file(self, role: Role) -> MeasuredFile | None:
         """Return the measured file that plays `role`, None where there is none."""

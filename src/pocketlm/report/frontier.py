@@ -69,7 +69,7 @@ def frontier_page(reports: Mapping[str, Report], refused: Mapping[str, str]) -> 
     """Return the frontier as one HTML page that needs nothing else."""
     ours = [(report.product.bytes / 1e6, report.product.perplexity_ratio, name) for name, report in reports.items()]
     plain = {
-        (file.bytes / 1e6, file.perplexity_ratio, file.label)
+        (file.bytes / 1e6, file.perplexity_ratio, "")
         for file in (report.file("plain") for report in reports.values())
         if file is not None
     }

@@ -6,6 +6,7 @@ because the answers in it were written by a language model and may be anything.
 
 import json
 import re
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 from pocketlm.report import charts, tables, wording
 from pocketlm.report.answers import is_fault
-from pocketlm.report.content import Report
+from pocketlm.report.content import Estimate, Report, UnitCost
 from pocketlm.report.verdict import judge
 
 _DRAWN_ROWS = 40  # a mapping with more entries is printed instead
@@ -54,6 +55,8 @@ def render(template: str, **values: Any) -> str:
         measures=tables.measures(report),
         files=tables.files_in_order(report),
         parts=tables.parts(report),
+        tasks=tables.tasks(report),
+        costs=tables.costs(report),
         failed=[check for check in report.verification if not check.passed],
         **values,
     )
@@ -92,6 +95,8 @@ def _drawings(report: Report) -> dict[str, list[tuple[str, Markup]]]:
     """Return the charts of each section with their titles."""
     return {
         "bytes": [("", _bytes(report))] if report.parts else [],
+        "damage": _damage(report),
+        "sensitivity": _sensitivity(report),
         "quality": _quality(report),
         "speed": _speed(report),
     }
@@ -103,6 +108,46 @@ def _bytes(report: Report) -> Markup:
         values = [getattr(part.bytes, when) for part in report.parts]
         rows.append((label, wording.size(sum(values)), values))
     return charts.stacked(rows, report.budget.bytes, f"budget {report.budget.text}")
+
+
+def _damage(report: Report) -> list[tuple[str, Markup]]:
+    drawings = []
+    points = [
+        (file.role, [(file.bytes / 1e6, file.perplexity_ratio or Estimate(1, 1, 1), file.role)])
+        for file in tables.files_in_order(report)
+        if file.role == "original" or (file.perplexity_ratio and file.perplexity_ratio.known)
+    ]
+    if len(points) > 1:
+        title = "Perplexity ratio over megabytes, lower and further left is better"
+        drawings.append((title, charts.scatter(points, title)))
+    if report.waterfall:
+        title = "KL behind each stage, in brackets its change"
+        rows = [(stage.name.replace("_", " "), stage.divergence) for stage in report.waterfall.stages]
+        drawings.append((title, charts.waterfall(rows, title)))
+    return drawings
+
+
+def _sensitivity(report: Report) -> list[tuple[str, Markup]]:
+    if report.sensitivity is None:
+        return []
+    alike = f"In {report.sensitivity.format} everywhere"
+    stored = "In the formats that they got"
+    return [
+        (alike, _heat(report.sensitivity.units, "alike", alike)),
+        (stored, _heat(report.sensitivity.units, "expected", stored)),
+    ]
+
+
+def _heat(units: Sequence[UnitCost], field: str, title: str) -> Markup:
+    rows = []
+    for group, members in tables.by_group(units).items():
+        costs = [getattr(unit, field) for unit in members]
+        cells = [
+            (cost, f"{'' if unit.block is None else f'block {unit.block}, '}{group}, {unit.format}: {cost:.2g}")
+            for cost, unit in zip(costs, members, strict=True)
+        ]
+        rows.append((group.replace("_", " "), tables.spread(costs), cells))
+    return charts.heat(rows, title)
 
 
 def _quality(report: Report) -> list[tuple[str, Markup]]:

@@ -1,8 +1,9 @@
 """The tables of a report, shared by the page, its Markdown and the model card."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pocketlm.report.content import Estimate, MeasuredFile, Report
+from pocketlm.report.content import Estimate, MeasuredFile, Report, UnitCost
 from pocketlm.report.wording import MISSING, count, duration, interval, middle, number, percent, rate, size
 
 
@@ -139,4 +140,46 @@ def parts(report: Report) -> list[PartRow]:
             "",
         )
     )
+    return rows
+
+
+def by_group(units: Sequence[UnitCost]) -> dict[str, list[UnitCost]]:
+    """Return parts by the group of their matrices, blocks in order."""
+    groups: dict[str, list[UnitCost]] = {}
+    for unit in sorted(units, key=lambda unit: -1 if unit.block is None else unit.block):
+        groups.setdefault(unit.group, []).append(unit)
+    return groups
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the least and the most of some costs, to four decimals."""
+    low, high = (f"{end:.4f}" if end >= 5e-5 else "<0.0001" for end in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"
+
+
+def costs(report: Report) -> list[tuple[str, str, str, str]]:
+    """Return for each group of matrices: its name, its formats, its cost in one format, and as it is stored."""
+    if report.sensitivity is None:
+        return []
+    rows = []
+    for group, units in by_group(report.sensitivity.units).items():
+        formats = ", ".join(dict.fromkeys(unit.format for unit in units))
+        alike, expected = (sum(getattr(unit, field) for unit in units) for field in ("alike", "expected"))
+        rows.append((group.replace("_", " "), formats, number(alike, 4), number(expected, 4)))
+    return rows
+
+
+def tasks(report: Report) -> list[tuple[str, tuple[Cell, Cell, Cell], str]]:
+    """Return for each task: its name and measure, the two shares and their difference, and what changed in words."""
+    rows = []
+    for task in report.tasks:
+        found = "".join(f"; {fault}: {count}" for fault, count in task.faults.items())
+        cells = (
+            _estimate(task.original, 100, "%"),
+            _estimate(task.compressed, 100, "%"),
+            _estimate(task.difference, 100, "%"),
+        )
+        noise = "within noise" if task.difference.low <= 0 <= task.difference.high else "more than noise"
+        said = f"{task.items} items, {task.lost} lost, {task.won} won: {noise}{found}"
+        rows.append((f"{task.name}, {task.measure}", cells, said))
     return rows

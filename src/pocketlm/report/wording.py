@@ -42,10 +42,11 @@ def percent(fraction: float | None, decimals: int = 0) -> str:
 
 
 def interval(estimate: Estimate, scale: float = 1, unit: str = "") -> str:
-    """Return the interval alone: `1.061–1.105`."""
+    """Return the interval alone: `1.061–1.105`, `-0.4 to 1.1`."""
     decimals = _decimals(estimate, scale)
     low, high = (number(_times(end, scale), decimals) for end in (estimate.low, estimate.high))
-    return f"{low}–{high}{unit}" if estimate.known else "interval not finite"
+    between = " to " if low.startswith("-") else "–"
+    return f"{low}{between}{high}{unit}" if estimate.known else "interval not finite"
 
 
 def middle(estimate: Estimate | None, scale: float = 1, unit: str = "") -> str:

@@ -1,7 +1,7 @@
 """The real engine as a function from tokens to logits, so that quality is measured on the file that ships."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -146,6 +146,59 @@ class Engine:
         logits = torch.empty(1, self.vocabulary_size, dtype=torch.float32)
         self._decode(tokens, logits)
         return logits[0]
+
+    def continuations(self, prompt: Sequence[int], endings: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the logits that each ending of a prompt is judged by; the prompt is read once, from an empty context.
+
+        Args:
+            prompt: Token ids, at least one.
+            endings: Token ids of each, at least one.
+
+        Returns:
+            For each ending float32, (its tokens, vocabulary): those before its first token, before its second, ...
+
+        Raises:
+            BadInputError: No tokens, more than fit, or one outside the vocabulary.
+            PocketlmError: The engine fails on them.
+        """
+        self.forget()
+        first, found = self.append(prompt), []
+        for ending in endings:
+            logits = torch.empty(len(ending), self.vocabulary_size, dtype=torch.float32)
+            logits[0] = first
+            if len(ending) > 1:
+                self._decode(ending[:-1], logits[1:])
+            self._rewind(len(prompt))
+            found.append(logits)
+        return found
+
+    def generate(self, prompt: Sequence[int], most: int, enough: Callable[[list[int]], bool]) -> list[int]:
+        """Return what follows a prompt, the likeliest token each time.
+
+        Args:
+            prompt: Token ids, at least one.
+            most: Tokens at most; as many as fit the context where that is less.
+            enough: Whether to stop behind these tokens, before the model ends its turn.
+
+        Raises:
+            BadInputError: No tokens, more than fit, or one outside the vocabulary.
+            PocketlmError: The engine fails on them.
+        """
+        self.forget()
+        row, said = self.append(prompt), []
+        while not self.ends_generation(token := int(row.argmax())):
+            said.append(token)
+            if len(said) >= min(most, self.context - len(prompt)) or enough(said):
+                break
+            row = self.append([token])
+        return said
+
+    def _rewind(self, count: int) -> None:
+        """Forget all but the first `count` tokens; llama.cpp keeps all of a sliding window's for this (`swa_full`)."""
+        memory = self._llama.llama_get_memory(self._context)
+        if not self._llama.llama_memory_seq_rm(memory, 0, count, -1):
+            raise PocketlmError(f"The engine cannot go back in {self.path}: its memory is not one of keys and values")
+        self._used = count
 
     def _decode(self, tokens: Sequence[int], logits: Tensor) -> None:
         """Append `tokens` and fill `logits`, (wanted, vocabulary), with those of the last ones."""

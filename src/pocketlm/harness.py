@@ -1,0 +1,140 @@
+"""Tasks of lm-evaluation-harness, through its own API, over llama.cpp; `pip install 'pocketlm[harness]'`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocketlm.errors import BadInputError, MissingExtraError
+from pocketlm.measure.tasks import Pair, Share, Z, joined, likelihoods, pair
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.run.engine import Engine
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+CONTEXT = 2048  # tokens at most
+WRITTEN = 256  # tokens at most where a task does not say
+
+
+@dataclass(frozen=True)
+class HarnessScore:
+    """A metric of a task: shares by model, `reference` first where there is one, and their paired difference."""
+
+    task: str
+    metric: str
+    items: int
+    scores: dict[str, Share]
+    difference: Share | None
+
+
+def score_harness(
+    subjects: Mapping[str, tuple[Path, LanguageModel]], tasks: Sequence[str], limit: int
+) -> list[HarnessScore]:
+    """Score files on tasks of the harness, at most `limit` items each.
+
+    Args:
+        subjects: By role, `reference` and `model`: a GGUF file, and the same model for its tokenizer. A reference
+            is not needed.
+        tasks: Names as the harness knows them, or YAML files named after their task.
+        limit: Items of each task.
+
+    Raises:
+        MissingExtraError: The harness is not installed.
+        BadInputError: It does not know a task.
+    """
+    if not find_spec("lm_eval"):
+        raise MissingExtraError(
+            "lm-evaluation-harness is not installed. Install it with\n  pip install 'pocketlm[harness]'"
+        )
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    places = [str(Path(task).resolve().parent) for task in tasks if task.endswith(".yaml")]
+    names = [Path(task).stem if task.endswith(".yaml") else task for task in tasks]
+    manager = TaskManager(include_path=places or None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise BadInputError(f"The harness has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them")
+    found = {}
+    for role, (path, subject) in subjects.items():
+        context = min(CONTEXT, subject.network.config.max_position_embeddings)
+        with Engine(path, context=context) as engine:
+            model = _adapter(engine, subject.tokenizer)
+            found[role] = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0)
+    return [score for task in found["model"]["samples"] for score in _scores(task, found)]
+
+
+def _scores(task: str, found: Mapping[str, Any]) -> list[HarnessScore]:
+    """Return every metric of a task that is a mean over its items."""
+    samples = {role: each["samples"][task] for role, each in found.items()}
+    scores = []
+    for metric in samples["model"][0]["metrics"]:
+        values = {role: [sample.get(metric) for sample in rows] for role, rows in samples.items()}
+        if not all(isinstance(value, int | float) for each in values.values() for value in each):
+            continue  # such as pairs of a likelihood and a count of bytes
+        difference = pair(values["reference"], values["model"]).difference if "reference" in values else None
+        shares = {role: _mean(each) for role, each in values.items()}
+        scores.append(HarnessScore(task, metric, len(values["model"]), shares, difference))
+    return scores
+
+
+def _mean(values: Sequence[float]) -> Share:
+    """Return a mean with its normal 95 % interval, as the harness gives its standard error."""
+    mean = sum(values) / len(values)
+    half = Z * (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values)) ** 0.5
+    return Share(mean, mean - half, mean + half)
+
+
+def _adapter(engine: Engine, tokenizer: Any) -> "LM":
+    from lm_eval.api.model import LM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, verbose=False).input_ids
+
+    def split(prompt: str, ending: str) -> Pair:
+        before, after = joined(prompt, ending, encode)
+        return (before, after) if before else (start, tokenizer(ending, add_special_tokens=False).input_ids)
+
+    class OverEngine(LM):
+        """The three questions that the harness asks, put to llama.cpp."""
+
+        def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+            return likelihoods([split(*request.args) for request in requests], engine.continuations, engine.context)
+
+        def loglikelihood_rolling(self, requests: list) -> list[float]:
+            return [sum(total for total, _ in self._whole(request.args[0])) for request in requests]
+
+        def _whole(self, text: str) -> list[tuple[float, bool]]:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            windows = get_rolling_token_windows(ids, start[0], engine.context - 1, context_len=1)
+            return likelihoods(
+                [make_disjoint_window(window) for window in windows], engine.continuations, engine.context
+            )
+
+        def generate_until(self, requests: list) -> list[str]:
+            return [
+                _until(engine, tokenizer, encode(prompt), settings) for prompt, settings in (r.args for r in requests)
+            ]
+
+    return OverEngine()
+
+
+def _until(engine: Engine, tokenizer: Any, prompt: list[int], settings: Mapping[str, Any]) -> str:
+    """Return what the model goes on with, greedily, up to the first of a task's stop texts."""
+    stops = settings.get("until") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    most = settings.get("max_gen_toks", WRITTEN)
+
+    def text(said: list[int]) -> str:
+        return tokenizer.decode(said, skip_special_tokens=True)
+
+    prompt = prompt[-max(1, engine.context - most) :]
+    said = text(engine.generate(prompt, most, lambda said: any(stop in text(said) for stop in stops)))
+    for stop in stops:
+        said = said.split(stop)[0]
+    return said

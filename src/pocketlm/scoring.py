@@ -1,0 +1,102 @@
+"""Files on tasks, in the engine: the likeliest choice or label, or the answer that a model writes."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pocketlm.measure.task_files import Item, Kind, Task
+from pocketlm.measure.tasks import Outcome, TaskResult, chosen, joined, likelihoods, matches, result
+from pocketlm.model.examples import encode_answer, encode_prompt
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.report.answers import faults
+from pocketlm.run.engine import Engine
+from pocketlm.stages import Progress
+
+CONTEXT = 2048  # tokens at most
+WRITTEN = 64  # tokens of an answer at most
+
+
+def score_tasks(
+    subjects: Mapping[str, tuple[Path, LanguageModel]], tasks: Sequence[Task], progress: Progress
+) -> list[TaskResult]:
+    """Score files on tasks, and compare `model` with `reference` on the same items.
+
+    Args:
+        subjects: By role, `reference` and `model`: a GGUF file, and the same model for its tokenizer. A reference
+            is not needed.
+        tasks: What to score.
+        progress: Called after each item.
+
+    Raises:
+        BadInputError: An item does not fit the context.
+    """
+    found = {role: outcomes(*subject, tasks, partial(_said, progress, role)) for role, subject in subjects.items()}
+    return [
+        result(task.name, task.kind, {role: each[index] for role, each in found.items()})
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _said(progress: Progress, role: str, task: str, done: int, total: int) -> None:
+    progress(f"{task}, {role}", done, total)
+
+
+def outcomes(path: Path, model: LanguageModel, tasks: Sequence[Task], progress: Progress) -> list[list[Outcome]]:
+    """Return what a GGUF file does with each item of each task.
+
+    Multiple choice is read as it stands, as lm-evaluation-harness does. Prompts of labels and of written answers are
+    put as `pocketlm distill --task` teaches them: as a chat's first message where the model is one for chats.
+
+    Args:
+        path: The file.
+        model: The same model, for its tokenizer.
+        tasks: What to do.
+        progress: Called after each item.
+
+    Raises:
+        BadInputError: An item does not fit the context.
+    """
+    found: list[list[Outcome]] = []
+    if not tasks:
+        return found
+    with Engine(path, context=min(CONTEXT, model.network.config.max_position_embeddings)) as engine:
+        for task in tasks:
+            found.append([])
+            for item in task.items:
+                found[-1].append(_outcome(task.kind, item, engine, model.tokenizer))
+                progress(task.name, len(found[-1]), len(task.items))
+    return found
+
+
+def _outcome(kind: Kind, item: Item, engine: Engine, tokenizer: Any) -> Outcome:
+    if kind == "written":
+        said = write(engine, tokenizer, item.prompt)
+        wrong = tuple(fault for fault in faults(said) if fault != "broken characters")  # a limit may cut one in two
+        return Outcome(matches(said, str(item.answer)), faults=wrong)
+    if kind == "labels":
+        prompt = encode_prompt(tokenizer, item.prompt)
+        pairs = [(prompt, encode_answer(tokenizer, choice)) for choice in item.choices]
+    else:
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, verbose=False).input_ids
+
+        pairs = [joined(item.prompt, choice, encode) for choice in item.choices]
+    return chosen(item, [total for total, _ in likelihoods(pairs, engine.continuations, engine.context)])
+
+
+def write(engine: Engine, tokenizer: Any, prompt: str) -> str:
+    """Return what a model answers, the likeliest token each time, until it ends its turn or at most WRITTEN tokens.
+
+    A model without a chat template goes on with the prompt, up to the end of the line that it begins.
+
+    Raises:
+        BadInputError: The prompt does not fit the context.
+    """
+
+    def line_ends(said: list[int]) -> bool:
+        return not tokenizer.chat_template and "\n" in tokenizer.decode(said).lstrip()
+
+    said = engine.generate(encode_prompt(tokenizer, prompt), WRITTEN, line_ends)
+    return tokenizer.decode(said, skip_special_tokens=True)

@@ -1,0 +1,67 @@
+"""lm-evaluation-harness over the engine gives what our own scoring of the same items gives."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+from tests.command_line import pocketlm
+from tests.tiny import tiny_folder
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{prompt}}}}"
+"""
+CHOICES = """
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+target_delimiter: " "
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+WRITTEN = """
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+"""
+ENDINGS = ("evaluated", "no objects of their own", "names", "in modules")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval is not installed")
+def test_the_harness_and_our_own_scores_agree(tmp_path):
+    folder = tiny_folder("llama", tmp_path / "tiny")
+    prompts = [f"{word} {other} of the language are" for word in ("The", "Some", "All") for other in ("rules", "words")]
+    rows = [{"prompt": text, "choices": ENDINGS, "answer": place % 4} for place, text in enumerate(prompts)]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    written = [{"prompt": text, "answer": "nothing of the kind"} for text in prompts]
+    (tmp_path / "written.jsonl").write_text("\n".join(map(json.dumps, written)))
+    for name, kind, rest in (("choices", "multiple_choice", CHOICES), ("written", "generate_until", WRITTEN)):
+        text = TASK.format(name=f"pocketlm_{name}", data=tmp_path / f"{name}.jsonl", kind=kind) + rest
+        (tmp_path / f"pocketlm_{name}.yaml").write_text(text)
+    both = ("evaluate", folder, "--reference", folder, "--json")
+    tasks = ("--harness", tmp_path / "pocketlm_choices.yaml", "--harness", tmp_path / "pocketlm_written.yaml")
+    done = pocketlm(*both, *tasks, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    theirs = {(score["task"], score["metric"]): score for score in json.loads(done.stdout)}
+    assert set(theirs) == {
+        ("pocketlm_choices", "acc"), ("pocketlm_choices", "acc_norm"), ("pocketlm_written", "exact_match"),
+    }  # fmt: skip
+    done = pocketlm(*both, "--task", tmp_path / "choices.jsonl", cache=tmp_path / "cache")
+    (ours,) = json.loads(done.stdout)
+    for metric in ("acc", "acc_norm"):
+        score = theirs["pocketlm_choices", metric]
+        assert score["scores"]["model"]["value"] == pytest.approx(ours["scores"]["model"][metric]["value"])
+        assert score["difference"] == {"value": 0, "low": 0, "high": 0}
+        assert score["items"] == len(prompts)
+    assert theirs["pocketlm_written", "exact_match"]["scores"]["model"]["value"] == 0
+
+
+@pytest.mark.skipif(bool(find_spec("lm_eval")), reason="lm-eval is installed")
+def test_without_the_harness_its_install_line_is_given(tmp_path):
+    folder = tiny_folder("llama", tmp_path / "tiny")
+    done = pocketlm("evaluate", folder, "--harness", "arc_easy", cache=tmp_path / "cache")
+    assert done.returncode == 6
+    assert "pip install 'pocketlm[harness]'" in done.stderr
