@@ -50,7 +50,7 @@ class Fit:
     bits: float | None = None  # per weight of all matrices together, instead of a size
     format: str | None = None  # one for all matrices, instead of a size
     fixed: tuple[tuple[str, str], ...] = ()  # formats of groups or patterns of tensors that are not up for choice
-    method: str = "gptaq"  # how codes are chosen; or `gptq`, `rtn`
+    method: str = "descent"  # how codes are chosen; or `gptaq`, `gptq`, `rtn`
     prune: bool = True  # whether parts may be removed where that costs less than coarser numbers
     heal: float | None = None  # seconds of distillation after pruning; a fixed number of tokens where None
     tune: float = 0.0  # seconds of tuning scales and norms after quantizing

@@ -48,7 +48,7 @@ class Wanted:
     costs: Costs | None = None
     prune: bool = True
     fixed: dict[str, str] = field(default_factory=dict)
-    method: str = "gptaq"
+    method: str = "descent"
     heal_seconds: float | None = None
     tune_seconds: float = 0.0
     most_damage: float | None = None
