@@ -20,7 +20,7 @@ ROWS = (
     ("steps", "measure", "export", "run"),
     ("plan", "report", "cache"),
     ("stages", "preflight"),
-    ("proof",),
+    ("local_search", "proof"),
     ("artefact",),
     ("fit",),
     ("integers", "pruning", "sweep"),

@@ -15,6 +15,7 @@ import torch
 from pocketlm.artefact import Run, make_report, new_folder
 from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
+from pocketlm.local_search import improve
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
 from pocketlm.plan.budget import Budget, parse_quality, parse_size, parse_speed, say_bytes
@@ -175,6 +176,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         most_damage=None if floor is None else -math.log(floor) - engine,
     )
     decision = make_plan(model, wanted, texts, job.seed, progress)
+    decision = improve(model, wanted, decision, texts, job.seed, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine)
 
 

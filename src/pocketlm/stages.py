@@ -178,6 +178,7 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
             | {
                 "shape": Shape(**plan["shape"]),
                 "drop": tuple(plan["drop"]),
+                "measured": tuple(plan["measured"]),
                 "units": {unit: tuple(choice) for unit, choice in plan["units"].items()},
                 "footprint": plan["footprint"] and Footprint(**plan["footprint"]),
             }

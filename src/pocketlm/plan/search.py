@@ -37,9 +37,10 @@ class Plan:
         drop: Blocks that go.
         formats: Format by group.
         bytes: Exact bytes of the file.
-        damage: Expected KL in nats per token: no recovery, damages added up.
+        damage: Expected KL in nats per token: no recovery, damages added up, or the least of `measured`.
         units: Format, bytes and expected KL of each unit.
         footprint: Memory and speed of its layout, measured, where the budget is about them.
+        measured: KL of each whole mix that was made and measured, in order.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Plan:
     damage: float
     units: dict[str, tuple[str, int, float]]
     footprint: Footprint | None = None
+    measured: tuple[float, ...] = ()
 
 
 def check_budget(sizes: Sizes, budget: Budget, prune: bool = True) -> None:
