@@ -13,6 +13,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.tensors.elimination import (
     aimed,
     coefficients,
+    descend,
     eliminate,
     gptq,
     group_order,
@@ -315,6 +316,49 @@ def test_refitted_scales_repair_damaged_ones(form: Format):
     errors = [output_errors(weight, each.decode(), gram).sum() for each in (good, damaged)]
     refit = output_errors(weight, refit_scales(weight, damaged, gram).decode(), gram).sum()
     assert refit < min(1.1 * errors[0], 0.8 * errors[1])
+
+
+@every_kind
+def test_descent_never_makes_a_row_worse_and_pays(form: Format):
+    weight, gram = weights(12, COLUMNS), gram_of(inputs(2000, COLUMNS))
+    metric = gram + ridge(gram) * torch.eye(len(gram))
+    start = gptq(weight, gram, form)
+    once = descend(weight, start, gram)
+    before, after = (output_errors(weight, each.decode(), metric) for each in (start, once))
+    assert (after <= before * (1 + 1e-5)).all()
+    assert torch.equal(once.scales, start.scales)
+    assert torch.equal(once.steps, start.steps)
+    often = output_errors(weight, gptq(weight, gram, form, descents=4).decode(), metric)
+    assert often.sum() <= after.sum() * (1 + 1e-5)
+    if len(form.levels) == 4 and form.vector == 1:
+        assert often.sum() < 0.95 * before.sum()
+
+
+@pytest.mark.parametrize("name", ["Q2_0", "Q4_1", "MXFP4", "Q3_K"])
+def test_where_descent_ends_no_other_code_is_better(name: str):
+    """Brute force in float64: every code of every weight, all others as they are."""
+    form, columns = FORMATS[name], 256 if name == "Q3_K" else 64
+    weight, gram = weights(2, columns), gram_of(inputs(500, columns))
+    metric = (gram + ridge(gram) * torch.eye(columns)).double()
+    found = gptq(weight, gram, form)
+    for _ in range(50):
+        found = descend(weight, found, gram)
+    errors = (weight - found.decode()).double()
+    least = ((errors @ metric) * errors).sum(1)
+    for code in range(len(form.levels)):
+        other = Quantized(form, torch.full_like(found.codes, code), found.scales, found.steps).decode()
+        change = (found.decode() - other).double()  # of one weight at a time
+        changed = least[:, None] + 2 * change * (errors @ metric) + change.square() * metric.diagonal()
+        assert (changed >= least[:, None] * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", ["Q2_0", "Q4_0", "Q3_K"])
+def test_descent_keeps_zeros(name: str):
+    form, weight, gram = FORMATS[name], weights(6, COLUMNS), gram_of(inputs(500, COLUMNS))
+    assert form.has_zero
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.5
+    found = gptq(weight * mask, gram, form, mask=mask, descents=2)
+    assert (found.decode()[~mask] == 0).all()
 
 
 def spread_of(quantized: Quantized) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ ROWS = (
     ("plan", "report", "cache"),
     ("stages", "preflight"),
     ("scoring", "harness"),
-    ("proof",),
+    ("local_search", "proof"),
     ("artefact", "trials"),
     ("planning",),
     ("account",),

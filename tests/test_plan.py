@@ -185,7 +185,7 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ),
         (
             {"steps": [LAST_STEP | {"method": "magic"}]},
-            "r.yaml: steps.0.quantize.method: Input should be 'gptaq', 'gptq' or 'rtn'",
+            "r.yaml: steps.0.quantize.method: Input should be 'descent', 'gptaq', 'gptq' or 'rtn'",
         ),
         ({"steps": [{"step": "shrink"}, LAST_STEP]}, "r.yaml: steps.0: "),
         ({"steps": [{"ffn": 3}, LAST_STEP]}, "r.yaml: steps.0: "),

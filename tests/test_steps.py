@@ -243,7 +243,7 @@ def formats_for(model: LanguageModel, formats: dict[str, str] | str) -> dict[str
 
 
 @every_family
-@pytest.mark.parametrize("method", ["gptaq", "gptq", "rtn"])
+@pytest.mark.parametrize("method", ["descent", "gptaq", "gptq", "rtn"])
 def test_the_bytes_decode_to_exactly_the_weights_of_the_network(family: str, method: str, tiny_model: Tiny):
     model = tiny_model(family)
     original = {name: value.clone() for name, value in model.network.state_dict().items()}
@@ -284,7 +284,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16,
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("method", ["gptaq", "gptq", "rtn"])
+@pytest.mark.parametrize("method", ["descent", "gptaq", "gptq", "rtn"])
 def test_formats_of_long_rows_decode_to_the_weights_of_the_network(method: str, name: str, tiny_model: Tiny):
     model = tiny_model("llama", **WIDE)
     model, packed, _ = quantize(model, Quantize(formats=formats_for(model, name), method=method), WINDOWS)
@@ -437,7 +437,7 @@ def dead_block(network: nn.Module) -> Callable[[], Tensor]:
     return lambda: read_weight(blocks_of(network)[0].mlp.down_proj)[:, 32:64]
 
 
-@pytest.mark.parametrize("method", ["gptaq", "gptq", "rtn"])
+@pytest.mark.parametrize("method", ["descent", "gptaq", "gptq", "rtn"])
 def test_channels_silent_on_the_calibration_text_keep_their_weights(method: str, tiny_model: Tiny):
     """Other text may wake them up: what reads them must not be wiped out."""
     model = tiny_model("llama")

@@ -111,7 +111,7 @@ def quantize(
     tensor: Annotated[
         list[str] | None, typer.Option(help="GROUP=FORMAT or PATTERN=FORMAT that is not up for choice; repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option(help="gptaq, gptq, or rtn (rounding with a scale search).")] = "gptaq",
+    method: Annotated[str, typer.Option(help="descent, gptaq, gptq, or rtn (rounding, scales searched).")] = "descent",
     tune: Annotated[
         str, typer.Option(help="Time to tune scales and norms against the original afterwards, such as 10m.")
     ] = "0",
@@ -131,8 +131,8 @@ def quantize(
 
     if sum(option is not None for option in (size, bits, format)) != 1:
         raise BadInputError("Give one of --size (such as 60MB), --bits (such as 4.25) and --format (such as q4_0)")
-    if method not in ("gptaq", "gptq", "rtn"):
-        raise BadInputError(f"Unknown method `{method}`. Known: gptaq, gptq, rtn")
+    if method not in ("descent", "gptaq", "gptq", "rtn"):
+        raise BadInputError(f"Unknown method `{method}`. Known: descent, gptaq, gptq, rtn")
     job = api.Fit(
         model=model,
         size=size,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.local_search import improve
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
 from pocketlm.plan.budget import Budget, parse_quality, parse_size, parse_speed, say_time
@@ -43,7 +44,7 @@ class Fit:
     bits: float | None = None  # per weight of all matrices together, instead of a size
     format: str | None = None  # one for all matrices, instead of a size
     fixed: tuple[tuple[str, str], ...] = ()  # formats of groups or patterns of tensors that are not up for choice
-    method: str = "gptaq"  # how codes are chosen; or `gptq`, `rtn`
+    method: str = "descent"  # how codes are chosen; or `gptaq`, `gptq`, `rtn`
     prune: bool = True  # whether parts may be removed where that costs less than coarser numbers
     preset: str = "balanced"  # how much is tried: or `fast`, `best`; see plan/effort.py
     time: float | None = None  # seconds that the whole run may take, with `balanced` or `best`
@@ -144,6 +145,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         most_damage=None if floor is None else -math.log(floor) - engine,
     )
     decision = make_plan(model, wanted, texts, job.seed, progress)
+    decision = improve(model, wanted, decision, texts, job.seed, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
 
 

@@ -17,6 +17,7 @@ from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.training import LOSSES
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.recipe import to_yaml
+from pocketlm.plan.search import Plan
 from pocketlm.planning import Planned
 from pocketlm.pruning import Pruned
 from pocketlm.report.content import Report
@@ -88,13 +89,21 @@ def plan_lines(planned: Planned) -> list[str]:
         lines += [
             f"shape      {before.blocks} blocks -> {after.blocks}, FFN {before.ffn} -> {after.ffn} channels",
             f"damage     {planned.plan.damage + planned.engine:.3f} nats per token expected before recovery: "
-            f"{planned.plan.damage:.3f} by measured parts, {planned.engine:.3f} by the engine's 8-bit activations",
+            f"{planned.plan.damage:.3f} {_how_measured(planned.plan)}, {planned.engine:.3f} by the engine's 8-bit "
+            "activations",
         ]
         if planned.decision and len(planned.decision.rivals) > 1:
             lines += ["candidates, each to be built and measured (expected damage before recovery)"]
             lines += [f"  {plan.describe():<40}{plan.damage:.3f}" for plan in planned.decision.rivals]
         lines += ["", *unit_lines(planned.plan.units), ""]
     return [*lines, "recipe", *(f"  {line}" for line in to_yaml(planned.recipe).splitlines())]
+
+
+def _how_measured(plan: Plan) -> str:
+    if not plan.measured:
+        return "by measured parts"
+    others = [f"{kl:.3f}" for kl in plan.measured if kl != plan.damage]
+    return "measured on the whole mix" + (f" (other mixes that were tried: {', '.join(others)})" if others else "")
 
 
 def unit_lines(units: dict[str, tuple[str, int, float]]) -> list[str]:

@@ -59,7 +59,7 @@ class Wanted:
     costs: Costs | None = None
     prune: bool = True
     fixed: dict[str, str] = field(default_factory=dict)
-    method: str = "gptaq"
+    method: str = "descent"
     effort: Effort = PRESETS["fast"]
     vocabulary: bool = False
     heal_seconds: float | None = None
@@ -362,6 +362,7 @@ def _read_plan(facts: dict[str, Any]) -> Plan:
     read = {
         "shape": Shape(**facts["shape"]),
         "drop": tuple(facts["drop"]),
+        "measured": tuple(facts["measured"]),
         "units": {unit: tuple(choice) for unit, choice in facts["units"].items()},
         "footprint": facts["footprint"] and Footprint(**facts["footprint"]),
     }

@@ -39,9 +39,10 @@ class Plan:
         drop: Blocks that go.
         formats: Format by group.
         bytes: Exact bytes of the file.
-        damage: Expected KL in nats per token: no recovery, damages added up.
+        damage: Expected KL in nats per token: no recovery, damages added up, or the least of `measured`.
         units: Format, bytes and expected KL of each unit.
         footprint: Memory and speed of its layout, measured, where the budget is about them.
+        measured: KL of each whole mix that was made and measured, in order.
         vocabulary: Tokens that are kept; all of them where None.
         narrower: Whether FFNs lose channels.
     """
@@ -55,6 +56,7 @@ class Plan:
     footprint: Footprint | None = None
     vocabulary: int | None = None
     narrower: bool = False
+    measured: tuple[float, ...] = ()
 
     @property
     def prunes(self) -> bool:

@@ -1,0 +1,166 @@
+"""The local search: the mix that a plan chose is made, its true KL measured and shared out, and solved for again.
+
+    plan ─> make the mix ─> measure its KL ─> share it out among the units ─> solve again ─┐
+                 ^─────────────────────────────────────────────────────────────────────────┘
+
+Damages that were measured one at a time do not add up where they are large. Made and measured, a mix says what it
+really costs, and one backward pass says which units that comes from. The best mix by its measured KL is taken; what
+was made of it is kept in the cache, so the run does not make it again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.cache import stage
+from pocketlm.model.compute import reusing_memory
+from pocketlm.model.judge import divergence_of, judge
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.learning import distillation_step
+from pocketlm.plan.decide import Decision, Wanted
+from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.search import Damages, Plan, choose
+from pocketlm.plan.sizes import Sizes, sizes_of
+from pocketlm.stages import Progress, Texts, run_recipe
+from pocketlm.steps.quantize import Quantize
+
+MIXES = 2  # that are made and measured at most
+ADDITIVE = 0.05  # nats per token up to which damages add up, and no other mix is tried
+SHARING_WINDOWS = 4  # of validation text, on which a mix's KL is shared out among its units
+MOST_CHANGE = 4.0  # by what factor a round may correct the damages of one unit, beside what it corrects for all
+
+
+def improve(
+    model: LanguageModel, wanted: Wanted, decision: Decision, texts: Texts, seed: int, progress: Progress
+) -> Decision:
+    """Return a decision with the mix of formats of the lowest measured KL, and that KL as what it expects.
+
+    Plans that prune stay as they are, as what pruning leaves is not known before it is done; so do those that keep to
+    memory or speed, and those of models that are in memory in 16 bits.
+
+    Args:
+        model: The original; unchanged afterwards.
+        wanted: What the person asked for.
+        decision: What was decided from damages that were added up.
+        texts: Calibration, to quantize with, and validation, to measure the KL on.
+        seed: Of the recipe.
+        progress: Called as the work goes on.
+    """
+    alone = next((plan for plan in decision.rivals if not plan.prunes), None)
+    if alone is None or wanted.costs or model.network.dtype is not torch.float32:
+        return decision
+    inputs = {"wanted": asdict(wanted), "plan": asdict(alone), "model": model.origin.sha256, **texts.sha256}
+
+    def produce(folder: Path) -> dict[str, Any]:
+        tried = _try_mixes(model, wanted, alone, decision.damages, texts, seed, progress)
+        best = min(tried, key=lambda plan: plan.damage)
+        return {"formats": best.formats, "units": best.units, "bytes": best.bytes, "kls": [p.damage for p in tried]}
+
+    facts = stage("mix", inputs, produce).facts
+    plan = replace(
+        alone,
+        formats=facts["formats"],
+        bytes=facts["bytes"],
+        damage=min(facts["kls"]),
+        units={unit: tuple(choice) for unit, choice in facts["units"].items()},
+        measured=tuple(facts["kls"]),
+    )
+    rivals = tuple(plan if rival == alone else rival for rival in decision.rivals)
+    if decision.plan != alone:
+        return replace(decision, rivals=rivals)
+    steps = tuple(
+        replace(step, formats=plan.formats) if isinstance(step, Quantize) else step for step in decision.recipe.steps
+    )
+    return replace(decision, recipe=replace(decision.recipe, steps=steps), plan=plan, rivals=rivals)
+
+
+def _try_mixes(
+    model: LanguageModel,
+    wanted: Wanted,
+    plan: Plan,
+    measured: Damages,
+    texts: Texts,
+    seed: int,
+    progress: Progress,
+) -> list[Plan]:
+    """Return the mixes that were made, in order; `damage` is the measured KL, that of the units adds up to it."""
+    # A quality was asked for in the fewest bytes: a better mix may not take more of them.
+    budget = wanted.budget if wanted.most_damage is None else replace(wanted.budget, bytes=plan.bytes)
+    opinion = judge(model.network, texts.validation.windows)
+    sizes, damages, tried = sizes_of(model), measured.formats, []
+    while True:
+        recipe = Recipe(steps=(Quantize(formats=plan.formats, method=wanted.method),), seed=seed)
+        mixed = run_recipe(model, recipe, texts, progress).model.network
+        kl = divergence_of(mixed, texts.validation.windows, opinion)
+        progress(f"mix {len(tried) + 1}: KL {kl:.4f}, {plan.damage:.4f} by parts", len(tried) + 1, MIXES)
+        last = len(tried) + 1 == MIXES or kl <= ADDITIVE
+        shares = {} if last else shared_out(model.network, mixed, texts.validation.windows[:SHARING_WINDOWS])
+        tried.append(_with_damages(plan, kl, _by_unit(shares, sizes)))
+        if last:
+            return tried
+        damages = corrected(damages, plan, tried[-1])
+        plan = choose(sizes, Damages((), {}, damages), budget, wanted.fixed)
+        if any(plan.formats == other.formats for other in tried):
+            return tried
+
+
+def shared_out(original: nn.Module, mixed: nn.Module, windows: Tensor) -> dict[str, float]:
+    """Return what each matrix contributes to the KL of a changed network to the original, by parameter name.
+
+    Near the original the KL is a quadratic form of all changes, ½ ΔᵀHΔ with gradient HΔ: half of what a matrix's change
+    times its gradient comes to is its part, interplay with the others included. A part can be negative, where one
+    change makes up for another.
+
+    Args:
+        original: The original.
+        mixed: The same network with other weights; its gradients are gone afterwards.
+        windows: (windows, length) token ids.
+    """
+    before = dict(original.named_parameters())
+    mixed.requires_grad_(False)
+    learning = {name: value for name, value in mixed.named_parameters() if value.dim() == 2}
+    for value in learning.values():
+        value.requires_grad_(True)
+    shares = dict.fromkeys(learning, 0.0)
+    with reusing_memory():
+        for window in windows.split(1):
+            distillation_step(original, mixed, window)
+            for name, value in learning.items():
+                change = value.detach() - before[name].detach()
+                shares[name] += (change * value.grad).sum().item() / (2 * len(windows))
+                value.grad = None
+    return shares
+
+
+def _by_unit(shares: Mapping[str, float], sizes: Sizes) -> dict[str, float]:
+    units = sizes.units(sizes.original)
+    return {unit: sum(shares[name] for name in names) for unit, names in units.items()} if shares else {}
+
+
+def _with_damages(plan: Plan, kl: float, shares: Mapping[str, float]) -> Plan:
+    """Return a plan whose units' damages add up to what was measured, by their shares or as they were."""
+    parts = {unit: max(shares.get(unit, damage), 0.0) for unit, (_, _, damage) in plan.units.items()}
+    scale = kl / max(sum(parts.values()), 1e-30)
+    units = {unit: (form, size, scale * parts[unit]) for unit, (form, size, _) in plan.units.items()}
+    return replace(plan, damage=kl, units=units)
+
+
+def corrected(damages: Mapping[str, Mapping[str, float]], plan: Plan, measured: Plan) -> dict[str, dict[str, float]]:
+    """Return damages by unit and format that agree, within MOST_CHANGE, with what a mix was measured to do.
+
+    Args:
+        damages: By unit and format, from which the plan was chosen.
+        plan: With the damages that it expected of its units.
+        measured: The same mix with those that it has.
+    """
+    result, overall = {}, measured.damage / max(plan.damage, 1e-30)
+    for unit, by_format in damages.items():
+        expected, found = plan.units[unit][2], measured.units[unit][2]
+        relative = found / (overall * expected) if expected > 0 else 1.0
+        factor = overall * min(max(relative, 1 / MOST_CHANGE), MOST_CHANGE)
+        result[unit] = {form: factor * damage for form, damage in by_format.items()}
+    return result

@@ -1,0 +1,139 @@
+"""The local search: a mix's KL is shared out as the KL itself says, and no worse mix than the first is taken."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import Tiny
+
+from pocketlm.local_search import MIXES, MOST_CHANGE, corrected, improve, shared_out
+from pocketlm.model.judge import divergence_of, judge
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.text import as_tokens
+from pocketlm.plan.budget import Budget
+from pocketlm.plan.decide import Decision, Wanted
+from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.search import Damages, Plan, choose
+from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.stages import STATISTICS_WINDOWS, Texts, silent
+from pocketlm.steps.quantize import Quantize, quantize
+
+GENERATOR = torch.Generator().manual_seed(0)
+WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=GENERATOR) for rows in (8, 4))
+TEXTS = Texts(as_tokens("a", WINDOWS), as_tokens("b", HELD_OUT), as_tokens("c", HELD_OUT), {})
+
+
+def in_16_bits(model: LanguageModel) -> LanguageModel:
+    """Round the weights to what a run keeps of them on disk."""
+    for parameter in model.network.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+def disturb(network: torch.nn.Module, names: list[str], size: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in names:
+            weight = network.get_parameter(name)
+            weight += size * weight.std() * torch.randn(weight.shape, generator=generator)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_parts_of_a_small_kl_add_up_to_it(family: str, tiny_model: Tiny):
+    original, changed = tiny_model(family).network, tiny_model(family).network
+    matrices = [name for name, value in original.named_parameters() if value.dim() == 2]
+    disturb(changed, matrices, 0.01)
+    kl = divergence_of(changed, HELD_OUT, judge(original, HELD_OUT))
+    shares = shared_out(original, changed, HELD_OUT)
+    assert set(shares) == set(matrices)
+    assert sum(shares.values()) == pytest.approx(kl, rel=0.1)
+    assert all(value.grad is None for value in changed.parameters())
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_matrix_that_alone_was_changed_has_all_of_it(tiny_model: Tiny):
+    original, changed = tiny_model("llama").network, tiny_model("llama").network
+    name = "model.layers.1.mlp.down_proj.weight"
+    disturb(changed, [name], 0.02)
+    kl = divergence_of(changed, HELD_OUT, judge(original, HELD_OUT))
+    shares = shared_out(original, changed, HELD_OUT)
+    assert shares.pop(name) == pytest.approx(kl, rel=0.1)
+    assert set(shares.values()) == {0.0}
+
+
+def test_corrected_damages_agree_with_what_was_measured():
+    plan = Plan(Shape(1, 32), (), {}, 100, 0.3, {"a": ("Q4_0", 50, 0.1), "b": ("Q2_0", 50, 0.2)})
+    measured = replace(plan, damage=0.6, units={"a": ("Q4_0", 50, 0.03), "b": ("Q2_0", 50, 0.57)})
+    damages = {"a": {"Q4_0": 0.1, "Q2_0": 1.0}, "b": {"Q4_0": 0.1, "Q2_0": 0.2}}
+    found = corrected(damages, plan, measured)
+    least = 2 / MOST_CHANGE  # twice the damage altogether, and no wild changes of one unit
+    assert found["a"] == pytest.approx({"Q4_0": 0.1 * least, "Q2_0": 1.0 * least})
+    assert found["b"] == pytest.approx({"Q4_0": 0.285, "Q2_0": 0.57})
+
+
+def wrong_decision(model: LanguageModel, budget: Budget) -> Decision:
+    """A plan from damages that say nothing about the model."""
+    sizes, generator = sizes_of(model), torch.Generator().manual_seed(0)
+    damages = {
+        unit: {
+            name: 2.0**place * (0.05 + torch.rand((), generator=generator).item())
+            for place, name in enumerate(sizes.allowed(unit.rpartition(".")[2]))
+        }
+        for unit in sizes.units(sizes.original)
+    }
+    found = Damages((), {}, damages)
+    plan = choose(sizes, found, budget)
+    return Decision(Recipe(steps=(Quantize(formats=plan.formats),), seed=0), plan, found, (plan,), 0, 0)
+
+
+def test_the_best_of_the_measured_mixes_is_taken_and_expected(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    model = in_16_bits(tiny_model("llama"))
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    sizes = sizes_of(model)
+    budget = Budget("60 kB", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q5_0")))
+    first = wrong_decision(model, budget)
+    said: list[str] = []
+    better = improve(model, Wanted(budget=budget), first, TEXTS, 0, lambda what, done, total: said.append(what))
+    again = improve(model, Wanted(budget=budget), first, TEXTS, 0, lambda *_: pytest.fail("it is in the cache"))
+    assert again == better
+    kls = better.plan.measured
+    assert 2 <= len(kls) <= MIXES
+    assert better.plan.damage == min(kls) < kls[0]
+    assert sum(damage for *_, damage in better.plan.units.values()) == pytest.approx(min(kls))
+    assert sum(what.startswith("mix ") for what in said) == len(kls)
+    assert better.plan.bytes == sizes.total(sizes.original, better.plan.formats) <= budget.bytes
+    assert better.recipe.steps[-1].formats == better.plan.formats
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    for decision, kl in ((first, kls[0]), (better, min(kls))):
+        made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS[:STATISTICS_WINDOWS])[0]
+        assert divergence_of(made.network, HELD_OUT, judge(model.network, HELD_OUT)) == pytest.approx(kl, rel=0.02)
+
+
+def test_plans_that_prune_stay_as_they_are(tiny_model: Tiny):
+    model = tiny_model("llama")
+    budget = Budget("60 kB", 60_000)
+    decision = wrong_decision(model, Budget("all", 10**9))
+    cut = replace(decision.plan, shape=Shape(2, 64), drop=(1,))
+    pruned = replace(decision, plan=cut, rivals=(cut,))
+    assert improve(model, Wanted(budget=budget), pruned, TEXTS, 0, silent) is pruned
+
+
+def test_formats_alone_are_improved_where_pruning_is_expected_to_be_better(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    model = in_16_bits(tiny_model("llama"))
+    sizes = sizes_of(model)
+    budget = Budget("60 kB", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q5_0")))
+    alone = wrong_decision(model, budget)
+    cut = replace(alone.plan, shape=Shape(2, 64), drop=(1,))
+    both = replace(alone, plan=cut, rivals=(alone.plan, cut))
+    found = improve(model, Wanted(budget=budget), both, TEXTS, 0, silent)
+    assert (found.plan, found.recipe, found.rivals[1]) == (cut, both.recipe, cut)
+    assert found.rivals[0] == improve(model, Wanted(budget=budget), alone, TEXTS, 0, silent).plan
+    assert found.rivals[0].damage == min(found.rivals[0].measured)
