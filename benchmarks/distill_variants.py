@@ -1,12 +1,12 @@
 """Whether hidden states, relations or the student's own words help, on a model small enough for several seeds.
 
-    python benchmarks/distill_variants.py stories260K.bin tok512.bin tinystories.txt [--tokens 200000] [--seeds 3]
+    python benchmarks/distill_variants.py stories260K.bin tok512.bin tinystories.txt [--tokens 61440] [--seeds 2]
 
-The teacher is stories260K of llama2.c (5 blocks of width 64; .bin and tokenizer as llama2.c stores them). Two
-students: 3 of its blocks, cut by pocketlm, and a fresh network of 3 blocks and width 48. Each learns the teacher's
-probabilities and the text's tokens, half each, plainly and with one thing more, on the same batches, once per seed
-(which decides the order of the text, the draws, and the fresh weights). Held-out stories are measured in transformers.
-Each finished training is kept in pocketlm's cache. Writes a page (Markdown) and the same as JSON.
+The teacher is stories260K of llama2.c (5 blocks of width 64; .bin and tokenizer as llama2.c stores them), the student 3
+of its blocks, cut by pocketlm. It learns the teacher's probabilities and the text's tokens, half each, plainly and with
+one thing more, on the same batches, once per seed (which decides the order of the text and the draws). Held-out stories
+are measured in transformers. Each finished training is kept in pocketlm's cache: the same command goes on where it was
+stopped. Writes a page (Markdown) and the same as JSON.
 """
 
 import argparse
@@ -42,13 +42,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LENGTH, HELD_OUT = 256, 32
+RATE = 1e-3
 VARIANTS = {
     "plain": {},
     "hidden states 0.5": {"hidden_states": 0.5},
+    "hidden states 2": {"hidden_states": 2.0},
+    "relations 0.05": {"relations": 0.05},
     "relations 0.5": {"relations": 0.5},
     "on-policy 0.25": {"on_policy": 0.25},
 }
-STUDENTS = {"cut": 1e-3, "fresh": 3e-3}  # and their learning rates
 
 
 def arguments() -> argparse.Namespace:
@@ -57,8 +59,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("text", type=Path, help="of stories, <|endoftext|> between two")
-    parser.add_argument("--tokens", type=int, default=102_400, help="of each training")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=61_440, help="of each training")
+    parser.add_argument("--seeds", type=int, default=2)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{today}-distill-variants.md")
     return parser.parse_args()
@@ -137,20 +139,11 @@ def write_folder(model: Path, tokenizer: Path, folder: Path) -> None:
     read_tokenizer(tokenizer).save_pretrained(folder)
 
 
-def student(kind: str, teacher: LanguageModel, solving: Tensor, seed: int) -> LanguageModel:
-    """Return a student before it learns."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    if kind == "cut":
-        model = load(teacher.origin.source)
-        damage = depth_damage(model.network, solving[:8], judge(model.network, solving[:8]), 2, silent)
-        return prune_depth(model, PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True), solving)[0]
-    torch.manual_seed(seed)
-    changes = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 8}
-    config = LlamaConfig(
-        **{**teacher.network.config.to_dict(), **changes, "num_attention_heads": 6, "num_key_value_heads": 3}
-    )
-    return LanguageModel(AutoModelForCausalLM.from_config(config).eval(), teacher.tokenizer, teacher.origin)
+def student(teacher: LanguageModel, solving: Tensor) -> LanguageModel:
+    """Return the student before it learns."""
+    model = load(teacher.origin.source)
+    damage = depth_damage(model.network, solving[:8], judge(model.network, solving[:8]), 2, silent)
+    return prune_depth(model, PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True), solving)[0]
 
 
 def measured(teacher: LanguageModel, model: LanguageModel, windows: Tensor) -> dict[str, list[float]]:
@@ -162,23 +155,21 @@ def measured(teacher: LanguageModel, model: LanguageModel, windows: Tensor) -> d
     }
 
 
-def trained(
-    teacher: LanguageModel, kind: str, name: str, step: Distil, windows: dict[str, Tensor]
-) -> dict[str, list[float]]:
+def trained(teacher: LanguageModel, name: str, step: Distil, windows: dict[str, Tensor]) -> dict[str, list[float]]:
     """Return what one training ends in, done once."""
 
     def produce(_: Path) -> dict:
-        model, began = student(kind, teacher, windows["learn"][:64], step.seed), time.process_time()
+        model, began = student(teacher, windows["learn"][:64]), time.process_time()
         model, report = distil(teacher, model, step, windows["learn"], windows["choose"])
-        print(f"{kind}, {name}, seed {step.seed}: {report.summary}", flush=True)
+        print(f"{name}, seed {step.seed}: {report.summary}", flush=True)
         return measured(teacher, model, windows["test"]) | {"seconds": time.process_time() - began}
 
-    inputs = {"teacher": teacher.origin.sha256, "kind": kind, "step": asdict(step), "windows": len(windows["learn"])}
+    inputs = {"teacher": teacher.origin.sha256, "step": asdict(step), "windows": len(windows["learn"])}
     return stage("benchmark-variant", inputs, produce).facts
 
 
-def row(kind: str, name: str, runs: list[dict], plain: list[dict]) -> str:
-    """Return a line of the table: means over seeds, and of the difference to plain healing with the same seed."""
+def row(name: str, runs: list[dict], plain: list[dict] | None = None) -> str:
+    """Return a line of the table: means over seeds, and of the difference to plain training with the same seed."""
 
     def mean(run: dict, what: str) -> float:
         return torch.tensor(run[what]).mean().item()
@@ -187,11 +178,11 @@ def row(kind: str, name: str, runs: list[dict], plain: list[dict]) -> str:
         middle, low, high = sum(values) / len(values), min(values), max(values)
         return f"{middle:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
-    cells = [kind, name, spread([mean(run, "kl") for run in runs], 4)]
+    cells = [name, spread([mean(run, "kl") for run in runs], 4)]
     cells.append(spread([torch.tensor(mean(run, "loss")).exp().item() for run in runs], 3))
     for what in ("kl", "loss"):
-        away = [mean(run, what) - mean(other, what) for run, other in zip(runs, plain, strict=True)]
-        cells.append("" if name == "plain" else spread(away, 4, "+"))
+        away = [mean(run, what) - mean(other, what) for run, other in zip(runs, plain or runs, strict=True)]
+        cells.append(spread(away, 4, "+") if plain else "")
     seconds = [run["seconds"] for run in runs if "seconds" in run]
     return "| " + " | ".join([*cells, f"{sum(seconds) / len(seconds):.0f}" if seconds else ""]) + " |"
 
@@ -206,16 +197,17 @@ def main() -> None:
         stories = [f"<s>{story.strip()}" for story in text.split("<|endoftext|>") if story.strip()]
         every = pack_windows(stories, teacher.tokenizer, 10**6, LENGTH)
         parts = {"test": every[:HELD_OUT], "choose": every[HELD_OUT : HELD_OUT + 16], "learn": every[HELD_OUT + 16 :]}
-        plain = Distil(tokens=args.tokens, windows_per_step=8, evaluations=2, warm_up=0.05, cross_entropy=0.5)
-        found = {}
-        for kind, rate in STUDENTS.items():
-            for name, more in VARIANTS.items():
-                found[kind, name] = [
-                    trained(teacher, kind, name, replace(plain, learning_rate=rate, seed=seed, **more), parts)
-                    for seed in range(args.seeds)
-                ]
-        base = {"teacher": measured(teacher, teacher, parts["test"])}
-        base["cut, untrained"] = measured(teacher, student("cut", teacher, parts["learn"][:64], 0), parts["test"])
+        plain = Distil(
+            tokens=args.tokens, learning_rate=RATE, windows_per_step=8, evaluations=2, warm_up=0.05, cross_entropy=0.5
+        )
+        found = {
+            name: [trained(teacher, name, replace(plain, seed=seed, **more), parts) for seed in range(args.seeds)]
+            for name, more in VARIANTS.items()
+        }
+        base = {
+            "teacher": measured(teacher, teacher, parts["test"]),
+            "student, untrained": measured(teacher, student(teacher, parts["learn"][:64]), parts["test"]),
+        }
     here = machine(args.out.parent)
     lines = [
         "# What to learn besides the teacher's probabilities: stories260K",
@@ -227,14 +219,14 @@ def main() -> None:
         + ".",
         f"{args.tokens:,} tokens each, 8 windows of {LENGTH} a step; {HELD_OUT} held-out windows, in transformers.",
         f"Means over {args.seeds} seeds, lowest and highest in brackets; differences to plain training seed by seed.",
-        "Seconds are of one core's work.",
+        "Seconds are of one core's work, measuring included.",
         "",
-        "| student | learns | KL | perplexity | KL, difference | log-perplexity, difference | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| learns | KL | perplexity | KL, difference | log-perplexity, difference | seconds |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [row(name, "", [each], [each]) for name, each in base.items()]
-    lines += [row(kind, name, runs, found[kind, "plain"]) for (kind, name), runs in found.items()]
-    write_results(args.out, lines, {"base": base, **{f"{kind}, {name}": runs for (kind, name), runs in found.items()}})
+    lines += [row(name, [each]) for name, each in base.items()]
+    lines += [row(name, runs, None if name == "plain" else found["plain"]) for name, runs in found.items()]
+    write_results(args.out, lines, {"base": base, **found})
     print("\n".join(lines))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.conftest import Tiny
 from tests.tiny import FAMILIES
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError, PocketlmError
@@ -14,7 +15,7 @@ from pocketlm.model import learning
 from pocketlm.model.anatomy import blocks_of
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.distil import Distil, alike, distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -178,6 +179,16 @@ def test_a_loss_that_is_not_a_number_stops_with_the_way_out(tiny_model: Tiny):
     with torch.no_grad():
         blocks_of(student.network)[1].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(PocketlmError, match="loss became nan at step 1"):
+        distil(teacher, student, Distil(tokens=256), WINDOWS, HELD_OUT)
+
+
+def test_models_that_cut_text_differently_into_the_same_tokens_are_refused(tiny_model: Tiny):
+    teacher, student = tiny_model("qwen2"), tiny_model("qwen2")
+    core = student.tokenizer.backend_tokenizer
+    assert alike(teacher, student)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("e", "isolated"), core.pre_tokenizer])
+    assert not alike(teacher, student)
+    with pytest.raises(BadInputError, match="different vocabularies"):
         distil(teacher, student, Distil(tokens=256), WINDOWS, HELD_OUT)
 
 

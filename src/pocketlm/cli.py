@@ -222,10 +222,10 @@ def distill(
         float, typer.Option(help="Weight of the text's own next tokens, 0 to 1; 1 is without a teacher.")
     ] = 0.0,
     hidden_states: Annotated[
-        float, typer.Option(help="Weight of their distance, each of the student's through a learned map; try 0.5.")
+        float, typer.Option(help="Weight of their distance, each of the student's through a learned map, such as 0.5.")
     ] = 0.0,
     relations: Annotated[
-        float, typer.Option(help="Weight of how alike queries, keys and values of the last block are; try 0.5.")
+        float, typer.Option(help="Weight of how alike the last block's queries, keys and values are to each other.")
     ] = 0.0,
     on_policy: Annotated[
         float, typer.Option(help="Share of windows that the student goes on by itself, for the teacher to judge.")

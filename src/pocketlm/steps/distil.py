@@ -21,6 +21,9 @@ from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.divergence import Kind, Loss
 
+# Tokenizers with the same tokens may still cut words, numbers, spaces or other scripts differently.
+PROBE = "It's 2026: 12,345.67 naïve CAFÉS,  two\tspaces\n\n  def f(x): return x**2  # 日本語 😀 don't"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distil:
@@ -135,8 +138,9 @@ def distil(
     loss, network = config.objective, student.network
     if isinstance(teacher, LanguageModel) and loss.cross_entropy < 1 and not alike(teacher, student):
         raise BadInputError(
-            "Teacher and student have different vocabularies, so probabilities cannot be compared. Take a student with "
-            "the teacher's tokenizer, or train on the teacher's answers with `cross_entropy: 1`"
+            "Teacher and student have different vocabularies, or cut text differently into the same tokens, so "
+            "probabilities cannot be compared. Take a student with the teacher's tokenizer, or train on the teacher's "
+            "answers with `cross_entropy: 1`"
         )
     if isinstance(teacher, Respeller) and (loss != Loss() or config.asks_more):
         raise BadInputError(
@@ -177,9 +181,15 @@ def distil(
 
 
 def alike(teacher: LanguageModel, student: LanguageModel) -> bool:
-    """Whether two models mean the same by every token id; rows of the embedding that no token has may differ."""
+    """Whether two models mean the same by every token id, and cut text alike.
+
+    Rows of the embedding that no token has may differ.
+    """
     ours, theirs = student.tokenizer, teacher.tokenizer
-    return ours is theirs or ours.get_vocab() == theirs.get_vocab()
+    if ours is theirs:
+        return True
+    ids = [tokenizer(PROBE, add_special_tokens=False).input_ids for tokenizer in (ours, theirs)]
+    return ours.get_vocab() == theirs.get_vocab() and ids[0] == ids[1]
 
 
 def _teaching(
