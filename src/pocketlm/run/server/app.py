@@ -248,12 +248,15 @@ async def _chat_or_escalate(request: web.Request, asked: Chat, body: dict) -> we
     service, model = request.app[_SERVICE], request.app[_SERVICE].models[0]
     async with _turn(service, model):
         answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
-    _count(service, model, answer)
+    _count(service, model.name, answer)
     answer = await better(answer, asked, service.escalation, request.app[_OUTSIDE])
     mark = answer["pocketlm"]
     service.metrics.confidence.observe(mark["confidence"])
     if mark["escalated"]:
-        service.metrics.escalations.labels("failed" if "escalation_failed" in mark else "answered").inc()
+        failed = "escalation_failed" in mark
+        service.metrics.escalations.labels("failed" if failed else "answered").inc()
+        if not failed:
+            _count(service, mark["answered_by"], answer)
     headers = {_ANSWERED_BY: mark["answered_by"]}
     if not asked.stream:
         return web.json_response(answer, headers=headers)
@@ -276,7 +279,7 @@ async def _embedding(request: web.Request) -> web.Response:
     model = _pick(service, asked.model)
     async with _turn(service, model):
         answer = await model.embed(asked.inputs(), asked.encoding_format or "float")
-    _count(service, model, answer)
+    _count(service, model.name, answer)
     return web.json_response(answer)
 
 
@@ -290,7 +293,7 @@ async def _respond(
     async with _turn(service, model):
         if not asked.stream:
             answer = await model.answer(path, body)
-            _count(service, model, answer)
+            _count(service, model.name, answer)
             return web.json_response(legacy_logprobs(answer) if legacy else answer, headers=headers)
         if asked.stream_options:
             body["stream_options"] = {"include_usage": asked.stream_options.include_usage}
@@ -330,10 +333,11 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
         raise _ClientLeft from error
 
 
-def _count(service: Service, model: LocalModel, answer: dict) -> None:
+def _count(service: Service, name: str, answer: dict) -> None:
+    """Count the tokens of an answer for the model of this name, here or elsewhere."""
     usage = answer.get("usage") or {}
-    service.metrics.prompt_tokens.labels(model.name).inc(usage.get("prompt_tokens", 0))
-    service.metrics.answer_tokens.labels(model.name).inc(usage.get("completion_tokens", 0))
+    service.metrics.prompt_tokens.labels(name).inc(usage.get("prompt_tokens", 0))
+    service.metrics.answer_tokens.labels(name).inc(usage.get("completion_tokens", 0))
 
 
 def _count_stream(service: Service, model: LocalModel, last: bytes) -> None:
