@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -92,23 +92,20 @@ def write_examples(examples: list[Example], path: Path) -> Path:
     return path
 
 
-def taught(
-    teacher: str, student: str, task: Path, epochs: float, rate: float, answers: float, progress: Progress
-) -> Path:
+def taught(teacher: str, student: str, task: Path, epochs: float, how: Distil, progress: Progress) -> Path:
     """Return the folder of a student that learnt a task.
 
     Args:
         teacher: A model.
         student: A shape to cut from it, or the teacher again.
         task: Prompts and answers.
-        epochs: Over them.
-        rate: The learning rate.
-        answers: The weight of the answers beside the teacher's probabilities of them; 1 is learning the answers alone.
+        epochs: Over them, which is how many tokens `how` gets.
+        how: Its `cross_entropy` is the weight of the answers beside the teacher's opinion; 1 is the answers alone.
         progress: Called as it goes on.
     """
     model = load(teacher)
-    tokens = int(epochs * pack_examples(read_labelled(task, ""), model.tokenizer, LENGTH).numel())
-    how = Distil(tokens=tokens, learning_rate=rate, warm_up=0.05, evaluations=4, cross_entropy=answers)
+    packed = pack_examples(read_labelled(task, ""), model.tokenizer, LENGTH)
+    how = replace(how, tokens=int(epochs * packed.numel()), warm_up=0.05)
 
     def produce(folder: Path) -> None:
         distill(Distillation(teacher=teacher, student=student, how=how, task=task, out=folder / "made"), progress)

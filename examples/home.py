@@ -20,6 +20,7 @@ from pathlib import Path
 from common import Reply, ask_all, drawn, served, share, stored, taught, write_examples
 from home_commands import Command, generated, hand_written, home_assistant, snips
 
+from pocketlm.api import Distil
 from pocketlm.model.examples import Example
 from pocketlm.model.source import load
 from pocketlm.proof import original_file
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student", default="depth=12,ffn=768")
     parser.add_argument("--format", default="Q5_0", help="of the student's file")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--learn-from", type=int, default=3000, help="commands at most")
     parser.add_argument("--limit", type=int, default=400, help="commands at most to test on")
     parser.add_argument("--out", type=Path, default=Path("home-out"))
@@ -71,7 +72,7 @@ def instructions(command: Command, shown: list[Command]) -> str:
     """Return what a model that has not learnt the task is told."""
     examples = "\n\n".join(f"Command: {each.prompt}\n{each.answer}" for each in shown)
     schema = json.dumps(command.schema, separators=(",", ":"))
-    return f"Answer a command with the JSON action that is meant, by this schema:\n{schema}\n\nExamples:\n{examples}"
+    return f"Answer a command with the JSON action that is meant.\n\n{examples}\n\nThe schema of actions:\n{schema}"
 
 
 def summary(file: Path, test: list[Command], replies: list[Reply]) -> dict:
@@ -115,7 +116,8 @@ def main() -> None:
     task = write_examples(lessons, args.out / "learning.jsonl")
     small = args.out / "small.gguf"
     with Screen() as screen:
-        student = taught(args.model, args.student, task, args.epochs, args.learning_rate, 1.0, screen.progress)
+        how = Distil(tokens=0, learning_rate=args.learning_rate, windows_per_step=1, evaluations=3, cross_entropy=1.0)
+        student = taught(args.model, args.student, task, args.epochs, how, screen.progress)
         stored(student, args.format, lessons, small)
         original = original_file(load(args.model))
     rounds = []

@@ -101,14 +101,12 @@ def _one(draw: random.Random) -> tuple[str, dict[str, Any]]:
 
 def home_schema(targets: set[str]) -> dict[str, Any]:
     """Return what a home can do: the devices and rooms it has are the only targets."""
-    common = {"domain": {"enum": list(THINGS)}, "target": {"enum": sorted(targets)}}
+    shared = {"domain": {"enum": list(THINGS)}, "target": {"enum": sorted(targets)}}
+    common = {name: {"$ref": f"#/$defs/{name}"} for name in shared}
     plain = {"action": {"enum": list(WITHOUT)}, **common}
-    valued = {
-        "action": {"enum": list(WITH_VALUE)},
-        **common,
-        "value": {"type": "integer", "minimum": 0, "maximum": 100},
-    }
-    return {"anyOf": [_object(plain, list(plain)), _object(valued, list(valued))]}
+    value = {"type": "integer", "minimum": 0, "maximum": 100}
+    valued = {"action": {"enum": list(WITH_VALUE)}, **common, "value": value}
+    return {"$defs": shared, "anyOf": [_object(plain, list(plain)), _object(valued, list(valued))]}
 
 
 def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

@@ -20,11 +20,13 @@ import json
 import signal
 import statistics
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from common import Reply, ask_all, drawn, read_labelled, served, share, stored, taught, write_examples
 
+from pocketlm.api import Distil
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.examples import Example
 from pocketlm.model.source import load
@@ -94,6 +96,18 @@ def summary(examples: list[Example], replies: list[Reply]) -> dict:
     }
 
 
+def teach(args: argparse.Namespace, task: Path, learning: list[Example], small: Path, larger: Path) -> None:
+    """Teach both models and store them; the larger one is needed only where no other is asked."""
+    with Screen() as screen:
+        alone = Distil(tokens=0, learning_rate=args.teacher_rate, evaluations=4, cross_entropy=1.0)
+        teacher = taught(args.model, args.model, task, args.epochs, alone, screen.progress)
+        listening = replace(alone, learning_rate=args.learning_rate, cross_entropy=0.5)
+        student = taught(str(teacher), args.student, task, args.epochs, listening, screen.progress)
+        stored(student, args.format, learning, small)
+        if not args.escalate_to:
+            write_gguf(load(str(teacher)), {}, larger)
+
+
 def main() -> None:
     """Teach, calibrate, serve, ask, report."""
     args = arguments()
@@ -102,12 +116,7 @@ def main() -> None:
     task = write_examples(learning, args.out / "learning.jsonl")
     held_back = write_examples(calibrating, args.out / "calibrating.jsonl")
     small, larger = args.out / "small.gguf", args.out / "larger.gguf"
-    with Screen() as screen:
-        teacher = taught(args.model, args.model, task, args.epochs, args.teacher_rate, 1.0, screen.progress)
-        student = taught(str(teacher), args.student, task, args.epochs, args.learning_rate, 0.5, screen.progress)
-        stored(student, args.format, learning, small)
-        if not args.escalate_to:
-            write_gguf(load(str(teacher)), {}, larger)
+    teach(args, task, learning, small, larger)
     asked = requests(test)
     figures: dict = {"learnt from": len(learning), "calibrated on": len(calibrating), "bytes": small.stat().st_size}
     with served(larger) if not args.escalate_to else nullcontext() as stand_in:

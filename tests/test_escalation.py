@@ -83,6 +83,9 @@ def test_an_unsure_answer_is_replaced_and_says_by_whom(folder, small, larger):
         assert chunks[-2].pocketlm["answered_by"] == "large"
         assert chunks[-1].usage.completion_tokens == 12
         assert server.metric("escalations_total") == 3
+        counted = server.get("/metrics").text
+        assert 'pocketlm_answer_tokens_total{model="large"} 26.0' in counted  # 12, 2 and 12, paid for elsewhere
+        assert 'pocketlm_escalations_total{outcome="failed"} 0.0' in counted
     with escalating(small, f"{larger.address}/v1", 0.0, folder=folder) as server:
         answer = ask(server)
         assert text(answer) == local

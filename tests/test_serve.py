@@ -359,6 +359,23 @@ def test_whatever_is_sent_the_server_answers_or_refuses_and_stays_up(server, rou
     assert server.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Encoding": "gzip"}, 400),
+        ({"Host": "[::1"}, 403),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Authorization": "Bearer \xff\xfe".encode("latin-1")}, 200),
+    ],
+)
+def test_malformed_headers_are_refused_too(server, headers, status):
+    response = server.post("/v1/chat/completions", content=json.dumps(VALID), headers=headers)
+    assert response.status_code == status
+    if status != 200:
+        refused(response)
+    assert server.get("/health").status_code == 200
+
+
 def test_routes_methods_and_sizes(server):
     refused(server.get("/v1/nothing"))
     refused(server.get("/v1/models/nothing"))
@@ -400,6 +417,7 @@ def test_a_key_is_asked_for(folder, model):
         with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
             ask(server.client("guess"))
         refused(server.get("/v1/models"))
+        refused(server.get("/v1/models", headers={"Authorization": "Bearer \xff".encode("latin-1")}))
         assert ask(server.client("open sesame")).usage.completion_tokens == 12
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from pocketlm.distillation import Distilled
 from pocketlm.harness import HarnessScore
 from pocketlm.integers import IntegerFolder
-from pocketlm.measure.device import Speeds
+from pocketlm.measure.device import Figure, Speeds
 from pocketlm.measure.quality import Interval, Quality
 from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.training import LOSSES
@@ -263,8 +263,8 @@ def _cell(interval: Interval | None) -> str:
 
 
 def speed_lines(speeds: Speeds) -> list[str]:
-    """Lay speeds out as a table."""
-    heads = ("bytes", "prefill tok/s", "decode tok/s", "first token", "load", "memory", "J/token")
+    """Lay speeds out as a table, with how much faster than the first the other files are."""
+    heads = ("bytes", "prefill tok/s", "decode tok/s", "first token s", "load s", "memory", "J/token")
     lines = [
         f"{speeds.engine}, {speeds.threads} threads, {speeds.prompt} tokens read, {speeds.generate} generated",
         f"{'file':<32}" + "".join(f"{head:>16}" for head in heads),
@@ -272,15 +272,24 @@ def speed_lines(speeds: Speeds) -> list[str]:
     for file in speeds.files:
         cells = (
             f"{file.file_bytes:,}",
-            f"{file.prefill.mean:.1f} ± {file.prefill.deviation:.1f}",
-            f"{file.decode.mean:.1f} ± {file.decode.deviation:.1f}",
-            f"{file.first_token.mean:.2f} s",
-            f"{file.load_seconds.mean:.2f} s",
+            _spread(file.prefill, 1),
+            _spread(file.decode, 1),
+            _spread(file.first_token, 3),
+            _spread(file.load_seconds, 2),
             say_bytes(file.memory_bytes.mean),
-            "not available" if file.joules_per_token is None else f"{file.joules_per_token.mean:.3f}",
+            _spread(file.joules_per_token, 3) if file.joules_per_token else "not available",
         )
         lines.append(f"{file.path.name:<32}" + "".join(f"{cell:>16}" for cell in cells))
-    return lines
+    first, *others = speeds.files
+    return lines + [
+        f"{file.path.name} reads {_spread(file.prefill_ratio, 2)} times and writes {_spread(file.decode_ratio, 2)} "
+        f"times as fast as {first.path.name}"
+        for file in others
+    ]
+
+
+def _spread(figure: Figure, places: int) -> str:
+    return f"{figure.mean:.{places}f} ± {figure.deviation:.{places}f}"
 
 
 def doctor_lines(found: dict[str, Any]) -> list[str]:

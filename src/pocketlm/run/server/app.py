@@ -1,7 +1,6 @@
 """The routes."""
 
 import asyncio
-import hmac
 import re
 import sys
 import time
@@ -10,11 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
 
+from pocketlm.run.server.admission import admit
 from pocketlm.run.server.answers import chunks, event_bytes, events, legacy_logprobs
 from pocketlm.run.server.escalation import Escalation, better
 from pocketlm.run.server.local import LocalModel, down
@@ -23,8 +22,6 @@ from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, Completion, Embedding, Request, parse
 
 LARGEST_REQUEST = 4 * 2**20  # bytes
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_OPEN = ("/", "/health")  # without a key
 # The page is one file; whatever it shows, it can reach nothing but this server.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -109,7 +106,7 @@ async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.Stre
     began = time.monotonic()
     try:
         try:
-            _admit(request, service)
+            admit(request, service.key, service.local_only, service.draining)
             response = await handler(request)
         except _ClientLeft:
             raise
@@ -117,6 +114,11 @@ async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.Stre
             response = _refuse(error)
         except web.HTTPException as error:
             response = _refuse(_from_http(error))
+        except web.RequestPayloadError:
+            response = _refuse(
+                RefusalError(400, "The body of the request cannot be read: it is cut off or badly packed")
+            )
+            response.force_close()  # where the next request begins is not known
         except Exception:
             traceback.print_exc(file=sys.stderr)
             response = _refuse(RefusalError(500, "The server failed; its log has the reason"))
@@ -133,29 +135,6 @@ async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.Stre
         service.in_flight -= 1
         if not service.in_flight:
             service.idle.set()
-
-
-def _admit(request: web.Request, service: Service) -> None:
-    """Let in who knows the key and does not come from another site's page.
-
-    Raises:
-        RefusalError: Status 401, 403, or 503 where the server is ending.
-    """
-    if service.local_only and _host_name(request.headers.get("Host", "")) not in _LOOPBACK:
-        # Another site whose name was pointed at this machine.
-        raise RefusalError(403, "This server answers to localhost only; serve with --host to change that")
-    origin = request.headers.get("Origin")
-    if origin and urlsplit(origin).netloc != request.headers.get("Host"):
-        raise RefusalError(403, "Pages of other sites may not use this server")
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    if service.key and request.path not in _OPEN and not hmac.compare_digest(given.encode(), service.key.encode()):
-        raise RefusalError(401, "Incorrect API key. Send it as `Authorization: Bearer KEY`", code="invalid_api_key")
-    if service.draining and request.method == "POST":
-        raise RefusalError(503, "The server is shutting down", code="shutting_down", headers={"Connection": "close"})
-
-
-def _host_name(host: str) -> str:
-    return (urlsplit(f"//{host}").hostname or "").lower()
 
 
 def _refuse(error: RefusalError) -> web.Response:
@@ -248,12 +227,15 @@ async def _chat_or_escalate(request: web.Request, asked: Chat, body: dict) -> we
     service, model = request.app[_SERVICE], request.app[_SERVICE].models[0]
     async with _turn(service, model):
         answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
-    _count(service, model, answer)
+    _count(service, model.name, answer)
     answer = await better(answer, asked, service.escalation, request.app[_OUTSIDE])
     mark = answer["pocketlm"]
     service.metrics.confidence.observe(mark["confidence"])
     if mark["escalated"]:
-        service.metrics.escalations.labels("failed" if "escalation_failed" in mark else "answered").inc()
+        failed = "escalation_failed" in mark
+        service.metrics.escalations.labels("failed" if failed else "answered").inc()
+        if not failed:
+            _count(service, mark["answered_by"], answer)
     headers = {_ANSWERED_BY: mark["answered_by"]}
     if not asked.stream:
         return web.json_response(answer, headers=headers)
@@ -276,7 +258,7 @@ async def _embedding(request: web.Request) -> web.Response:
     model = _pick(service, asked.model)
     async with _turn(service, model):
         answer = await model.embed(asked.inputs(), asked.encoding_format or "float")
-    _count(service, model, answer)
+    _count(service, model.name, answer)
     return web.json_response(answer)
 
 
@@ -290,7 +272,7 @@ async def _respond(
     async with _turn(service, model):
         if not asked.stream:
             answer = await model.answer(path, body)
-            _count(service, model, answer)
+            _count(service, model.name, answer)
             return web.json_response(legacy_logprobs(answer) if legacy else answer, headers=headers)
         if asked.stream_options:
             body["stream_options"] = {"include_usage": asked.stream_options.include_usage}
@@ -330,10 +312,11 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
         raise _ClientLeft from error
 
 
-def _count(service: Service, model: LocalModel, answer: dict) -> None:
+def _count(service: Service, name: str, answer: dict) -> None:
+    """Count the tokens of an answer for the model of this name, here or elsewhere."""
     usage = answer.get("usage") or {}
-    service.metrics.prompt_tokens.labels(model.name).inc(usage.get("prompt_tokens", 0))
-    service.metrics.answer_tokens.labels(model.name).inc(usage.get("completion_tokens", 0))
+    service.metrics.prompt_tokens.labels(name).inc(usage.get("prompt_tokens", 0))
+    service.metrics.answer_tokens.labels(name).inc(usage.get("completion_tokens", 0))
 
 
 def _count_stream(service: Service, model: LocalModel, last: bytes) -> None:

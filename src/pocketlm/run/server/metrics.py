@@ -27,8 +27,10 @@ class Metrics:
         self.requests = counter("requests", "Requests answered or refused", "route", "status")
         self.left = counter("clients_left", "Clients that left before their answer was whole", "route")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts", "model")
-        self.answer_tokens = counter("answer_tokens", "Tokens written by the engine", "model")
+        self.answer_tokens = counter("answer_tokens", "Tokens of answers", "model")
         self.escalations = counter("escalations", "Requests passed to the larger model", "outcome")
+        for outcome in ("answered", "failed"):  # zeros from the start: a rate can be taken of the first one
+            self.escalations.labels(outcome)
         self.latency = seconds("request", "From a request to the end of its answer", "route")
         self.queueing = seconds("queue", "Waiting for a turn", "model")
         self.confidence = Histogram(
