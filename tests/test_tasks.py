@@ -16,7 +16,7 @@ from pocketlm.measure.task_files import Item, read_task
 from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result, wilson
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.run.engine import Engine
-from pocketlm.scoring import write
+from pocketlm.scoring import label_pairs, write
 
 ITEM = Item("The operators of the language are", (" evaluated left to right", " no objects", " names"), 1)
 
@@ -153,6 +153,15 @@ def test_what_is_written_is_read(tmp_path_factory, prompt, choices, data):
     (item,) = task.items
     assert (task.kind, item.prompt, item.answer) == ("choices", prompt, answer)
     assert [text.strip() for text in item.choices] == [text.strip() for text in choices]
+
+
+def test_a_label_that_begins_another_is_scored_with_the_end_of_its_turn(tiny_model):
+    tokenizer = tiny_model("llama").tokenizer
+    clear, unclear = Item("a", ("yes", "no"), 0), Item("a", ("card", "card lost", "no"), 0)
+    assert all(after[-1] != tokenizer.eos_token_id for _, after in label_pairs(clear, tokenizer))
+    for (before, after), label in zip(label_pairs(unclear, tokenizer), unclear.choices, strict=True):
+        assert before == encode_prompt(tokenizer, "a")
+        assert after == [*encode_answer(tokenizer, label), tokenizer.eos_token_id]
 
 
 def test_a_report_has_what_a_task_is_judged_by():

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from pocketlm.measure.task_files import Item, Kind, Task
-from pocketlm.measure.tasks import Outcome, TaskResult, chosen, joined, likelihoods, matches, result
+from pocketlm.measure.tasks import Outcome, Pair, TaskResult, chosen, joined, likelihoods, matches, result
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.report.answers import faults
@@ -74,16 +75,26 @@ def _outcome(kind: Kind, item: Item, engine: Engine, tokenizer: Any) -> Outcome:
         said = write(engine, tokenizer, item.prompt)
         wrong = tuple(fault for fault in faults(said) if fault != "broken characters")  # a limit may cut one in two
         return Outcome(matches(said, str(item.answer)), faults=wrong)
-    if kind == "labels":
-        prompt = encode_prompt(tokenizer, item.prompt)
-        pairs = [(prompt, encode_answer(tokenizer, choice)) for choice in item.choices]
-    else:
-
-        def encode(text: str) -> list[int]:
-            return tokenizer(text, verbose=False).input_ids
-
-        pairs = [joined(item.prompt, choice, encode) for choice in item.choices]
+    pairs = label_pairs(item, tokenizer) if kind == "labels" else choice_pairs(item, tokenizer)
     return chosen(item, [total for total, _ in likelihoods(pairs, engine.continuations, engine.context)])
+
+
+def choice_pairs(item: Item, tokenizer: Any) -> list[Pair]:
+    """Return the ids of a prompt and of each choice, as they stand."""
+    return [
+        joined(item.prompt, choice, lambda text: tokenizer(text, verbose=False).input_ids) for choice in item.choices
+    ]
+
+
+def label_pairs(item: Item, tokenizer: Any) -> list[Pair]:
+    """Return the ids of a prompt and of each label, with the end of a turn where a label begins another.
+
+    Without it the longer one could never be the likelier.
+    """
+    unclear = any(other.startswith(one) for one, other in permutations(item.choices, 2))
+    end = [tokenizer.eos_token_id] if unclear and tokenizer.eos_token_id is not None else []
+    prompt = encode_prompt(tokenizer, item.prompt)
+    return [(prompt, encode_answer(tokenizer, choice) + end) for choice in item.choices]
 
 
 def write(engine: Engine, tokenizer: Any, prompt: str) -> str:

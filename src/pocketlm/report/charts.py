@@ -214,8 +214,8 @@ def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]],
     for _, x, item, name in points:  # below the dots, which a halo would cut
         if name:
             left, middle = place(x, item.value)
-            side = 'dx="-8" text-anchor="end"' if left > 50 else 'dx="8"'
-            drawn.append(f'<text class="small halo" x="{left:.3f}%" {side} y="{middle - 6:.1f}">{escape(name)}</text>')
+            side = 'dx="-9" text-anchor="end"' if left > 28 else 'dx="9"'
+            drawn.append(f'<text class="small halo" x="{left:.3f}%" {side} y="{middle + 4:.1f}">{escape(name)}</text>')
     for kind, x, item, _ in points:
         left, middle = place(x, item.value)
         ends = [place(x, end)[1] for end in (item.low, item.high)]

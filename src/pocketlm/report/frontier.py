@@ -11,7 +11,7 @@ from pocketlm.report.pages import cell, page
 from pocketlm.report.wording import interval, middle, rate, size
 
 BOUNDS = (1.05, 1.15, 1.5)  # of the perplexity ratio, for which the smallest file is named
-HEADS = ("result", "file", "perplexity ratio", "KL, nats per token", "decode, tokens/s", "plain file", "its ratio")
+HEADS = ("result", "perplexity ratio", "KL, nats per token", "decode, tokens/s", "plain file's ratio")
 
 
 def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
@@ -83,10 +83,12 @@ def frontier_page(reports: Mapping[str, Report], refused: Mapping[str, str]) -> 
         _table_row("th", HEADS), Markup("").join(_table_row("td", row) for row in _rows(reports))
     )
     said = [*_advice(reports), *(f"{asked}: {why}" for asked, why in refused.items())]
-    paragraphs = Markup("").join(Markup("<p>{}</p>").format(line) for line in said)
+    paragraphs = Markup('<div class="block">{}</div>').format(
+        Markup("").join(Markup("<p>{}</p>").format(s) for s in said)
+    )
     name = next(iter(reports.values())).model.name
-    figure = Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, picture)
-    body = Markup('{}<div style="overflow-x: auto">{}</div>{}').format(figure, table, paragraphs)
+    figure = Markup('<figure class="block"><figcaption>{}</figcaption>{}</figure>').format(title, picture)
+    body = Markup('{}<div class="scroll">{}</div>{}').format(figure, table, paragraphs)
     return page(f"{name}: quality against size", body)
 
 
@@ -107,12 +109,15 @@ def _rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
 def _row(name: str, report: Report) -> tuple[str, ...]:
     product, plain = report.product, report.file("plain")
     speed = rate(product.speed.decode_tokens_per_second) if product.speed else "not measured"
-    beside = (f"{size(plain.bytes)} ({plain.label})", _ratio(plain)) if plain else ("not measured", "")
-    return name, size(product.bytes), _ratio(product), _worded(product.divergence), speed, *beside
+    ratio = _worded(product.perplexity_ratio)
+    return f"{name} ({size(product.bytes)})", ratio, _worded(product.divergence), speed, _beside(plain)
 
 
-def _ratio(file: MeasuredFile) -> str:
-    return _worded(file.perplexity_ratio)
+def _beside(plain: MeasuredFile | None) -> str:
+    if plain is None or plain.perplexity_ratio is None:
+        return "not measured"
+    ratio = plain.perplexity_ratio
+    return f"{middle(ratio)} ({interval(ratio)}, {plain.label}, {size(plain.bytes)})"
 
 
 def _worded(item: Estimate | None) -> str:
