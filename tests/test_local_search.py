@@ -16,7 +16,7 @@ from pocketlm.plan.decide import Decision, Wanted
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Shape, sizes_of
-from pocketlm.stages import STATISTICS_WINDOWS, Texts, silent
+from pocketlm.stages import QUANTIZING_WINDOWS, Texts, silent
 from pocketlm.steps.quantize import Quantize, quantize
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -110,7 +110,7 @@ def test_the_best_of_the_measured_mixes_is_taken_and_expected(
     assert better.recipe.steps[-1].formats == better.plan.formats
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
     for decision, kl in ((first, kls[0]), (better, min(kls))):
-        made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS[:STATISTICS_WINDOWS])[0]
+        made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS[:QUANTIZING_WINDOWS])[0]
         assert divergence_of(made.network, HELD_OUT, judge(model.network, HELD_OUT)) == pytest.approx(kl, rel=0.02)
 
 

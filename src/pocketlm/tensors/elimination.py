@@ -21,7 +21,7 @@ REFIT_NUMBERS = 1 << 18  # of the weights whose normal equations are made togeth
 # Of the way to the original's output. All of it is too far: what the layer reads has noise, on which least squares
 # shrinks the weights, in every block again. On the reference model a quarter lowers the KL, the whole multiplies it.
 DRIFT_SHARE = 0.25
-DESCENTS = 4  # over all columns; at 2 bits they take away 13 % of the output error that GPTQ leaves, at 4 bits 6 %
+DESCENTS = 2  # over all columns: on text that was not seen 7 to 9 % less output error at 2 bits, two more 1 % on top
 DESCENT_COLUMNS = 64  # between two products with the whole Gram matrix; a multiple of every vector
 MOST_TENFOLDS = 8  # of damping, after which a Gram matrix is not one
 
@@ -245,7 +245,9 @@ def descend(
         for column in range(start, stop, form.vector):
             places, inner = slice(column, column + form.vector), slice(column - start, column - start + form.vector)
             corner = metric[places, places]
-            wanted = now[places] + torch.linalg.solve(corner, pull[inner])  # the best numbers, were there no grid
+            old, slope = now[places], pull[inner]
+            # The best numbers, were there no grid.
+            wanted = old + (slope / corner if form.vector == 1 else torch.linalg.solve(corner, slope))
             ratio = (wanted if b is None else wanted - b[places]) * inverse[places]
             if form.vector == 1:
                 level = form.snap(ratio)
@@ -254,10 +256,12 @@ def descend(
             if mask is not None:
                 level = level.where(mask[:, places].T, 0)
             new = level * a[places] if b is None else level * a[places] + b[places]
-            before, after = (((part - wanted) * (corner @ (part - wanted))).sum(0) for part in (now[places], new))
-            change = torch.where(after < before, new - now[places], 0)
-            levels[places] = torch.where(after < before, level, levels[places])
-            now[places] += change
+            if form.vector > 1:  # a codebook's nearest vector is found without the interplay of its columns
+                before, after = (((part - wanted) * (corner @ (part - wanted))).sum(0) for part in (old, new))
+                new, level = (torch.where(after < before, *pair) for pair in ((new, old), (level, levels[places])))
+            change = new - old
+            levels[places] = level
+            now[places] = new
             errors[places] -= change
             pull[inner.stop :].addmm_(metric[places, column + form.vector : stop].T, change, alpha=-1)
     return Quantized(form, form.codes_of(levels.T.contiguous()), quantized.scales, quantized.steps)
