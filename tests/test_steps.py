@@ -15,8 +15,9 @@ from pocketlm.model.anatomy import anatomy_of, blocks_of, ffn_width, read_weight
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.sweep import sweep
+from pocketlm.steps.inner_width import SPACE, kept_channels, reader_of
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
-from pocketlm.steps.prune_width import SPACE, PruneWidth, kept_channels, prune_width, reader_of
+from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.steps.quantize import Quantize, embedding_name, quantize
 from pocketlm.tensors.formats import FORMATS, unpack
 from pocketlm.tensors.reconstruction import solve_readers

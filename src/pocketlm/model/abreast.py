@@ -102,7 +102,9 @@ class Pair:
             sums.add(inputs.float() / scale, (behind - output - (0 if self.anatomy.norms_behind else stream)) / scale)
         return sums.parts
 
-    def resolve_writer(self, path: str, moments: tuple[Moments, Moments], keep: Tensor | None = None) -> None:
+    def resolve_writer(
+        self, path: str, moments: tuple[Moments, Moments], keep: Tensor | None = None, share: float = 1.0
+    ) -> None:
         """Re-solve a writer of the residual stream on the columns that it has left.
 
         What it still reads comes closest to what it put out, and then to what is missing besides.
@@ -111,8 +113,10 @@ class Pair:
             path: In the block; its columns are cut already.
             moments: From before.
             keep: The columns that are left; all where None.
+            share: How much of what is missing it aims at.
         """
         self.touched = True
+        moments = tuple(Moments(part.gram, share * part.cross) for part in moments)
         linear, solved = self.block.get_submodule(path), 0.0
         weight = read_weight(linear).float()
         if keep is not None:

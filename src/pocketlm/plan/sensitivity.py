@@ -12,7 +12,7 @@ from pocketlm.model.judge import Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import Layer, rehearse, run_block, sweep
 from pocketlm.plan.sizes import Sizes
-from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
+from pocketlm.steps.inner_width import SPACE, kept_channels, reader_of
 from pocketlm.steps.quantize import choose_codes, edges_by_group, gram_of
 from pocketlm.tensors.elimination import ridge
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
