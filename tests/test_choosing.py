@@ -104,7 +104,7 @@ def test_of_all_sets_of_heads_the_one_that_costs_the_least_kl_is_kept(tiny_model
     for groups in combinations(range(3), 2):
         tried = copy.deepcopy(network)
         pair = next(abreast(tried, solving))
-        moments = pair.moments("self_attn.o_proj")
+        moments = pair.moments("self_attn.o_proj", scaled=False)
         columns = torch.arange(96).view(3, 32)[list(groups)].flatten()
         keep_heads(pair.block, tried, list(groups))
         pair.resolve_writer("self_attn.o_proj", moments, columns)

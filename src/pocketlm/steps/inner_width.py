@@ -25,7 +25,7 @@ from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_re
 
 SPACE = "mlp_hidden"
 HEADS = "attention_out"
-GRADIENT_WINDOWS = 8  # of text, to take gradients on
+GRADIENT_WINDOWS = 4  # of text, to take gradients on
 MOST_SETS = 6  # of heads, up to which every set is tried
 
 
@@ -78,13 +78,16 @@ def narrow_inside(
     """
     heads, channels, chosen = key_value_heads(network), ffn_width(network), []
     solving, trying = set_apart(windows)
-    sensitive = gradients_of(network, solving[:GRADIENT_WINDOWS])
+    every_set = comb(heads, kv_groups) <= MOST_SETS
+    blind = every_set and ffn == channels  # then no score is asked
+    sensitive = [] if blind else gradients_of(network, solving[:GRADIENT_WINDOWS])
     tried = trial(network, trying)
     for pair in abreast(network, solving):
         found: dict[str, Any] = {}
         attention, mlp = pair.writers
         if kv_groups < heads:
-            found |= _cut_heads(pair, network, kv_groups, tried, sensitive[pair.index][attention])
+            metric = None if every_set else sensitive[pair.index][attention].fisher
+            found |= _cut_heads(pair, network, kv_groups, tried, metric)
         if ffn < channels:
             found |= _cut_channels(pair, network, ffn, tried, sensitive[pair.index][mlp])
         tried.advance(pair.block)
@@ -93,14 +96,16 @@ def narrow_inside(
     return chosen
 
 
-def _cut_heads(pair: Pair, network: nn.Module, keep: int, tried: Trial, sensitive: Gradients) -> dict[str, Any]:
+def _cut_heads(pair: Pair, network: nn.Module, keep: int, tried: Trial, metric: Tensor | None) -> dict[str, Any]:
+    """Keep the best of all sets of heads; with a metric of the loss, the better of two that second order chooses."""
     heads, (path, _) = key_value_heads(network), pair.writers
-    moments = pair.moments(path)
+    moments = pair.moments(path, scaled=False)
     weight, gram = read_weight(pair.block.get_submodule(path)), moments[0].gram + moments[1].gram
     groups, scores = choose_heads(weight, gram, keep, heads)
-    sets = [tuple(groups), tuple(choose_heads(whitened(sensitive.fisher) @ weight.float(), gram, keep, heads)[0])]
-    if comb(heads, keep) <= MOST_SETS:
+    if metric is None:
         sets = list(combinations(range(heads), keep))
+    else:
+        sets = [tuple(groups), tuple(choose_heads(whitened(metric) @ weight.float(), gram, keep, heads)[0])]
 
     def cut(block: nn.Module, groups: tuple[int, ...], share: float) -> nn.Module:
         columns = torch.arange(len(gram), device=gram.device).view(heads, -1)[list(groups)].flatten()
@@ -114,7 +119,7 @@ def _cut_heads(pair: Pair, network: nn.Module, keep: int, tried: Trial, sensitiv
 
 def _cut_channels(pair: Pair, network: nn.Module, width: int, tried: Trial, sensitive: Gradients) -> dict[str, Any]:
     path = pair.writers[-1]
-    moments = pair.moments(path)
+    moments = pair.moments(path, scaled=False)
     weight, gram = read_weight(pair.block.get_submodule(path)), moments[0].gram + moments[1].gram
     gone = len(gram) - width
     kept = {
