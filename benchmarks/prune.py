@@ -4,8 +4,9 @@
         [--depth 24] [--ffn 1152] [--kv-groups 2] [--hidden 512] [--peer "ffn 1152" torch-pruning FOLDER] \
         --out benchmarks/results/prune.md
 
-MODEL is a Hugging Face folder of a LLaMA-like model, and so is FOLDER, made by a script of `peers`. Some text calibrates, other text measures. Every shape is made
-alone, from the original, by every method; nothing is trained. Writes a table (Markdown) and the same as JSON.
+MODEL is a Hugging Face folder of a LLaMA-like model, and so is FOLDER, made by a script of `peers`. Some text
+calibrates, other text measures. Every shape is made alone, from the original, by every method; nothing is trained.
+Writes a table (Markdown) and the same as JSON.
 """
 
 import argparse

@@ -12,10 +12,6 @@ import argparse
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-import torch_pruning
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 
 def main() -> None:
     """Prune and save."""
@@ -24,6 +20,10 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, required=True, help="channels that are kept in every block")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    import torch
+    import torch_pruning
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager").eval()
     model.config.use_cache = False
     graph = torch_pruning.DependencyGraph().build_dependency(
