@@ -1,8 +1,6 @@
 """Held-out text beside a network that is being changed block by block, to try changes on before one is kept."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +9,6 @@ from pocketlm.model.anatomy import anatomy_of, blocks_of
 from pocketlm.model.judge import Judge, judge
 from pocketlm.model.sweep import rehearse, run_block
 
-Choice = TypeVar("Choice")
-# How far a re-solved matrix may aim from what it put out by itself to what the original's stream is behind it.
-SHARES = (0.0, 0.5, 1.0)
 WINDOWS = 1  # of text that changes are tried on
 
 
@@ -54,11 +49,6 @@ class Trial:
         self.index += 1
         while self.index in self.skip:
             self.index += 1
-
-    def best(self, options: Iterable[Choice], made: Callable[[Choice], nn.Module]) -> Choice:
-        """Return the option whose block costs the least KL; where there is one, nothing is tried."""
-        options = list(options)
-        return options[0] if len(options) == 1 else min(options, key=lambda option: self.divergence(made(option)))
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from pocketlm.model.abreast import Pair, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import drop_blocks
-from pocketlm.model.trial import SHARES, Trial, set_apart, trial
+from pocketlm.model.trial import Trial, set_apart, trial
 from pocketlm.steps.report import StepReport
+
+SHARES = (0.0, 0.5, 1.0)  # of what is missing behind a matrix, for it to make up for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ def _resolve(pair: Pair, path: str, tried: Trial) -> None:
             replace(pair, block=block).resolve_writer(path, moments, share=share)
         return block
 
-    share = tried.best(SHARES, lambda share: solved(copy.deepcopy(pair.block), share))
+    costs = {share: tried.divergence(solved(copy.deepcopy(pair.block), share)) for share in SHARES}
+    share = min(costs, key=costs.__getitem__)
     solved(pair.block, share)
     pair.touched = pair.touched or share > 0

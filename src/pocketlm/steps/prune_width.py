@@ -192,7 +192,7 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
         )
         details |= {"from": before.ffn, "to": after.ffn, "energy_kept": [round(value, 5) for value in energy]}
         if any("channels_by" in block for block in chosen):
-            details["channels_by"] = [block["channels_by"] for block in chosen]
+            details |= {name: [block[name] for block in chosen] for name in ("channels_by", "shares")}
     if after.kv_groups < before.kv_groups:
         said.append(f"kept {after.kv_groups} of {before.kv_groups} KV groups")
         details |= {
