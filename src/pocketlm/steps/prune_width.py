@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.abreast import Pair, abreast, resolve_end, stream_moments
-from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight, write_weight
+from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import (
     head_width,
@@ -26,12 +26,10 @@ from pocketlm.model.surgery import (
     rebuilt,
     set_ffn_width,
 )
-from pocketlm.model.sweep import Layer, sweep
+from pocketlm.steps.inner_width import SPACE, choose_heads, explained, kept_for, narrow_inside
 from pocketlm.steps.report import StepReport
-from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_readers
+from pocketlm.tensors.reconstruction import solve_readers
 
-SPACE = "mlp_hidden"
-HEADS = "attention_out"
 FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
 
 
@@ -46,29 +44,6 @@ class PruneWidth:
     """Heads of keys and values kept in every block, each with the query heads that it serves."""
     hidden: int | None = None
     """Width of the residual stream."""
-
-
-def kept_channels(layer: Layer, widths: list[int]) -> dict[int, Tensor]:
-    """Return which channels of a block's FFN to keep for each width, ascending.
-
-    One order of removal, chosen for a reader that is re-solved afterwards, serves all widths.
-    """
-    return _kept(read_weight(reader_of(layer)), layer.gram[SPACE], widths)
-
-
-def _kept(weight: Tensor, gram: Tensor, widths: list[int]) -> dict[int, Tensor]:
-    gone = removal_order(weight, gram, len(gram) - min(widths))
-    kept = {}
-    for width in widths:
-        mask = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        mask[gone[: len(gram) - width]] = False
-        kept[width] = mask.nonzero().squeeze(1)
-    return kept
-
-
-def reader_of(layer: Layer) -> nn.Module:
-    """Return the linear that reads the channels of a block's FFN."""
-    return next(linear for edge, linear in layer.linears() if edge.reads == SPACE)
 
 
 @torch.no_grad()
@@ -98,7 +73,7 @@ def prune_width(
     if wanted == present:
         return model, _report(present, wanted, [{"energy_kept": 1.0}] * network.config.num_hidden_layers)
     if wanted.hidden == present.hidden:
-        chosen = _narrow_inside(network, wanted, windows, progress)
+        chosen = narrow_inside(network, wanted.ffn, wanted.kv_groups, windows, progress)
     else:
         basis, chosen = choose_basis(network, windows, wanted.hidden), []
         for pair in abreast(network, windows, basis=basis):
@@ -165,48 +140,6 @@ def _stated(network: nn.Module, wanted: PruneWidth) -> dict[str, int]:
     }
 
 
-def _narrow_inside(
-    network: nn.Module, wanted: PruneWidth, windows: Tensor, progress: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
-    """Keep the wanted heads and channels in every block, re-solve what reads them, and return what was chosen.
-
-    Towards what it put out itself. Done as `_cut` does it, aiming at the original's residual stream, it was worse where
-    only these go (reference model, 32 windows of C4, perplexity on wikitext-2, dense 19.9): 1536 to 1152 channels 35.9
-    instead of 34.4, and 3 to 2 heads of keys and values 52.2 instead of 35.0.
-    """
-    chosen, heads, present = [], key_value_heads(network), ffn_width(network)
-    spaces = ((HEADS,) if wanted.kv_groups < heads else ()) + ((SPACE,) if wanted.ffn < present else ())
-    for layer in sweep(network, windows, spaces=spaces):
-        found: dict[str, Any] = {}
-        if HEADS in spaces:
-            gram = layer.gram[HEADS]
-            (reader,) = (linear for edge, linear in layer.linears() if edge.reads == HEADS)
-            weight = read_weight(reader)
-            groups, scores = _choose_heads(weight, gram, wanted.kv_groups, heads)
-            columns = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
-            solved = solve_readers(weight, gram, columns)
-            keep_heads(layer.module, network, groups)
-            write_weight(reader, solved)
-            found |= {"groups": groups, "group_scores": scores}
-        if SPACE in spaces:
-            gram, reader = layer.gram[SPACE], reader_of(layer)
-            keep = kept_channels(layer, [wanted.ffn])[wanted.ffn]
-            solved = solve_readers(read_weight(reader), gram, keep)
-            found["energy_kept"] = _explained(read_weight(reader), solved, gram, keep)
-            keep_channels(layer.module, network, SPACE, keep)
-            write_weight(reader, solved)
-        chosen.append(found)
-        progress(layer.index + 1, network.config.num_hidden_layers)
-    return chosen
-
-
-def _choose_heads(weight: Tensor, gram: Tensor, keep: int, heads: int) -> tuple[list[int], list[float]]:
-    """Return the kept heads of keys and values, and each one's share of the output that the others cannot replace."""
-    groups, costs = kept_groups(weight, gram, len(gram) // heads, keep)
-    whole = ((weight.float() @ gram) * weight.float()).sum().clamp_min(1e-30)
-    return groups, (costs / whole).tolist()
-
-
 def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     """Give one block a narrower residual stream, cut it, and re-solve it from front to back; return what was chosen."""
     attention, ffn = pair.writers
@@ -217,7 +150,7 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     if wanted.kv_groups < heads:
         gram = moments[0].gram + moments[1].gram
         weight = read_weight(pair.original.get_submodule(attention))
-        groups, chosen["group_scores"] = _choose_heads(weight, gram, wanted.kv_groups, heads)
+        groups, chosen["group_scores"] = choose_heads(weight, gram, wanted.kv_groups, heads)
         chosen["groups"] = groups
         keep_heads(pair.block, network, groups)
         keep = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
@@ -227,8 +160,8 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     gram = moments[0].gram + moments[1].gram
     if wanted.ffn < len(gram):
         weight = read_weight(pair.original.get_submodule(ffn))
-        keep = _kept(weight, gram, [wanted.ffn])[wanted.ffn]
-        chosen["energy_kept"] = _explained(weight, solve_readers(weight, gram, keep), gram, keep)
+        keep = kept_for(weight, gram, [wanted.ffn])[wanted.ffn]
+        chosen["energy_kept"] = explained(weight, solve_readers(weight, gram, keep), gram, keep)
         keep_channels(pair.block, network, SPACE, keep)
     pair.resolve_writer(ffn, moments, keep)
     return chosen
@@ -258,6 +191,8 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
             "their output energy"
         )
         details |= {"from": before.ffn, "to": after.ffn, "energy_kept": [round(value, 5) for value in energy]}
+        if any("channels_by" in block for block in chosen):
+            details |= {name: [block[name] for block in chosen] for name in ("channels_by", "shares")}
     if after.kv_groups < before.kv_groups:
         said.append(f"kept {after.kv_groups} of {before.kv_groups} KV groups")
         details |= {
@@ -268,11 +203,3 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
         said.append(f"narrowed the residual stream from {before.hidden} to {after.hidden}")
         details |= {"hidden_from": before.hidden, "hidden_to": after.hidden}
     return StepReport("prune_width", "; ".join(said), details)
-
-
-def _explained(weight: Tensor, solved: Tensor, gram: Tensor, keep: Tensor) -> float:
-    """Return the share of ‖W X‖² that the re-solved weights reproduce."""
-    change = weight.clone().float()
-    change[:, keep] -= solved.float()
-    whole = ((weight.float() @ gram) * weight.float()).sum()
-    return 1 - (((change @ gram) * change).sum() / whole.clamp_min(1e-30)).item()
