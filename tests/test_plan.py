@@ -30,7 +30,7 @@ from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
-from pocketlm.steps.quantize import Quantize, gram_of, quantize
+from pocketlm.steps.quantize import DAMPING, Quantize, gram_of, quantize
 from pocketlm.steps.tune import Tune
 from pocketlm.tensors.elimination import gptq
 from pocketlm.tensors.formats import FORMATS
@@ -598,7 +598,7 @@ def stored(network: torch.nn.Module, form: str, units: list[str], sizes: Sizes) 
                 name = layer.parameter_name(edge)
             if name in names:
                 gram = gram_of(layer, edge, network)
-                weights[linear] = gptq(read_weight(linear), gram, FORMATS[form]).decode().bfloat16().float()
+                weights[linear] = gptq(read_weight(linear), gram, FORMATS[form], DAMPING).decode().bfloat16().float()
     for linear, weight in weights.items():
         linear.weight.data.copy_(weight.T if type(linear).__name__ == "Conv1D" else weight)
 

@@ -130,7 +130,10 @@ def searched(tmp_path_factory):
     place = tmp_path_factory.mktemp("searched")
     folder = tiny_folder("llama", place / "model")
     (place / "words.txt").write_text(WORDS)
+    items = [{"prompt": "The models went to", "choices": ["market", "sleep"], "answer": n % 2} for n in range(4)]
+    (place / "places.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     arguments = ("fit", folder, "--size", "60kB", "--data", place / "words.txt", "--heal", "1s", "--json")
+    arguments += ("--task", place / "places.jsonl")
     done = pocketlm(*arguments, "-o", place / "out", cache=place / "cache")
     assert done.returncode == 0, done.stderr
     return arguments, place / "out", place / "cache", json.loads(done.stdout)
@@ -146,6 +149,11 @@ def test_candidates_are_built_measured_and_reported(searched):
     (won,) = [tried for tried in report["trials"] if tried["won"]]
     assert any(won["name"] in note for note in report["notes"]) or names.index(won["name"]) == 0
     assert (out / "model.gguf").stat().st_size == report["budget"]["predicted_bytes"] == won["bytes"]
+    (task,) = report["tasks"]
+    assert (task["name"], task["items"]) == ("places", 4)
+    assert task["compressed"]["value"] == 0.5, "whatever it prefers, half of the items want the other"
+    parts = {unit["group"] for unit in report["sensitivity"]["units"]}
+    assert parts == {"embedding", "query_key", "value", "attention_out", "ffn_in", "ffn_out"}
     for page in ("report.html", "report.md"):
         assert f"{won['name']} (chosen)" in (out / page).read_text()
 

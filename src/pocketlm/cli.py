@@ -42,6 +42,9 @@ def fit(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     recipe: Annotated[Path | None, typer.Option(help="Run this recipe instead of deciding one.")] = None,
     data: Data = None,
+    task: Annotated[
+        list[Path] | None, typer.Option(help="A .jsonl to score the file on beside the original; repeatable.")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="How much is tried: fast (one plan), balanced (3 candidates), best (6; hours).")
     ] = "balanced",
@@ -83,6 +86,7 @@ def fit(
         recipe=recipe,
         out=out,
         data=tuple(data or ()),
+        tasks=tuple(task or ()),
         preset=preset,
         time=None if time is None else parse_time(time),
         heal=None if heal is None else parse_time(heal),

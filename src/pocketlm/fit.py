@@ -13,6 +13,7 @@ from pocketlm.account import run_facts
 from pocketlm.artefact import make_report, new_folder
 from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.task_files import read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.planning import Fit, Planned, load_for, prepare
@@ -21,6 +22,8 @@ from pocketlm.report.content import Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, run_recipe, silent
 from pocketlm.trials import Limit, search
+
+TASK_ITEMS = 500  # of each task at most
 
 
 def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], None] = lambda planned: None) -> Report:
@@ -37,14 +40,15 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     remove_leftovers()
     limit = Limit(job.time, time.monotonic()) if job.time else None
     with new_folder(job.out, job.force) as folder:
-        model = load_for(job)
+        model, tasks = load_for(job), [read_task(path, TASK_ITEMS) for path in job.tasks]
         texts, planned = prepare(job, model, progress)
         announce(planned)
         planned = try_candidates(model, planned, texts, limit, progress)
         compressed = run_recipe(model, planned.recipe, texts, progress)
         exported = folder / "model.gguf"
         write_gguf(compressed.model, compressed.packed, exported)
-        proof = prove(model, compressed, exported, texts, _plain(job, model, planned, texts, progress), progress)
+        plain = _plain(job, model, planned, texts, progress)
+        proof = prove(model, compressed, exported, texts, plain, progress, tasks)
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe))
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}

@@ -40,6 +40,7 @@ class Fit:
     quality: str | None = None  # floor of exp(-KL) to the original, such as 0.95: the fewest bytes that keep it
     recipe: Path | None = None
     out: Path = Path("pocketlm-out")
+    tasks: tuple[Path, ...] = ()  # on which the file is scored beside the original, for the report
     data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
     bits: float | None = None  # per weight of all matrices together, instead of a size
     format: str | None = None  # one for all matrices, instead of a size
