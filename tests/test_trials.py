@@ -21,11 +21,12 @@ from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
 from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.planning import Fit, load_for, prepare
 from pocketlm.stages import silent
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
 from pocketlm.tensors.formats import FORMATS
-from pocketlm.trials import Limit, Trial, best_of
+from pocketlm.trials import MARGIN, Limit, Search, Trial, best_of, search
 
 WORDS = "".join(f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000))
 
@@ -185,7 +186,7 @@ def test_a_search_killed_in_a_trial_ends_in_the_same_file(searched, tmp_path):
 
 
 @pytest.mark.slow
-def test_time_that_is_too_short_is_refused_and_time_decides_what_is_learnt(searched, tmp_path):
+def test_a_time_that_is_too_short_or_beside_the_point_is_refused(searched, tmp_path):
     arguments, _, cache, _ = searched
     plain = [word for word in arguments if word not in ("--heal", "1s")]
     refused = pocketlm(*plain, "--time", "1s", "-o", tmp_path / "out", cache=cache)
@@ -197,8 +198,23 @@ def test_time_that_is_too_short_is_refused_and_time_decides_what_is_learnt(searc
     unknown = pocketlm(*plain, "--preset", "most", "-o", tmp_path / "out", cache=cache)
     assert unknown.returncode == 2
     assert "fast, balanced, best" in unknown.stderr
-    done = pocketlm(*plain, "--time", "75s", "-o", tmp_path / "out", cache=cache)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert 1 <= len(report["trials"]) <= 3
-    assert report["settings"]["time"] == 75
+
+
+@pytest.mark.slow
+def test_time_decides_what_is_tried_and_how_long_the_winner_learns(searched, monkeypatch):
+    arguments, _, cache, _ = searched
+    monkeypatch.setenv("POCKETLM_CACHE", str(cache))  # all trials are there
+    job = Fit(model=str(arguments[1]), size="60kB", data=(arguments[5],), heal=1.0)
+    model = load_for(job)
+    texts, planned = prepare(job, model, silent)
+
+    def within(seconds: float) -> Search:
+        limit = Limit(seconds, time.monotonic())
+        return search(model, planned.decision, planned.wanted, texts, limit, silent)
+
+    short, long = within(0.0), within(1e5)
+    assert (len(short.trials), short.untried) == (1, 2)
+    assert short.recipe == short.winner.recipe, "what was built is what ships"
+    assert (len(long.trials), long.untried) == (3, 0)
+    (learnt,) = [step.tokens for step in long.recipe.steps if step.step in ("distil", "tune")]
+    assert learnt == pytest.approx(MARGIN * (1e5 - long.winner.ending) * long.winner.pace, rel=0.01)
