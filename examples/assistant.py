@@ -1,12 +1,12 @@
 """An assistant on the phone: a fitted general model summarises notifications and drafts replies.
 
-    pocketlm quantize demo --size 75MB -o q75
-    python examples/assistant.py q75 --original demo
+    python examples/assistant.py [FITTED] [--model demo]
 
-Both models are served and asked the cases of assistant.jsonl over HTTP, or those of --cases. Nobody judges how an
-answer reads; what is counted are things that a program can check: whether it has the facts that it must have, whether
-it has numbers that nobody gave, whether it is as short as was asked, whether it repeats itself, and whether the JSON is
-whole.
+FITTED is a folder made by `fit` or `quantize`, or a GGUF file; where none is given, MODEL is stored in 4.5 bits by
+GPTQ. It and MODEL as it is are served and asked the cases of assistant.jsonl over HTTP, or those of --cases. Nobody
+judges how an answer reads; what is counted are things that a program can check: whether it has the facts that it must
+have, whether it has numbers that nobody gave, whether it is as short as was asked, whether it repeats itself, and
+whether the JSON is whole.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Reply, ask_all, served, share
+from common import Reply, ask_all, served, share, stored
 
 from pocketlm.model.source import load
 from pocketlm.options import gguf_file
@@ -68,8 +68,9 @@ class Checked:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fitted", nargs="?", default="demo", help="a folder made by fit or quantize, or a GGUF file")
-    parser.add_argument("--original", help="to be measured beside it")
+    parser.add_argument("fitted", nargs="?", help="a folder made by fit or quantize, or a GGUF file")
+    parser.add_argument("--model", default="demo", help="the original")
+    parser.add_argument("--format", default="IQ4_NL", help="of the original's matrices, where nothing fitted is given")
     parser.add_argument("--cases", type=Path, default=CASES)
     parser.add_argument("--out", type=Path, default=Path("assistant-out"))
     return parser.parse_args()
@@ -128,9 +129,9 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     cases = read_cases(args.cases)
-    files = {"fitted": gguf_file(args.fitted)}
-    if args.original:
-        files["original"] = original_file(load(args.original))
+    made = args.out / "fitted.gguf"
+    fitted = gguf_file(args.fitted) if args.fitted else stored(args.model, args.format, [], made)
+    files = {"fitted": fitted, "original": original_file(load(args.model))}
     rounds = []
     for name, file in files.items():
         with served(file, "--slots", 1) as server:

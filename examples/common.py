@@ -21,9 +21,11 @@ from pocketlm.cache import stage
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.examples import Example, pack_examples
 from pocketlm.run.server.calibration import wilson
+from pocketlm.stages import gather_texts, silent
 from pocketlm.steps.quantize import Quantize, quantize
 
 LENGTH = 512  # tokens of a window that examples are packed into
+TASK_WINDOWS, TEXT_WINDOWS = 32, 12  # that codes are chosen on
 Progress = Callable[[str, int, int], None]
 
 
@@ -115,10 +117,16 @@ def taught(teacher: str, student: str, task: Path, epochs: float, how: Distil, p
     return stage("example-taught", inputs, produce).folder / "made" / "hf"
 
 
-def stored(folder: Path, form: str, task: list[Example], path: Path) -> Path:
-    """Write a taught model as a GGUF file with all matrices in one format, its codes chosen on the task's prompts."""
-    model = load(str(folder))
-    windows = pack_examples(task, model.tokenizer, LENGTH).ids[:32]
+def stored(source: str, form: str, task: list[Example], path: Path) -> Path:
+    """Write a model as a GGUF file with all matrices in one format, its codes chosen on a task's prompts and answers.
+
+    Where there is no task, they are chosen on text that the model writes itself.
+    """
+    model = load(source)
+    if task:
+        windows = pack_examples(task, model.tokenizer, LENGTH).ids[:TASK_WINDOWS]
+    else:
+        windows = gather_texts(model, [], 0, silent).calibration.windows[:TEXT_WINDOWS]
     model, packed, _ = quantize(model, Quantize(formats={"*": form}), windows)
     write_gguf(model, packed, path)
     return path

@@ -118,7 +118,7 @@ def main() -> None:
     with Screen() as screen:
         how = Distil(tokens=0, learning_rate=args.learning_rate, windows_per_step=1, evaluations=3, cross_entropy=1.0)
         student = taught(args.model, args.student, task, args.epochs, how, screen.progress)
-        stored(student, args.format, lessons, small)
+        stored(str(student), args.format, lessons, small)
         original = original_file(load(args.model))
     rounds = []
     for name, file, shown in (("fitted", small, []), ("original", original, learning[:SHOWN])):

@@ -103,7 +103,7 @@ def teach(args: argparse.Namespace, task: Path, learning: list[Example], small: 
         teacher = taught(args.model, args.model, task, args.epochs, alone, screen.progress)
         listening = replace(alone, learning_rate=args.learning_rate, cross_entropy=0.5)
         student = taught(str(teacher), args.student, task, args.epochs, listening, screen.progress)
-        stored(student, args.format, learning, small)
+        stored(str(student), args.format, learning, small)
         if not args.escalate_to:
             write_gguf(load(str(teacher)), {}, larger)
 

@@ -77,7 +77,7 @@ def test_the_assistant_asks_both_models_every_case(tiny, tmp_path):
     rows = (EXAMPLES / "assistant.jsonl").read_text().splitlines()
     cases.write_text(f"{rows[0]}\n{rows[-1]}\n")
     write_gguf(load(str(tiny[0])), {}, file)
-    found, _ = run("assistant", tiny, file, "--original", tiny[0], "--cases", cases, "--out", tmp_path / "out")
+    found, _ = run("assistant", tiny, file, "--model", tiny[0], "--cases", cases, "--out", tmp_path / "out")
     jobs = [(model, job) for model in ("fitted", "original") for job in ("summary", "reply")]
     assert [(row["model"], row["job"]) for row in found] == jobs
     assert found[0]["answers"] == found[2]["answers"]  # it is the same model
