@@ -38,8 +38,11 @@ def as_forward(tensor: Tensor) -> Tensor:
 def fast_copy(network: nn.Module) -> nn.Module:
     """Return a copy for forward passes only, which computes the same faster: its linears need no conversion each time.
 
-    What `fast_forward` would round for every pass is stored rounded; embeddings and norms keep their precision.
+    What `fast_forward` would round for every pass is stored rounded; embeddings and norms keep their precision. Where
+    nothing is rounded it is the network itself, as a copy would only take memory.
     """
+    if all(parameter.dtype is forward_dtype(parameter.device.type) for parameter in network.parameters()):
+        return network
     copied = copy.deepcopy(network).requires_grad_(False)
     tied = {id(copied.get_input_embeddings().weight)}
     for module in copied.modules():
