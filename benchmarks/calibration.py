@@ -24,7 +24,7 @@ from pocketlm.model.text import read_corpus
 from pocketlm.tensors.elimination import gptq, output_errors
 from pocketlm.tensors.formats import FORMATS
 
-CASES = (("ffn_out", "Q2_0"), ("ffn_in", "Q2_0"), ("ffn_out", "IQ3_XXS"), ("query_key", "IQ4_NL"))
+CASES = (("ffn_out", "Q2_0"), ("ffn_in", "Q2_0"), ("query_key", "IQ4_NL"))
 WINDOWS, DAMPINGS, DESCENTS = (32, 64, 128), (0.01, 0.1), (0, 2, 4)
 ROWS = 256  # of all matrices of a group
 
