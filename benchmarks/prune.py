@@ -1,10 +1,12 @@
 """Smaller shapes without healing: pocketlm's choices, re-solved, against the field's simple ones at equal parameters.
 
     python benchmarks/prune.py --model MODEL --calibrate FILE... --measure FILE... \
-        [--depth 24] [--ffn 1152] [--kv-groups 2] [--hidden 512] --out benchmarks/results/prune.md
+        [--depth 24] [--ffn 1152] [--kv-groups 2] [--hidden 512] [--peer "ffn 1152" torch-pruning FOLDER] \
+        --out benchmarks/results/prune.md
 
-MODEL is a Hugging Face folder of a LLaMA-like model. Some text calibrates, other text measures. Every shape is made
-alone, from the original, by every method; nothing is trained. Writes a table (Markdown) and the same as JSON.
+MODEL is a Hugging Face folder of a LLaMA-like model, and so is FOLDER, made by a script of `peers`. Some text
+calibrates, other text measures. Every shape is made alone, from the original, by every method; nothing is trained.
+Writes a table (Markdown) and the same as JSON.
 """
 
 import argparse
@@ -48,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ffn", type=int)
     parser.add_argument("--kv-groups", type=int)
     parser.add_argument("--hidden", type=int)
+    parser.add_argument("--peer", nargs=3, action="append", default=[], metavar=("SHAPE", "NAME", "FOLDER"))
     parser.add_argument("--solving-windows", type=int, default=64, help="of 512 tokens of calibration text")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, to measure on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -59,23 +62,11 @@ def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progre
     """Yield shape, method and what makes the network, one after the other."""
     network, solving, trying = model.network, text[: args.solving_windows], text[args.solving_windows :]
     scoring = solving[:SCORING_WINDOWS]
-    if args.depth:
-        shape, gone = f"{args.depth} blocks", network.config.num_hidden_layers - args.depth
-        for name, scores in (
-            ("block influence (ShortGPT)", lambda: block_influence(network, scoring)),
-            ("perplexity without each", lambda: perplexity_without(network, trying)),
-        ):
-            yield shape, name, lambda scores=scores: _without(network, _lowest(scores(), gone))
-        damage = depth_damage(network, trying, judge(network, trying), gone, progress)
-        drop = tuple(sorted(block for block, _ in damage))
-        yield shape, "greedy KL", lambda: _without(network, set(drop))
-        step = PruneDepth(drop=drop, repair=True)
-        yield shape, "**pocketlm**: greedy KL, repaired", lambda: prune_depth(_copy(model), step, solving)[0].network
     seen = statistics(network, scoring) if args.ffn or args.kv_groups or args.hidden else []
     simple = {"magnitude": "magnitude", "activations": "activations (Minitron)", "fluctuation": "fluctuation (FLAP)"}
     for option, asked, space in (
-        ("ffn", args.ffn, FFN),
         ("kv_groups", args.kv_groups, HEADS),
+        ("ffn", args.ffn, FFN),
         ("hidden", args.hidden, ""),
     ):
         if not asked:
@@ -90,8 +81,22 @@ def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progre
                 )
             elif method != "fluctuation":
                 yield shape, name, lambda m=method, a=asked: narrow_hidden(copy.deepcopy(network), seen, m, a)
+        for _, name, folder in (peer for peer in args.peer if peer[0] == shape):
+            yield shape, name, lambda folder=folder: load(folder).network
         step = PruneWidth(**{option: asked})
         yield shape, "**pocketlm**", lambda step=step: prune_width(_copy(model), step, solving)[0].network
+    if args.depth:
+        shape, gone = f"{args.depth} blocks", network.config.num_hidden_layers - args.depth
+        for name, scores in (
+            ("block influence (ShortGPT)", lambda: block_influence(network, scoring)),
+            ("perplexity without each", lambda: perplexity_without(network, trying)),
+        ):
+            yield shape, name, lambda scores=scores: _without(network, _lowest(scores(), gone))
+        damage = depth_damage(network, trying, judge(network, trying), gone, progress)
+        drop = tuple(sorted(block for block, _ in damage))
+        yield shape, "greedy KL", lambda: _without(network, set(drop))
+        step = PruneDepth(drop=drop, repair=True)
+        yield shape, "**pocketlm**: greedy KL, repaired", lambda: prune_depth(_copy(model), step, solving)[0].network
 
 
 def _copy(model: LanguageModel) -> LanguageModel:

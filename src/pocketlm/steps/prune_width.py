@@ -173,6 +173,12 @@ def _narrow_inside(
     Towards what it put out itself. Done as `_cut` does it, aiming at the original's residual stream, it was worse where
     only these go (reference model, 32 windows of C4, perplexity on wikitext-2, dense 19.9): 1536 to 1152 channels 35.9
     instead of 34.4, and 3 to 2 heads of keys and values 52.2 instead of 35.0.
+
+    Also tried, in its blocks 8 to 11 alone (24 windows of C4, KL on two windows of wikitext-2; as it is: channels
+    0.058, heads 0.036). Tokens divided by the size of their state: 0.061, 0.040. Channels by second order in the metric
+    of the loss (Fisher information): 0.062; by Taylor scores: 0.070. Heads by the KL of every set on a held-out window
+    of C4: 0.073; of those sets that lose at most a quarter more of the output: 0.052. What C4 can do without,
+    wikitext-2 cannot.
     """
     chosen, heads, present = [], key_value_heads(network), ffn_width(network)
     spaces = ((HEADS,) if wanted.kv_groups < heads else ()) + ((SPACE,) if wanted.ffn < present else ())
