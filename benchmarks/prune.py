@@ -117,6 +117,7 @@ def main() -> None:
     """Make, measure, write."""
     args = arguments()
     torch.set_num_threads(args.threads)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     model = load(args.model)
     text = read_corpus(args.calibrate).documents
     text = pack_windows(text, model.tokenizer, args.solving_windows + JUDGING_WINDOWS, LENGTH)

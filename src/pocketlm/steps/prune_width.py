@@ -140,6 +140,57 @@ def _stated(network: nn.Module, wanted: PruneWidth) -> dict[str, int]:
     }
 
 
+<<<<<<< HEAD
+=======
+def _narrow_inside(
+    network: nn.Module, wanted: PruneWidth, windows: Tensor, progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Keep the wanted heads and channels in every block, re-solve what reads them, and return what was chosen.
+
+    Towards what it put out itself. Done as `_cut` does it, aiming at the original's residual stream, it was worse where
+    only these go (reference model, 32 windows of C4, perplexity on wikitext-2, dense 19.9): 1536 to 1152 channels 35.9
+    instead of 34.4, and 3 to 2 heads of keys and values 52.2 instead of 35.0.
+
+    Also tried, in its blocks 8 to 11 alone (24 windows of C4, KL on two windows of wikitext-2; as it is: channels
+    0.058, heads 0.036). Tokens divided by the size of their state: 0.061, 0.040. Channels by second order in the metric
+    of the loss (Fisher information): 0.062; by Taylor scores: 0.070. Heads by the KL of every set on a held-out window
+    of C4: 0.073; of those sets that lose at most a quarter more of the output: 0.052. What C4 can do without,
+    wikitext-2 cannot.
+    """
+    chosen, heads, present = [], key_value_heads(network), ffn_width(network)
+    spaces = ((HEADS,) if wanted.kv_groups < heads else ()) + ((SPACE,) if wanted.ffn < present else ())
+    for layer in sweep(network, windows, spaces=spaces):
+        found: dict[str, Any] = {}
+        if HEADS in spaces:
+            gram = layer.gram[HEADS]
+            (reader,) = (linear for edge, linear in layer.linears() if edge.reads == HEADS)
+            weight = read_weight(reader)
+            groups, scores = _choose_heads(weight, gram, wanted.kv_groups, heads)
+            columns = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
+            solved = solve_readers(weight, gram, columns)
+            keep_heads(layer.module, network, groups)
+            write_weight(reader, solved)
+            found |= {"groups": groups, "group_scores": scores}
+        if SPACE in spaces:
+            gram, reader = layer.gram[SPACE], reader_of(layer)
+            keep = kept_channels(layer, [wanted.ffn])[wanted.ffn]
+            solved = solve_readers(read_weight(reader), gram, keep)
+            found["energy_kept"] = _explained(read_weight(reader), solved, gram, keep)
+            keep_channels(layer.module, network, SPACE, keep)
+            write_weight(reader, solved)
+        chosen.append(found)
+        progress(layer.index + 1, network.config.num_hidden_layers)
+    return chosen
+
+
+def _choose_heads(weight: Tensor, gram: Tensor, keep: int, heads: int) -> tuple[list[int], list[float]]:
+    """Return the kept heads of keys and values, and each one's share of the output that the others cannot replace."""
+    groups, costs = kept_groups(weight, gram, len(gram) // heads, keep)
+    whole = ((weight.float() @ gram) * weight.float()).sum().clamp_min(1e-30)
+    return groups, (costs / whole).tolist()
+
+
+>>>>>>> w-four
 def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     """Give one block a narrower residual stream, cut it, and re-solve it from front to back; return what was chosen."""
     attention, ffn = pair.writers
