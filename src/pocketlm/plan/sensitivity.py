@@ -16,7 +16,7 @@ from pocketlm.model.respelling import Respelled, respell
 from pocketlm.model.sweep import Layer, final_hidden, rehearse, run_block, sweep
 from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.sizes import Sizes
-from pocketlm.steps.inner_width import SPACE, kept_channels, reader_of
+from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
 from pocketlm.steps.quantize import choose_codes, edges_by_group, gram_of
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
 from pocketlm.tensors.divergence import negative_log_likelihood

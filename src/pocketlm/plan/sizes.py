@@ -12,9 +12,8 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import key_value_heads
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
-from pocketlm.steps.inner_width import SPACE
 from pocketlm.steps.prune_depth import PruneDepth
-from pocketlm.steps.prune_width import PruneWidth
+from pocketlm.steps.prune_width import SPACE, PruneWidth
 from pocketlm.steps.quantize import Quantize, check_formats, embedding_name, format_name
 from pocketlm.tensors.formats import FORMATS
 

@@ -1,21 +1,17 @@
 """Remove whole decoder blocks, and let those that stay take over."""
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.abreast import Pair, abreast
+from pocketlm.model.abreast import abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import drop_blocks
-from pocketlm.model.trial import Trial, set_apart, trial
 from pocketlm.steps.report import StepReport
-
-SHARES = (0.0, 0.5, 1.0)  # of what is missing behind a matrix, for it to make up for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +34,7 @@ def prune_depth(
     """Remove blocks; the model that comes out has a stock shape with fewer blocks.
 
     To repair it, every output matrix from the first removed block on is re-solved by least squares, without training,
-    so that the residual stream behind it is what it was in the original, behind the removed blocks that follow; all the
-    way or a part of it, whichever costs the least KL on a little text that nothing is solved on.
+    so that the residual stream behind it is what it was in the original, behind the removed blocks that follow.
 
     Args:
         model: Changed in place and returned.
@@ -64,33 +59,13 @@ def prune_depth(
     if config.repair and dropped:
         if windows is None or not len(windows):
             raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
-        _repair(model.network, frozenset(dropped), windows, lambda index: progress(index + 1, total))
+        for pair in abreast(model.network, windows, frozenset(dropped)):
+            if pair.index + 1 >= dropped[0]:
+                for path in pair.writers:
+                    pair.resolve_writer(path, pair.moments(path))
+            progress(pair.index + 1, total)
     drop_blocks(model.network, set(dropped))
     names = ", ".join(map(str, dropped)) or "none"
     how = ", the others re-solved" if config.repair and dropped else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
     return model, StepReport("prune_depth", summary, {"dropped": dropped})
-
-
-def _repair(network: nn.Module, dropped: frozenset[int], windows: Tensor, done: Callable[[int], None]) -> None:
-    solving, trying = set_apart(windows)
-    tried = trial(network, trying, dropped)
-    for pair in abreast(network, solving, dropped):
-        for path in pair.writers if pair.index + 1 >= min(dropped) else ():
-            _resolve(pair, path, tried)
-        tried.advance(pair.block)
-        done(pair.index)
-
-
-def _resolve(pair: Pair, path: str, tried: Trial) -> None:
-    moments = pair.moments(path)
-
-    def solved(block: nn.Module, share: float) -> nn.Module:
-        if share:
-            replace(pair, block=block).resolve_writer(path, moments, share=share)
-        return block
-
-    costs = {share: tried.divergence(solved(copy.deepcopy(pair.block), share)) for share in SHARES}
-    share = min(costs, key=costs.__getitem__)
-    solved(pair.block, share)
-    pair.touched = pair.touched or share > 0

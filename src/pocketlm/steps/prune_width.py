@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.abreast import Pair, abreast, resolve_end, stream_moments
-from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight
+from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight, write_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import (
     head_width,
@@ -26,10 +26,12 @@ from pocketlm.model.surgery import (
     rebuilt,
     set_ffn_width,
 )
-from pocketlm.steps.inner_width import SPACE, choose_heads, explained, kept_for, narrow_inside
+from pocketlm.model.sweep import Layer, sweep
 from pocketlm.steps.report import StepReport
-from pocketlm.tensors.reconstruction import solve_readers
+from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_readers
 
+SPACE = "mlp_hidden"
+HEADS = "attention_out"
 FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
 
 
@@ -44,6 +46,29 @@ class PruneWidth:
     """Heads of keys and values kept in every block, each with the query heads that it serves."""
     hidden: int | None = None
     """Width of the residual stream."""
+
+
+def kept_channels(layer: Layer, widths: list[int]) -> dict[int, Tensor]:
+    """Return which channels of a block's FFN to keep for each width, ascending.
+
+    One order of removal, chosen for a reader that is re-solved afterwards, serves all widths.
+    """
+    return _kept(read_weight(reader_of(layer)), layer.gram[SPACE], widths)
+
+
+def _kept(weight: Tensor, gram: Tensor, widths: list[int]) -> dict[int, Tensor]:
+    gone = removal_order(weight, gram, len(gram) - min(widths))
+    kept = {}
+    for width in widths:
+        mask = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+        mask[gone[: len(gram) - width]] = False
+        kept[width] = mask.nonzero().squeeze(1)
+    return kept
+
+
+def reader_of(layer: Layer) -> nn.Module:
+    """Return the linear that reads the channels of a block's FFN."""
+    return next(linear for edge, linear in layer.linears() if edge.reads == SPACE)
 
 
 @torch.no_grad()
@@ -73,7 +98,7 @@ def prune_width(
     if wanted == present:
         return model, _report(present, wanted, [{"energy_kept": 1.0}] * network.config.num_hidden_layers)
     if wanted.hidden == present.hidden:
-        chosen = narrow_inside(network, wanted.ffn, wanted.kv_groups, windows, progress)
+        chosen = _narrow_inside(network, wanted, windows, progress)
     else:
         basis, chosen = choose_basis(network, windows, wanted.hidden), []
         for pair in abreast(network, windows, basis=basis):
@@ -140,8 +165,6 @@ def _stated(network: nn.Module, wanted: PruneWidth) -> dict[str, int]:
     }
 
 
-<<<<<<< HEAD
-=======
 def _narrow_inside(
     network: nn.Module, wanted: PruneWidth, windows: Tensor, progress: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
@@ -190,7 +213,6 @@ def _choose_heads(weight: Tensor, gram: Tensor, keep: int, heads: int) -> tuple[
     return groups, (costs / whole).tolist()
 
 
->>>>>>> w-four
 def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     """Give one block a narrower residual stream, cut it, and re-solve it from front to back; return what was chosen."""
     attention, ffn = pair.writers
@@ -201,7 +223,7 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     if wanted.kv_groups < heads:
         gram = moments[0].gram + moments[1].gram
         weight = read_weight(pair.original.get_submodule(attention))
-        groups, chosen["group_scores"] = choose_heads(weight, gram, wanted.kv_groups, heads)
+        groups, chosen["group_scores"] = _choose_heads(weight, gram, wanted.kv_groups, heads)
         chosen["groups"] = groups
         keep_heads(pair.block, network, groups)
         keep = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
@@ -211,8 +233,8 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     gram = moments[0].gram + moments[1].gram
     if wanted.ffn < len(gram):
         weight = read_weight(pair.original.get_submodule(ffn))
-        keep = kept_for(weight, gram, [wanted.ffn])[wanted.ffn]
-        chosen["energy_kept"] = explained(weight, solve_readers(weight, gram, keep), gram, keep)
+        keep = _kept(weight, gram, [wanted.ffn])[wanted.ffn]
+        chosen["energy_kept"] = _explained(weight, solve_readers(weight, gram, keep), gram, keep)
         keep_channels(pair.block, network, SPACE, keep)
     pair.resolve_writer(ffn, moments, keep)
     return chosen
@@ -242,8 +264,6 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
             "their output energy"
         )
         details |= {"from": before.ffn, "to": after.ffn, "energy_kept": [round(value, 5) for value in energy]}
-        if any("channels_by" in block for block in chosen):
-            details |= {name: [block[name] for block in chosen] for name in ("channels_by", "shares")}
     if after.kv_groups < before.kv_groups:
         said.append(f"kept {after.kv_groups} of {before.kv_groups} KV groups")
         details |= {
@@ -254,3 +274,11 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
         said.append(f"narrowed the residual stream from {before.hidden} to {after.hidden}")
         details |= {"hidden_from": before.hidden, "hidden_to": after.hidden}
     return StepReport("prune_width", "; ".join(said), details)
+
+
+def _explained(weight: Tensor, solved: Tensor, gram: Tensor, keep: Tensor) -> float:
+    """Return the share of ‖W X‖² that the re-solved weights reproduce."""
+    change = weight.clone().float()
+    change[:, keep] -= solved.float()
+    whole = ((weight.float() @ gram) * weight.float()).sum()
+    return 1 - (((change @ gram) * change).sum() / whole.clamp_min(1e-30)).item()

@@ -91,18 +91,6 @@ def solve_readers(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 0
 
 
 @torch.no_grad()
-def whitened(metric: Tensor, damping: float = 0.01) -> Tensor:
-    """Return M½, symmetric, so that ‖M½ y‖² is yᵀ M y; choosing by M½ W in place of W weighs outputs by the metric.
-
-    Args:
-        metric: (rows, rows), positive semidefinite, such as the Fisher information behind a linear.
-        damping: Share of the mean diagonal added to the diagonal.
-    """
-    values, vectors = torch.linalg.eigh(_damped(metric, damping))
-    return ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
-
-
-@torch.no_grad()
 def group_costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     """Return what removing each group of neighbouring input channels costs when the others are re-solved.
 
