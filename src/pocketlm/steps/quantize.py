@@ -21,8 +21,9 @@ from pocketlm.tensors.formats import FORMATS, Format, Packed, Quantized, find_fo
 # The tied embedding is also read row by row, where every column counts alike: so much of the mean diagonal of the
 # head's Gram matrix is added to its diagonal.
 LOOKUP_WEIGHT = 0.1
-# Of the mean diagonal of a Gram matrix. GPTQ's usual 0.01 fits the calibration text too closely: 0.1 has up to 6 % less
-# output error on other text with 32 windows; with 64, 1 to 3 % less at 2 bits, 1 % more at 4 (benchmarks/calibration.py).
+# Of the mean diagonal of a Gram matrix. GPTQ's usual 0.01 fits the calibration text too closely: 0.1 has up to 6 %
+# less output error on other text with 32 windows; with 64, 1 to 3 % less at 2 bits, 1 % more at 4
+# (benchmarks/calibration.py).
 DAMPING = 0.1
 ERROR_ROWS = 1024  # of a matrix, on which its output error is measured
 
