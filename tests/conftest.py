@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tests.tiny import tiny_folder
 
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 Tiny = Callable[..., LanguageModel]
 

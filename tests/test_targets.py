@@ -35,7 +35,7 @@ def some_sparse(positions: int, vocabulary: int, count: int, rest: bool, seed: i
     if rest:
         weights, ids = p.topk(count)
         lengths = torch.full((positions,), count)
-        return Sparse(lengths, ids.flatten(), weights.flatten(), entropy, 1 - weights.sum(-1))
+        return Sparse(lengths, ids.flatten(), weights.flatten(), entropy, (1 - weights.sum(-1)).clamp_min(0))
     lengths, ids, counts = draw(p, count, generator)
     return Sparse(lengths, ids, counts / count, entropy)
 
