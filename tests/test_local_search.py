@@ -7,12 +7,13 @@ import pytest
 import torch
 from tests.conftest import Tiny
 
-from pocketlm.local_search import MIXES, MOST_CHANGE, corrected, improve, shared_out
+from pocketlm.local_search import MOST_CHANGE, corrected, improve, shared_out
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted
+from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Shape, sizes_of
@@ -73,6 +74,10 @@ def test_corrected_damages_agree_with_what_was_measured():
     assert found["b"] == pytest.approx({"Q4_0": 0.285, "Q2_0": 0.57})
 
 
+def thorough(budget: Budget) -> Wanted:
+    return Wanted(budget=budget, effort=PRESETS["balanced"])
+
+
 def wrong_decision(model: LanguageModel, budget: Budget) -> Decision:
     """A plan from damages that say nothing about the model."""
     sizes, generator = sizes_of(model), torch.Generator().manual_seed(0)
@@ -98,17 +103,19 @@ def test_the_best_of_the_measured_mixes_is_taken_and_expected(
     budget = Budget("60 kB", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q5_0")))
     first = wrong_decision(model, budget)
     said: list[str] = []
-    better = improve(model, Wanted(budget=budget), first, TEXTS, 0, lambda what, done, total: said.append(what))
-    again = improve(model, Wanted(budget=budget), first, TEXTS, 0, lambda *_: pytest.fail("it is in the cache"))
+    better = improve(model, thorough(budget), first, TEXTS, 0, lambda what, done, total: said.append(what))
+    again = improve(model, thorough(budget), first, TEXTS, 0, lambda *_: pytest.fail("it is in the cache"))
     assert again == better
     kls = better.plan.measured
-    assert 2 <= len(kls) <= MIXES
+    assert len(kls) == PRESETS["balanced"].mixes
     assert better.plan.damage == min(kls) < kls[0]
     assert sum(damage for *_, damage in better.plan.units.values()) == pytest.approx(min(kls))
     assert sum(what.startswith("mix ") for what in said) == len(kls)
     assert better.plan.bytes == sizes.total(sizes.original, better.plan.formats) <= budget.bytes
     assert better.recipe.steps[-1].formats == better.plan.formats
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    once = improve(model, Wanted(budget=budget), first, TEXTS, 0, silent).plan
+    assert (once.formats, once.measured) == (first.plan.formats, kls[:1]), "in a hurry the first mix is only measured"
     for decision, kl in ((first, kls[0]), (better, min(kls))):
         made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS[:QUANTIZING_WINDOWS])[0]
         assert divergence_of(made.network, HELD_OUT, judge(model.network, HELD_OUT)) == pytest.approx(kl, rel=0.02)
@@ -120,7 +127,7 @@ def test_plans_that_prune_stay_as_they_are(tiny_model: Tiny):
     decision = wrong_decision(model, Budget("all", 10**9))
     cut = replace(decision.plan, shape=Shape(2, 64), drop=(1,))
     pruned = replace(decision, plan=cut, rivals=(cut,))
-    assert improve(model, Wanted(budget=budget), pruned, TEXTS, 0, silent) is pruned
+    assert improve(model, thorough(budget), pruned, TEXTS, 0, silent) is pruned
 
 
 def test_formats_alone_are_improved_where_pruning_is_expected_to_be_better(
@@ -133,7 +140,7 @@ def test_formats_alone_are_improved_where_pruning_is_expected_to_be_better(
     alone = wrong_decision(model, budget)
     cut = replace(alone.plan, shape=Shape(2, 64), drop=(1,))
     both = replace(alone, plan=cut, rivals=(alone.plan, cut))
-    found = improve(model, Wanted(budget=budget), both, TEXTS, 0, silent)
+    found = improve(model, thorough(budget), both, TEXTS, 0, silent)
     assert (found.plan, found.recipe, found.rivals[1]) == (cut, both.recipe, cut)
-    assert found.rivals[0] == improve(model, Wanted(budget=budget), alone, TEXTS, 0, silent).plan
+    assert found.rivals[0] == improve(model, thorough(budget), alone, TEXTS, 0, silent).plan
     assert found.rivals[0].damage == min(found.rivals[0].measured)

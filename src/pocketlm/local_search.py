@@ -28,7 +28,6 @@ from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.stages import Progress, Texts, run_recipe
 from pocketlm.steps.quantize import Quantize
 
-MIXES = 2  # that are made and measured at most
 ADDITIVE = 0.05  # nats per token up to which damages add up, and no other mix is tried
 SHARING_WINDOWS = 4  # of validation text, on which a mix's KL is shared out among its units
 MOST_CHANGE = 4.0  # by what factor a round may correct the damages of one unit, beside what it corrects for all
@@ -91,13 +90,13 @@ def _try_mixes(
     # A quality was asked for in the fewest bytes: a better mix may not take more of them.
     budget = wanted.budget if wanted.most_damage is None else replace(wanted.budget, bytes=plan.bytes)
     opinion = judge(model.network, texts.validation.windows)
-    sizes, damages, tried = sizes_of(model), measured.formats, []
+    sizes, damages, tried, most = sizes_of(model), measured.formats, [], wanted.effort.mixes
     while True:
         recipe = Recipe(steps=(Quantize(formats=plan.formats, method=wanted.method),), seed=seed)
         mixed = run_recipe(model, recipe, texts, progress).model.network
         kl = divergence_of(mixed, texts.validation.windows, opinion)
-        progress(f"mix {len(tried) + 1}: KL {kl:.4f}, {plan.damage:.4f} by parts", len(tried) + 1, MIXES)
-        last = len(tried) + 1 == MIXES or kl <= ADDITIVE
+        progress(f"mix {len(tried) + 1}: KL {kl:.4f}, {plan.damage:.4f} by parts", len(tried) + 1, most)
+        last = len(tried) + 1 == most or kl <= ADDITIVE
         shares = {} if last else shared_out(model.network, mixed, texts.validation.windows[:SHARING_WINDOWS])
         tried.append(_with_damages(plan, kl, _by_unit(shares, sizes)))
         if last:

@@ -23,16 +23,18 @@ class Effort:
         trial_tokens: That each of them learns from before it is measured.
         tokens: That the winner learns from.
         tunes: Whether a plan that prunes nothing learns too: its scales and norms, from as many tokens.
+        mixes: Of formats that are made and measured at most, before one is taken; the first is the run's own work.
     """
 
     candidates: int
     trial_tokens: int
     tokens: int
     tunes: bool = True
+    mixes: int = 2
 
 
 PRESETS = {
-    "fast": Effort(candidates=1, trial_tokens=0, tokens=12_288, tunes=False),
+    "fast": Effort(candidates=1, trial_tokens=0, tokens=12_288, tunes=False, mixes=1),
     "balanced": Effort(candidates=3, trial_tokens=12_288, tokens=49_152),
     "best": Effort(candidates=6, trial_tokens=24_576, tokens=1_048_576),
 }
