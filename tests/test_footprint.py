@@ -127,7 +127,7 @@ def test_the_command_refuses_at_once_and_fits_memory(tmp_path):
     refused = pocketlm("fit", folder, "--ram", "1kB", "--context", 64, "-o", tmp_path / "out", cache=tmp_path)
     assert refused.returncode == 3
     assert "The smallest change that fits: --ram" in refused.stderr
-    asked = ("--ram", "1GB", "--context", 64, "--quality", 0.9, "--heal", "0", "--json")
+    asked = ("--ram", "1GB", "--context", 64, "--quality", 0.9, "--preset", "fast", "--heal", "0", "--json")
     done = pocketlm("fit", folder, *asked, "-o", tmp_path / "out", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     notes = " ".join(json.loads(done.stdout)["notes"])
