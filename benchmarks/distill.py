@@ -224,6 +224,19 @@ def opinion_on_disk(teacher: LanguageModel, windows: Tensor, sampling: Sampling,
     return stage("benchmark-targets", inputs | asdict(sampling), produce)
 
 
+def settings(args: argparse.Namespace, tokens: int) -> Distil:
+    """Return how a model is healed, as the command line says."""
+    return Distil(
+        tokens=tokens,
+        learning_rate=args.learning_rate[0],
+        evaluations=args.evaluations,
+        windows_per_step=args.windows_per_step,
+        warm_up=0.05,
+        cross_entropy=args.cross_entropy,
+        seed=args.seed,
+    )
+
+
 def cached(args: argparse.Namespace) -> None:
     """Heal a cut model by the teacher in memory and by its opinion on disk, measure, write."""
     teacher = load(args.model)
@@ -232,15 +245,7 @@ def cached(args: argparse.Namespace) -> None:
     with Screen() as screen:
         start = cut(args, teacher, texts, screen)
         tokens = tokens_for(args, teacher, start, texts)
-        step = Distil(
-            tokens=tokens,
-            learning_rate=args.learning_rate[0],
-            evaluations=args.evaluations,
-            windows_per_step=args.windows_per_step,
-            warm_up=0.05,
-            cross_entropy=args.cross_entropy,
-            seed=args.seed,
-        )
+        step = settings(args, tokens)
         texts["calibration"] = as_tokens("", texts["calibration"].first(-(-tokens // LENGTH)))
         runs = {"in memory": trained(teacher, start, step, texts, screen)}
         kept = {}
@@ -319,15 +324,7 @@ def variants(args: argparse.Namespace) -> None:
     with Screen() as screen:
         start = cut(args, teacher, texts, screen)
         tokens = tokens_for(args, teacher, start, texts)
-        plain = Distil(
-            tokens=tokens,
-            learning_rate=args.learning_rate[0],
-            evaluations=args.evaluations,
-            windows_per_step=args.windows_per_step,
-            warm_up=0.05,
-            cross_entropy=args.cross_entropy,
-            seed=args.seed,
-        )
+        plain = settings(args, tokens)
         runs = {name: trained(teacher, start, replace(plain, **more), texts, screen) for name, more in asked.items()}
         models = {"original": args.model, "cut": start.folder / "hf"}
         models |= {name: run.folder / "hf" for name, run in runs.items()}

@@ -10,7 +10,7 @@ from pocketlm.plan.recipe import to_yaml
 from pocketlm.planning import Fit, Planned
 from pocketlm.proof import Proof
 from pocketlm.report.content import BudgetFacts, Estimate, TrialRun
-from pocketlm.trials import Search
+from pocketlm.trials import Search, alone_of
 
 
 def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
@@ -64,7 +64,7 @@ def tried(planned: Planned) -> tuple[TrialRun, ...]:
 
 def _search_note(found: Search) -> str:
     won, names = found.winner, [trial.plan.describe() for trial in found.trials]
-    simple = next((trial for trial in found.trials if not trial.plan.prunes), None)
+    simple = alone_of(found.trials)
     text = f"Built and measured on validation text: {'; '.join(names)}. "
     if simple is None or len(names) == 1:
         text += f"Best: {won.plan.describe()}"

@@ -21,7 +21,7 @@ from pocketlm.proof import plain_file, prove, simpler_choice
 from pocketlm.report.content import Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, run_recipe, silent
-from pocketlm.trials import Limit, search
+from pocketlm.trials import Limit, alone_of, search
 
 TASK_ITEMS = 500  # of each task at most
 
@@ -77,9 +77,8 @@ def try_candidates(
 
 def _plain(job: Fit, model: LanguageModel, planned: Planned, texts: Texts, progress: Progress) -> Path:
     """Return the file of the obvious simpler choice: the best mix of formats where pruning won, else plain rounding."""
-    if planned.search and planned.plan.prunes:
-        alone = [trial for trial in planned.search.trials if not trial.plan.prunes]
-        if alone:
-            return alone[0].file
+    alone = alone_of(planned.search.trials) if planned.search and planned.plan.prunes else None
+    if alone:
+        return alone.file
     choice = simpler_choice(planned.sizes, planned.budget.bytes if job.size else planned.predicted_bytes)
     return plain_file(model, choice, texts, progress)

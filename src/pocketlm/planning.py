@@ -12,7 +12,7 @@ from pocketlm.local_search import improve
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
 from pocketlm.plan.budget import Budget, parse_quality, parse_size, parse_speed, say_time
-from pocketlm.plan.decide import Decision, Wanted, tokens_in, uniform_recipe
+from pocketlm.plan.decide import Decision, Wanted, nearly_free_fits, tokens_in, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
@@ -131,8 +131,6 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     if recipe:
         size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
-    check_time(job, model, sizes, budget, texts, progress)
-    engine = engine_damage(model, texts, progress)
     wanted = Wanted(
         budget=budget,
         costs=costs,
@@ -143,22 +141,24 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         vocabulary=bool(job.data) and costs is None,
         heal_seconds=job.heal,
         tune_seconds=job.tune,
-        most_damage=None if floor is None else -math.log(floor) - engine,
     )
+    check_time(job, model, sizes, wanted, texts, progress)
+    engine = engine_damage(model, texts, progress)
+    if floor is not None:
+        wanted = replace(wanted, most_damage=-math.log(floor) - engine)
     decision = make_plan(model, wanted, texts, job.seed, progress)
     decision = improve(model, wanted, decision, texts, job.seed, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
 
 
-def check_time(job: Fit, model: LanguageModel, sizes: Sizes, budget: Budget, texts: Texts, progress: Progress) -> None:
+def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, texts: Texts, progress: Progress) -> None:
     """Say about how long a run will take, and refuse a time that is too short for it.
 
     Raises:
         ImpossibleBudgetError: What must be done takes longer than the time allows.
     """
-    effort, known = effort_of(job.preset), damages_known(model, texts)
-    nearly_free = {group: sizes.middle(group) for group in sizes.group_names}
-    prunes = job.prune and sizes.total(sizes.original, nearly_free) > budget.bytes
+    effort, known = wanted.effort, damages_known(model, texts)
+    prunes = job.prune and not nearly_free_fits(sizes, wanted.budget, wanted.costs, sizes.original)
     one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
     expected = expected_seconds(effort, one, length, prunes, known)
     if job.time is None:

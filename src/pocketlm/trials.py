@@ -5,6 +5,7 @@ itself, on validation text; the final file is measured again on text that no tri
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,13 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
     )
 
 
-def best_of(trials: tuple[Trial, ...] | list[Trial]) -> Trial:
+def best_of(trials: Sequence[Trial]) -> Trial:
     """Return what has the lowest perplexity; what prunes nothing, unless another beats it by more than noise."""
     best = min(trials, key=lambda trial: trial.ratio.value)
-    simple = next((trial for trial in trials if not trial.plan.prunes), best)
+    simple = alone_of(trials) or best
     return best if best is simple or best.against(simple).high < 1 else simple
+
+
+def alone_of(trials: Sequence[Trial]) -> Trial | None:
+    """Return the candidate that prunes nothing, None where formats alone do not fit the budget."""
+    return next((trial for trial in trials if not trial.plan.prunes), None)

@@ -105,7 +105,7 @@ def measure_damages(
     progress: Progress,
 ) -> Damages:
     """Add to the damages of formats those of pruning, where nearly free formats do not meet the budget."""
-    if not wanted.prune or _nearly_free_fits(sizes, wanted, sizes.original):
+    if not wanted.prune or nearly_free_fits(sizes, wanted.budget, wanted.costs, sizes.original):
         return Damages((), {}, formats)
     windows = validation.first(JUDGING_WINDOWS)
     opinion = judge(model.network, windows)
@@ -123,20 +123,22 @@ def measure_damages(
     return Damages(tuple(depth), width, formats)
 
 
-def _nearly_free_fits(sizes: Sizes, wanted: Wanted, shape: Shape) -> bool:
-    formats, budget = {group: sizes.middle(group) for group in sizes.group_names}, wanted.budget
+def nearly_free_fits(sizes: Sizes, budget: Budget, costs: Costs | None, shape: Shape) -> bool:
+    """Whether a shape keeps to a budget in formats that cost nearly nothing: then nothing needs to be removed."""
+    formats = {group: sizes.middle(group) for group in sizes.group_names}
     if sizes.total(shape, formats) > budget.bytes:
         return False
-    if wanted.costs is None:
+    if costs is None:
         return True
-    memory, seconds = wanted.costs.of(sizes, shape, formats)
+    memory, seconds = costs.of(sizes, shape, formats)
     return memory <= (budget.memory or memory) and seconds * (budget.speed or 0) <= 1
 
 
 def _blocks_needed(sizes: Sizes, wanted: Wanted, most: int) -> int:
     """Return how many blocks would have to go if nothing else was done beyond nearly free formats."""
     for gone in range(1, most):
-        if _nearly_free_fits(sizes, wanted, Shape(sizes.original.blocks - gone, sizes.original.ffn)):
+        shape = Shape(sizes.original.blocks - gone, sizes.original.ffn)
+        if nearly_free_fits(sizes, wanted.budget, wanted.costs, shape):
             return gone
     return most
 
@@ -220,11 +222,11 @@ def _kinds(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted)
     Raises:
         ImpossibleBudgetError: No kind fits.
     """
+    if wanted.effort.candidates == 1:
+        return [_chosen(model, sizes, damages, wanted, None)]
     whole, kinds = sizes.original, {}
     for shape in candidate_shapes(sizes, len(damages.depth)):
         kinds.setdefault((shape.blocks != whole.blocks, shape.ffn != whole.ffn), []).append(shape)
-    if wanted.effort.candidates == 1:
-        return [_chosen(model, sizes, damages, wanted, None)]
     plans, refusal = [], None
     for shapes in kinds.values():
         try:
