@@ -8,8 +8,8 @@ demo: .venv/installed  ## the demo model into 70 MB, its report, and a first que
 	echo "Hi! What can you do for me?" | $(BIN)/pocketlm chat demo-out --seed 1
 	@echo "Read demo-out/report.html; chat with: $(BIN)/pocketlm chat demo-out"
 
-test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/installed  ## the whole test suite, a process per core, each on one thread: what it computes is tiny
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed  ## ruff, as CI runs it
 	$(BIN)/ruff check .

@@ -2,13 +2,16 @@
 
 Run it with the Python of an environment that has trl (see README.md):
 
-    python trl_gkd.py --teacher HF_FOLDER --model STUDENT_FOLDER --windows WINDOWS.safetensors --out OUT \
+    python trl_gkd.py --teacher HF_FOLDER --model STUDENT_FOLDER --windows ROWS.safetensors --out OUT \
         [--batch 4] [--steps 6] [--learning-rate 3e-4]
 
+ROWS.safetensors has `windows`, (N, length) token ids, `labels`, the same with -100 where nothing is learnt, and
+`lengths`, (N,), what of each row is no padding.
+
 AdamW (fused), bfloat16 autocast with float32 weights of the student and the teacher in bfloat16 where the CPU
-multiplies it, else float32; no gradient checkpointing: what is fastest on a CPU. OUT/results.json has tokens per second
-without the first step (by the clock, and of the processor's work), each step's seconds and loss, and the largest
-resident size of the process.
+multiplies it, else float32; no gradient checkpointing: what is fastest on a CPU. OUT/results.json has the median step's
+seconds without the first step (by the clock, and of the processor's work), each step's loss, and the largest resident
+size of the process.
 """
 
 import statistics
@@ -18,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, measured, read_windows, write_results
+from common import arguments, measured, write_results
+from safetensors.torch import load_file
 from torch import Tensor
 
 
 def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Return a batch as the trainer wants it; every token is learnt."""
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    ones = torch.ones_like(ids)
-    prompts = {"prompts": ids[:, :1], "prompt_attention_mask": ones[:, :1]}
-    return {"input_ids": ids, "attention_mask": ones, "labels": ids.clone(), **prompts}
+    """Return a batch as the trainer wants it, as wide as its longest row."""
+    longest = max(row["length"] for row in rows)
+    ids, labels = (torch.tensor([row[name] for row in rows])[:, :longest] for name in ("input_ids", "labels"))
+    mask = (torch.arange(longest) < torch.tensor([[row["length"]] for row in rows])).long()
+    prompts = {"prompts": ids[:, :1], "prompt_attention_mask": mask[:, :1]}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **prompts}
 
 
 def main() -> None:
@@ -48,7 +53,7 @@ def main() -> None:
         def on_step_end(self, *_: object, **__: object) -> None:
             ends.append((time.perf_counter(), time.process_time()))
 
-    windows = read_windows(args.windows, args.limit)
+    data = {name: values.tolist() for name, values in load_file(args.windows).items()}
     short = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     student = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16 if short else torch.float32)
@@ -74,17 +79,17 @@ def main() -> None:
         teacher_model=teacher,
         args=config,
         data_collator=collated,
-        train_dataset=Dataset.from_dict({"input_ids": windows.tolist()}),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": data["windows"], "labels": data["labels"], "length": data["lengths"]}
+        ),
         processing_class=AutoTokenizer.from_pretrained(args.model),
         callbacks=[Clock()],
     )
     _, figures = measured(lambda: trainer.train() and student)
-    tokens = args.batch * windows.shape[1]
     seconds, work = ([later[i] - earlier[i] for earlier, later in pairwise(ends)] for i in (0, 1))
-    figures["tokens_per_second"] = round(tokens / statistics.median(seconds), 1)
-    figures["tokens_per_cpu_second"] = round(tokens / statistics.median(work), 1)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    settings = {"batch": args.batch, "length": windows.shape[1], "losses": losses, "step_seconds": seconds}
+    settings = {"batch": args.batch, "losses": losses, "step_seconds": statistics.median(seconds)}
+    settings["step_cpu_seconds"] = statistics.median(work)
     write_results(args.out, "trl", figures, settings)
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pocketlm.model.compute import fast_forward
 from pocketlm.model.sweep import final_hidden
 from pocketlm.tensors.divergence import kl_divergence
 
@@ -14,29 +13,45 @@ POSITIONS_AT_ONCE = 256  # logits of so many positions are in memory together, w
 
 @dataclass(frozen=True)
 class Judge:
-    """The original's opinion on some text: what its head read, and the head.
+    """The original's opinion on some text: what its head read, the head, and what both say.
 
-    Logits of the whole text are never kept: they are made again, some positions at a time.
+    Logits of the whole text are never kept: they are made again, some positions at a time. With p the original's
+    probabilities, W its head and h what that read, KL(p ‖ softmax(W h')) = (Wᵀp)·(h - h') + log Σ exp(W h') -
+    log Σ exp(W h): while the head is the original's, one product with it is all that another h' needs. All of it is in
+    float32: the difference is small beside its parts.
     """
 
     hidden: Tensor  # (tokens, width) float32
     head: Tensor  # (vocabulary, width)
+    expected: Tensor  # (tokens, width) float32, Wᵀp
+    normalizer: Tensor  # (tokens,) float32, log Σ exp(W h)
 
     @torch.no_grad()
     def divergence(self, hidden: Tensor, head: Tensor) -> float:
         """Return the mean KL in nats per token of another final hidden state, (tokens, width), under its head."""
-        total = 0.0
-        with fast_forward(hidden.device):
-            for start in range(0, len(hidden), POSITIONS_AT_ONCE):
-                chunk = slice(start, start + POSITIONS_AT_ONCE)
-                truth = nn.functional.linear(self.hidden[chunk], self.head)
-                total += kl_divergence(truth, nn.functional.linear(hidden[chunk], head)).sum().item()
+        same, weight, truth, total = torch.equal(head, self.head), head.float(), self.head.float(), 0.0
+        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+            chunk = slice(start, start + POSITIONS_AT_ONCE)
+            logits = hidden[chunk] @ weight.T
+            if same:
+                total += (self.expected[chunk] * (self.hidden[chunk] - hidden[chunk])).sum().item()
+                total += (logits.logsumexp(-1) - self.normalizer[chunk]).sum().item()
+            else:
+                total += kl_divergence(self.hidden[chunk] @ truth.T, logits).sum().item()
         return total / len(hidden)
 
 
+@torch.no_grad()
 def judge(network: nn.Module, windows: Tensor) -> Judge:
     """Record the original's opinion on `windows`, (windows, length)."""
-    return Judge(final_hidden(network, windows).flatten(0, 1), network.lm_head.weight.detach().clone())
+    hidden, head = final_hidden(network, windows).flatten(0, 1), network.lm_head.weight.detach().clone()
+    expected, normalizer, weight = torch.empty_like(hidden), hidden.new_empty(len(hidden)), head.float()
+    for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+        chunk = slice(start, start + POSITIONS_AT_ONCE)
+        logits = hidden[chunk] @ weight.T
+        normalizer[chunk] = logits.logsumexp(-1)
+        expected[chunk] = (logits - normalizer[chunk, None]).exp() @ weight
+    return Judge(hidden, head, expected, normalizer)
 
 
 def divergence_of(network: nn.Module, windows: Tensor, opinion: Judge) -> float:
