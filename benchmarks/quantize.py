@@ -63,7 +63,6 @@ def make(args: argparse.Namespace, folder: Path, screen: Screen) -> dict[str, tu
             model=args.model,
             data=tuple(args.calibrate),
             prune=False,
-            preset="fast",
             out=folder / "unused",
             **settings,
         )

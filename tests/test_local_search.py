@@ -17,7 +17,7 @@ from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Shape, sizes_of
-from pocketlm.stages import QUANTIZING_WINDOWS, Texts, silent
+from pocketlm.stages import Texts, silent
 from pocketlm.steps.quantize import Quantize, quantize
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def test_corrected_damages_agree_with_what_was_measured():
 
 
 def thorough(budget: Budget) -> Wanted:
-    return Wanted(budget=budget, effort=PRESETS["balanced"])
+    return Wanted(budget=budget, effort=PRESETS["best"])
 
 
 def wrong_decision(model: LanguageModel, budget: Budget) -> Decision:
@@ -103,21 +103,21 @@ def test_the_best_of_the_measured_mixes_is_taken_and_expected(
     budget = Budget("60 kB", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q5_0")))
     first = wrong_decision(model, budget)
     said: list[str] = []
-    better = improve(model, thorough(budget), first, TEXTS, 0, lambda what, done, total: said.append(what))
-    again = improve(model, thorough(budget), first, TEXTS, 0, lambda *_: pytest.fail("it is in the cache"))
+    better = improve(model, thorough(budget), first, TEXTS, lambda what, done, total: said.append(what))
+    again = improve(model, thorough(budget), first, TEXTS, lambda *_: pytest.fail("it is in the cache"))
     assert again == better
     kls = better.plan.measured
-    assert len(kls) == PRESETS["balanced"].mixes
+    assert len(kls) == PRESETS["best"].mixes
     assert better.plan.damage == min(kls) < kls[0]
     assert sum(damage for *_, damage in better.plan.units.values()) == pytest.approx(min(kls))
     assert sum(what.startswith("mix ") for what in said) == len(kls)
     assert better.plan.bytes == sizes.total(sizes.original, better.plan.formats) <= budget.bytes
     assert better.recipe.steps[-1].formats == better.plan.formats
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
-    once = improve(model, Wanted(budget=budget), first, TEXTS, 0, silent).plan
+    once = improve(model, Wanted(budget=budget), first, TEXTS, silent).plan
     assert (once.formats, once.measured) == (first.plan.formats, kls[:1]), "in a hurry the first mix is only measured"
     for decision, kl in ((first, kls[0]), (better, min(kls))):
-        made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS[:QUANTIZING_WINDOWS])[0]
+        made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS)[0]
         assert divergence_of(made.network, HELD_OUT, judge(model.network, HELD_OUT)) == pytest.approx(kl, rel=0.02)
 
 
@@ -127,7 +127,7 @@ def test_plans_that_prune_stay_as_they_are(tiny_model: Tiny):
     decision = wrong_decision(model, Budget("all", 10**9))
     cut = replace(decision.plan, shape=Shape(2, 64), drop=(1,))
     pruned = replace(decision, plan=cut, rivals=(cut,))
-    assert improve(model, thorough(budget), pruned, TEXTS, 0, silent) is pruned
+    assert improve(model, thorough(budget), pruned, TEXTS, silent) is pruned
 
 
 def test_formats_alone_are_improved_where_pruning_is_expected_to_be_better(
@@ -140,7 +140,7 @@ def test_formats_alone_are_improved_where_pruning_is_expected_to_be_better(
     alone = wrong_decision(model, budget)
     cut = replace(alone.plan, shape=Shape(2, 64), drop=(1,))
     both = replace(alone, plan=cut, rivals=(alone.plan, cut))
-    found = improve(model, thorough(budget), both, TEXTS, 0, silent)
+    found = improve(model, thorough(budget), both, TEXTS, silent)
     assert (found.plan, found.recipe, found.rivals[1]) == (cut, both.recipe, cut)
-    assert found.rivals[0] == improve(model, thorough(budget), alone, TEXTS, 0, silent).plan
+    assert found.rivals[0] == improve(model, thorough(budget), alone, TEXTS, silent).plan
     assert found.rivals[0].damage == min(found.rivals[0].measured)

@@ -458,12 +458,13 @@ def test_pruning_is_measured_only_where_nearly_free_formats_do_not_fit(
     for what in ("width", "depth"):
         monkeypatch.setattr(f"pocketlm.plan.decide.{what}_damage", lambda *_, what=what: {7: what})
 
+    formats = equal_damages(sizes, ("Q8_0", "Q2_0"))
+
     def measured(budget: int, prune: bool = True) -> Damages:
         wanted = Wanted(budget=Budget("b", budget), prune=prune)
-        return measure_damages(model, sizes, wanted, {"unit": {"Q8_0": 0.1}}, text, text, silent)
+        return measure_damages(model, sizes, wanted, formats, text, text, silent)
 
     nearly_free = sizes.total(sizes.original, {group: sizes.middle(group) for group in sizes.group_names})
-    formats = {"unit": {"Q8_0": 0.1}}
     none = Damages((), {}, formats)
     assert measured(nearly_free) == none
     assert measured(nearly_free - 1) == Damages((7,), {7: "width"}, formats)
@@ -571,6 +572,9 @@ def test_the_damage_of_depth_is_that_of_dropping_the_blocks(family: str, tiny_mo
         assert damage == pytest.approx(costs[block], rel=1e-3)
         gone.append(block)
     assert len(path) == 3
+    opinion = judge(original, WINDOWS)
+    assert depth_damage(original, WINDOWS, opinion, 3, silent, enough=path[0][1]) == path[:1], "more is not asked for"
+    assert depth_damage(original, WINDOWS, opinion, 3, silent, enough=path[0][1] * 1.001) == path[:2]
 
 
 @pytest.mark.usefixtures("exact")
@@ -608,7 +612,7 @@ def stored(network: torch.nn.Module, form: str, units: list[str], sizes: Sizes) 
 def test_the_damage_of_formats_is_that_of_storing_each_unit(
     family: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
-    for name in ("UNIT_WINDOWS", "GROUP_WINDOWS"):
+    for name in ("BLOCK_WINDOWS", "GROUP_WINDOWS"):
         monkeypatch.setattr(f"pocketlm.plan.sensitivity.{name}", len(WINDOWS))
     model = tiny_model(family)
     sizes = sizes_of(model)
@@ -616,7 +620,7 @@ def test_the_damage_of_formats_is_that_of_storing_each_unit(
     damage = format_damage(model, sizes, WINDOWS, WINDOWS, silent)
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
     assert list(damage) == list(sizes.units(sizes.original))
-    factors = []
+    factors, shared = [], []
     for unit, by_format in damage.items():
         group = unit.rpartition(".")[2]
         assert list(by_format) == sizes.allowed(group)
@@ -625,7 +629,7 @@ def test_the_damage_of_formats_is_that_of_storing_each_unit(
         if unit in ("0.ffn_in", "2.attention_out", "1.query_key", "1.query_key_value", "0.value", "head"):
             other = tiny_model(family).network
             stored(other, coarse, [unit], sizes)
-            factors.append(by_format[coarse] / divergence(model.network, other))
+            (factors if unit == "head" else shared).append(by_format[coarse] / divergence(model.network, other))
     for group in ("ffn_out", "value", "head"):
         units = [unit for unit in damage if unit.rpartition(".")[2] == group]
         if units:
@@ -635,6 +639,7 @@ def test_the_damage_of_formats_is_that_of_storing_each_unit(
             factors.append(together / divergence(model.network, other))
     # One factor for everything: what all groups at once cost over the sum of each.
     assert factors == pytest.approx([factors[0]] * len(factors), rel=0.05)
+    assert shared == pytest.approx([factors[0]] * len(shared), rel=0.5), "shared out, not measured alone"
     assert 0.5 < factors[0] < 2
 
 

@@ -82,10 +82,10 @@ def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny, monkeypatch: p
     assert all(plan.bytes <= budget.bytes for plan in several.rivals)
     assert len(decided("balanced").rivals) == 3
     wanted = Wanted(budget=budget, effort=PRESETS["balanced"])
-    steps = [[step.step for step in recipe_of(plan, wanted, 99, 0, 0).steps] for plan in several.rivals[:2]]
+    steps = [[step.step for step in recipe_of(plan, wanted, 99, 0, 0, 64).steps] for plan in several.rivals[:2]]
     assert steps[0] == ["quantize", "tune"]
     assert steps[1][-2:] == ["distil", "quantize"]
-    nothing = [[step.step for step in recipe_of(plan, wanted, 0, 0, 0).steps] for plan in several.rivals[:2]]
+    nothing = [[step.step for step in recipe_of(plan, wanted, 0, 0, 0, 64).steps] for plan in several.rivals[:2]]
     assert nothing[0] == ["quantize"]
     assert nothing[1][-1] == "quantize"
     assert "distil" not in nothing[1]

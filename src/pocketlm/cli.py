@@ -147,7 +147,6 @@ def quantize(
         method=method,
         tune=parse_time(tune),
         prune=False,
-        preset="fast",
         data=tuple(data or ()),
         seed=seed,
         force=force,

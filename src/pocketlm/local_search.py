@@ -21,8 +21,7 @@ from pocketlm.model.compute import reusing_memory
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import distillation_step
-from pocketlm.plan.decide import Decision, Wanted
-from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.stages import Progress, Texts, run_recipe
@@ -33,9 +32,7 @@ SHARING_WINDOWS = 4  # of validation text, on which a mix's KL is shared out amo
 MOST_CHANGE = 4.0  # by what factor a round may correct the damages of one unit, beside what it corrects for all
 
 
-def improve(
-    model: LanguageModel, wanted: Wanted, decision: Decision, texts: Texts, seed: int, progress: Progress
-) -> Decision:
+def improve(model: LanguageModel, wanted: Wanted, decision: Decision, texts: Texts, progress: Progress) -> Decision:
     """Return a decision with the mix of formats of the lowest measured KL, and that KL as what it expects.
 
     Plans that prune stay as they are, as what pruning leaves is not known before it is done; so do those that keep to
@@ -46,7 +43,6 @@ def improve(
         wanted: What the person asked for.
         decision: What was decided from damages that were added up.
         texts: Calibration, to quantize with, and validation, to measure the KL on.
-        seed: Of the recipe.
         progress: Called as the work goes on.
     """
     alone = next((plan for plan in decision.rivals if not plan.prunes), None)
@@ -55,7 +51,7 @@ def improve(
     inputs = {"wanted": asdict(wanted), "plan": asdict(alone), "model": model.origin.sha256, **texts.sha256}
 
     def produce(folder: Path) -> dict[str, Any]:
-        tried = _try_mixes(model, wanted, alone, decision.damages, texts, seed, progress)
+        tried = _try_mixes(model, wanted, alone, decision, texts, progress)
         best = min(tried, key=lambda plan: plan.damage)
         return {"formats": best.formats, "units": best.units, "bytes": best.bytes, "kls": [p.damage for p in tried]}
 
@@ -81,18 +77,17 @@ def _try_mixes(
     model: LanguageModel,
     wanted: Wanted,
     plan: Plan,
-    measured: Damages,
+    decision: Decision,
     texts: Texts,
-    seed: int,
     progress: Progress,
 ) -> list[Plan]:
     """Return the mixes that were made, in order; `damage` is the measured KL, that of the units adds up to it."""
     # A quality was asked for in the fewest bytes: a better mix may not take more of them.
     budget = wanted.budget if wanted.most_damage is None else replace(wanted.budget, bytes=plan.bytes)
     opinion = judge(model.network, texts.validation.windows)
-    sizes, damages, tried, most = sizes_of(model), measured.formats, [], wanted.effort.mixes
+    sizes, formats, tried, most = sizes_of(model), decision.damages.formats, [], wanted.effort.mixes
     while True:
-        recipe = Recipe(steps=(Quantize(formats=plan.formats, method=wanted.method),), seed=seed)
+        recipe = recipe_of(plan, wanted, 0, 0, decision.recipe.seed, wanted.windows(len(decision.rivals)))
         mixed = run_recipe(model, recipe, texts, progress).model.network
         kl = divergence_of(mixed, texts.validation.windows, opinion)
         progress(f"mix {len(tried) + 1}: KL {kl:.4f}, {plan.damage:.4f} by parts", len(tried) + 1, most)
@@ -101,8 +96,8 @@ def _try_mixes(
         tried.append(_with_damages(plan, kl, _by_unit(shares, sizes)))
         if last:
             return tried
-        damages = corrected(damages, plan, tried[-1])
-        plan = choose(sizes, Damages((), {}, damages), budget, wanted.fixed)
+        formats = corrected(formats, plan, tried[-1])
+        plan = choose(sizes, Damages((), {}, formats), budget, wanted.fixed)
         if any(plan.formats == other.formats for other in tried):
             return tried
 

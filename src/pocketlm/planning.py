@@ -147,7 +147,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     if floor is not None:
         wanted = replace(wanted, most_damage=-math.log(floor) - engine)
     decision = make_plan(model, wanted, texts, job.seed, progress)
-    decision = improve(model, wanted, decision, texts, job.seed, progress)
+    decision = improve(model, wanted, decision, texts, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
 
 

@@ -57,9 +57,6 @@ if TYPE_CHECKING:
 
 SAMPLES = 16  # documents that the model writes itself
 STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of pruning
-# For those of quantizing. Twice as many as 32 take away 10 to 16 % of the output error on other text, four times as
-# many hardly more (SmolLM2-135M, benchmarks/calibration.py).
-QUANTIZING_WINDOWS = 64
 LEARNING_WINDOWS = 512  # of calibration text at most, to distil on
 VALIDATION_WINDOWS = 8
 TEST_WINDOWS = 12
@@ -316,7 +313,7 @@ def _quantize(
 ) -> dict[str, Any]:
     kept, before = stages
     model = _reload(original, before)
-    statistics = texts.calibration.first(QUANTIZING_WINDOWS)
+    statistics = texts.calibration.first(step.windows)
     with set_aside(original, kept.folder / "hf"):
         _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n))
     write_packed(packed, folder)

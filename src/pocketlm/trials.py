@@ -127,9 +127,10 @@ def search(
     """
     per_text = any(plan.vocabulary for plan in decision.rivals)
     heal, seed = min(wanted.effort.trial_tokens, decision.heal), decision.recipe.seed
+    few = wanted.windows(len(decision.rivals))
 
     def trial_of(plan: Plan) -> Trial:
-        return build(model, plan, recipe_of(plan, wanted, heal, 0, seed), texts, per_text, progress)
+        return build(model, plan, recipe_of(plan, wanted, heal, 0, seed, few), texts, per_text, progress)
 
     def produce(folder: Path) -> dict[str, Any]:
         made: list[Trial] = []
@@ -138,10 +139,13 @@ def search(
                 break
             made.append(trial_of(plan))
             progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))
-        won, tokens = best_of(made), decision.heal
-        if limit:
+        won = best_of(made)
+        if limit is None:
+            recipe = recipe_of(won.plan, wanted, decision.heal, decision.tune, seed, wanted.effort.windows)
+        else:
             tokens = int(max(0.0, MARGIN * (limit.left() - won.ending)) * won.pace)
-        recipe = recipe_of(won.plan, wanted, tokens, decision.tune, seed) if tokens > won.tokens else won.recipe
+            full = recipe_of(won.plan, wanted, tokens, decision.tune, seed, few)
+            recipe = full if tokens > won.tokens else won.recipe
         return {"trials": len(made), "recipe": to_dict(recipe)}
 
     rivals = [asdict(plan) for plan in decision.rivals]

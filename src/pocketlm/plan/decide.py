@@ -1,6 +1,7 @@
 """Decide a recipe for a budget: measure what hurts, choose what hurts least, and what else is worth a try."""
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 
 JUDGING_WINDOWS = 2  # of held-out text, on which damages are measured
-FORMAT_WINDOWS = 32  # of calibration text, from which the codes of every format are chosen
+FORMAT_WINDOWS = 16  # of calibration text, from which the codes of every format are chosen
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
 VOCABULARIES, VOCABULARY_MULTIPLE = (2 / 3, 1 / 3), 64  # shares of the tokens that are worth a try
 LEARNING_RATE, RATE_TOKENS, HIGHEST_RATE = 6e-5, 12_288, 3e-4  # of healing: grows with the root of its tokens
@@ -65,6 +66,10 @@ class Wanted:
     heal_seconds: float | None = None
     tune_seconds: float = 0.0
     most_damage: float | None = None
+
+    def windows(self, candidates: int) -> int:
+        """Return the windows of calibration text to quantize with, while so many candidates are tried."""
+        return self.effort.windows if candidates < 2 else self.effort.trial_windows
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,18 @@ def measure_damages(
         else {}
     )
     most = _blocks_needed(sizes, wanted, sizes.original.blocks - floor.blocks)
-    depth = depth_damage(model.network, windows, opinion, most, progress)
+    # Where nothing is tried, removing blocks must be expected to cost less than formats alone.
+    enough = _expected_alone(sizes, wanted, formats) if wanted.effort.candidates == 1 else math.inf
+    depth = depth_damage(model.network, windows, opinion, most, progress, enough)
     return Damages(tuple(depth), width, formats)
+
+
+def _expected_alone(sizes: Sizes, wanted: Wanted, formats: dict[str, dict[str, float]]) -> float:
+    """Return the damage that the best mix of formats is expected to do; infinite where none fits."""
+    try:
+        return choose(sizes, Damages((), {}, formats), wanted.budget, wanted.fixed, wanted.costs).damage
+    except ImpossibleBudgetError:
+        return math.inf
 
 
 def nearly_free_fits(sizes: Sizes, budget: Budget, costs: Costs | None, shape: Shape) -> bool:
@@ -184,10 +199,11 @@ def decide(
     if wanted.heal_seconds is not None:
         heal = tokens_in(model, calibration, wanted.heal_seconds) if wanted.heal_seconds else 0
     tune = tokens_in(model, calibration, wanted.tune_seconds) if wanted.tune_seconds else 0
-    return Decision(recipe_of(plans[0], wanted, heal, tune, seed), plans[0], damages, rivals, heal, tune)
+    recipe = recipe_of(plans[0], wanted, heal, tune, seed, wanted.windows(len(rivals)))
+    return Decision(recipe, plans[0], damages, rivals, heal, tune)
 
 
-def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int) -> Recipe:
+def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windows: int) -> Recipe:
     """Return the steps of a plan.
 
     Args:
@@ -196,6 +212,7 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int) -> Re
         heal: Tokens to learn from: after pruning all weights do, else scales and norms where the effort says so.
         tune: Tokens that scales and norms learn from in any case.
         seed: Of everything random.
+        windows: Of calibration text, for the statistics of quantizing.
     """
     steps: list = []
     if plan.vocabulary:
@@ -208,9 +225,9 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int) -> Re
         rate = min(HIGHEST_RATE, LEARNING_RATE * max(1.0, (heal / RATE_TOKENS) ** 0.5))
         rate = max(rate, NEW_TOKENS_RATE) if plan.vocabulary else rate
         steps.append(Distil(tokens=heal, learning_rate=rate, seed=seed))
-    elif wanted.effort.tunes:
+    elif wanted.effort.tunes and wanted.prune:
         tune = max(tune, heal)
-    steps.append(Quantize(formats=plan.formats, method=wanted.method))
+    steps.append(Quantize(formats=plan.formats, method=wanted.method, windows=windows))
     if tune:
         steps.append(Tune(tokens=tune, seed=seed))
     return Recipe(steps=tuple(steps), seed=seed)

@@ -22,21 +22,26 @@ class Effort:
         candidates: Plans that are built and measured; 1 takes what is expected to be best.
         trial_tokens: That each of them learns from before it is measured.
         tokens: That the winner learns from.
-        tunes: Whether a plan that prunes nothing learns too: its scales and norms, from as many tokens.
-        mixes: Of formats that are made and measured at most, before one is taken; the first is the run's own work.
+        tunes: Whether a plan that prunes nothing learns too, where pruning was allowed: its scales and norms, from as
+            many tokens.
+        mixes: Of formats that are made and measured at most, before one is taken.
+        windows: Of calibration text, for the statistics of quantizing.
+        trial_windows: The same while several candidates are tried.
     """
 
     candidates: int
     trial_tokens: int
     tokens: int
     tunes: bool = True
-    mixes: int = 2
+    mixes: int = 1
+    windows: int = 64
+    trial_windows: int = 32
 
 
 PRESETS = {
-    "fast": Effort(candidates=1, trial_tokens=0, tokens=12_288, tunes=False, mixes=1),
+    "fast": Effort(candidates=1, trial_tokens=0, tokens=12_288, tunes=False, windows=32),
     "balanced": Effort(candidates=3, trial_tokens=12_288, tokens=49_152),
-    "best": Effort(candidates=6, trial_tokens=24_576, tokens=1_048_576),
+    "best": Effort(candidates=6, trial_tokens=24_576, tokens=1_048_576, mixes=2),
 }
 
 
