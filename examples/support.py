@@ -99,7 +99,8 @@ def summary(examples: list[Example], replies: list[Reply]) -> dict:
 def teach(args: argparse.Namespace, task: Path, learning: list[Example], small: Path, larger: Path) -> None:
     """Teach both models and store them; the larger one is needed only where no other is asked."""
     with Screen() as screen:
-        alone = Distil(tokens=0, learning_rate=args.teacher_rate, evaluations=4, cross_entropy=1.0)
+        rate = args.teacher_rate
+        alone = Distil(tokens=0, windows_per_step=2, learning_rate=rate, evaluations=4, cross_entropy=1.0)
         teacher = taught(args.model, args.model, task, args.epochs, alone, screen.progress)
         listening = replace(alone, learning_rate=args.learning_rate, cross_entropy=0.5)
         student = taught(str(teacher), args.student, task, args.epochs, listening, screen.progress)

@@ -160,11 +160,12 @@ def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, tex
     effort, known = wanted.effort, damages_known(model, texts)
     prunes = job.prune and not nearly_free_fits(sizes, wanted.budget, wanted.costs, sizes.original)
     one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
-    expected = expected_seconds(effort, one, length, prunes, known)
+    expected = expected_seconds(effort, one, length, prunes, known, job.prune)
     if job.time is None:
-        progress(f"{job.preset} takes about {say_time(expected)} here", 0, 1)
+        progress(f"all of it takes about {say_time(expected)} here", 0, 1)
         return
-    least = expected_seconds(replace(effort, candidates=1, tokens=effort.trial_tokens), one, length, prunes, known)
+    hurried = replace(effort, candidates=1, tokens=effort.trial_tokens, windows=effort.trial_windows)
+    least = expected_seconds(hurried, one, length, prunes, known)
     if least > job.time:
         raise ImpossibleBudgetError(
             f"--time {say_time(job.time)} is too short: measuring, one candidate and its proof take about "

@@ -9,8 +9,10 @@ from pocketlm.model.sweep import final_hidden
 from pocketlm.model.text import Tokens
 
 # In forward passes of one window, as timed on SmolLM2-135M: every format's damage in every block, the damage of
-# pruning, of each candidate what is not learning (pruning, codes, reading it in the engine), and the proof at the end.
-FORMATS_PASSES, PRUNING_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 300, 150, 250, 120
+# pruning, choosing codes, of each candidate what is neither learning nor codes (pruning, reading it in the engine), and
+# the proof at the end.
+FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 200, 100, 150
+STATISTICS_PASSES = 3  # of each window that codes are chosen from: the original's, before the codes and behind them
 LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
 
 
@@ -65,7 +67,9 @@ def seconds_of_pass(model: LanguageModel, text: Tokens) -> float:
     return time.monotonic() - began
 
 
-def expected_seconds(effort: Effort, seconds_of_pass: float, length: int, prunes: bool, known: bool) -> float:
+def expected_seconds(
+    effort: Effort, seconds_of_pass: float, length: int, prunes: bool, known: bool, learns: bool = True
+) -> float:
     """Return about how long a whole run takes, to some tens of percent.
 
     Args:
@@ -74,12 +78,13 @@ def expected_seconds(effort: Effort, seconds_of_pass: float, length: int, prunes
         length: Tokens in a window.
         prunes: Whether something will be pruned; else there is one candidate.
         known: Whether the damages were measured by an earlier run.
+        learns: Whether a plan that prunes nothing may learn, if the effort says so.
     """
     candidates = effort.candidates if prunes else 1
-    passes = PROOF_PASSES + CANDIDATE_PASSES
+    passes = PROOF_PASSES + CODES_PASSES + STATISTICS_PASSES * effort.windows
     passes += 0 if known else FORMATS_PASSES + PRUNING_PASSES * prunes
-    learnt = effort.tokens if prunes or effort.tunes else 0
+    learnt = effort.tokens if prunes or (effort.tunes and learns) else 0
     if candidates > 1:
-        passes += candidates * CANDIDATE_PASSES
+        passes += candidates * (CANDIDATE_PASSES + CODES_PASSES + STATISTICS_PASSES * effort.trial_windows)
         learnt += candidates * effort.trial_tokens
     return seconds_of_pass * (passes + LEARNING_PASSES * learnt / length)
