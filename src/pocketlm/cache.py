@@ -20,6 +20,7 @@ import pocketlm
 from pocketlm.errors import OutOfResourcesError
 
 DONE = "done.json"
+STARTED = time.time()  # of this run
 # Rooms whose code decides what a stage computes; a change there must not reuse old results.
 ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run")
 
@@ -33,7 +34,7 @@ class Finished:
         key: The hash of all it depends on; part of the key of what builds on it.
         facts: What it said about itself.
         seconds: How long it took when it ran.
-        reused: Whether that was in an earlier run.
+        reused: Whether that was before this process.
     """
 
     folder: Path
@@ -71,7 +72,8 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
     folder, key = _place(name, inputs)
     if (folder / DONE).is_file():
         record = json.loads((folder / DONE).read_text())
-        return Finished(folder, key, record["facts"], record["seconds"], reused=True)
+        earlier = (folder / DONE).stat().st_mtime < STARTED
+        return Finished(folder, key, record["facts"], record["seconds"], reused=earlier)
     partial = cache_folder() / f".{folder.name}.{os.getpid()}.partial"
     began = time.monotonic()
     try:
