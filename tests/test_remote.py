@@ -1,21 +1,28 @@
 """A teacher behind a server: a real llama.cpp one answers, and what went wrong on the way is said."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import xllamacpp
 from tests.command_line import pocketlm
+from tests.conftest import Tiny
 from tests.tiny import tiny_folder
 
 from pocketlm.errors import BadInputError, PocketlmError
-from pocketlm.model.source import demo_file
-from pocketlm.run.remote import ask
+from pocketlm.model.examples import Example, encode_answer, encode_prompt, pack_examples
+from pocketlm.model.opinions import ids_by_text, keep_opinions, understood
+from pocketlm.model.source import demo_file, load
+from pocketlm.model.targets import open_targets
+from pocketlm.run.remote import LIKELIEST, ask
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,73 @@ def test_a_real_server_answers_and_is_asked_only_once(server: str, tmp_path: Pat
     assert ask(server, [FRANCE, SPAIN], kept) == asked[:2]
 
 
-def reply(text: str, why: str) -> bytes:
-    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": why}]}).encode()
+def reply(text: str, why: str, **more: object) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": why, **more}]}).encode()
+
+
+@pytest.mark.slow
+def test_what_a_server_says_of_its_tokens_is_what_its_model_says(server: str, tmp_path: Path):
+    """The engine's probabilities, understood by the tokenizer, beside those of the same weights in torch."""
+    model = load("demo")
+    (answer,) = ask(server, [FRANCE], tmp_path / "answers.jsonl")
+    said = understood(answer.answer, answer.opinion, model.tokenizer, ids_by_text(model.tokenizer))
+    prompt, ids = encode_prompt(model.tokenizer, FRANCE), encode_answer(model.tokenizer, answer.answer)
+    with torch.no_grad():
+        logits = model.network(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    assert len(said) == len(ids) + 1, "the end is a token too"
+    assert max(said[-1], key=said[-1].get) == model.tokenizer.eos_token_id
+    for probabilities, index, known in zip(logits.softmax(-1), ids, said[:-1], strict=True):
+        assert max(known, key=known.get) == index, "it answers greedily"
+        assert len(known) > LIKELIEST // 2
+        distance = sum(abs(probabilities[each].item() - value) for each, value in known.items())
+        assert distance < 0.15, "the engine rounds activations to 8 bits"
+
+
+def test_a_server_that_gives_no_probabilities_is_asked_for_words(tmp_path: Path):
+    bodies: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(400 if "logprobs" in bodies[-1] else 200)
+            self.end_headers()
+            self.wfile.write(reply("Yes.", "stop"))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        asked = ask(f"http://127.0.0.1:{http.server_port}/v1", ["a", "b"], tmp_path / "answers.jsonl")
+        http.shutdown()
+    assert [(answer.answer, answer.opinion) for answer in asked] == [("Yes.", None)] * 2
+    assert ["logprobs" in body for body in bodies] == [True, False, False], "it is asked for them once"
+
+
+def test_opinions_stand_in_front_of_their_tokens(tiny_model: Tiny, tmp_path: Path):
+    """Those that were understood; else, and at the end of the answer, the token itself stands there."""
+    tokenizer = tiny_model("llama").tokenizer
+    texts = ids_by_text(tokenizer)
+    examples = [Example("Say a", "No way"), Example("Say b", "Yes"), Example("Say c", "Yes")]
+    lessons = pack_examples(examples, tokenizer, 32)
+    ids = encode_answer(tokenizer, "No way")
+    by_id = {index: text for text, index in texts.items()}
+    other = next(index for index in by_id if index not in ids)
+    opinion = [[by_id[index], [[by_id[index], math.log(0.5)], [by_id[other], math.log(0.25)]]] for index in ids]
+    elsewhere = [["Y", [["Y", 0.0]]], ["unheard of", [["e", 0.0]]]]
+    targets, used = keep_opinions(lessons, examples, {"Say a": opinion, "Say b": elsewhere}, tokenizer, tmp_path / "t")
+    assert used == 1
+    assert targets == open_targets(tmp_path / "t")
+    sparse = targets.read()
+    places = lessons.counted.flatten().nonzero().flatten() - 1
+    found = sparse.at(places)
+    expected = [{index: 0.5, other: 0.25} for index in ids]
+    expected += [{index: 1.0} for index in lessons.ids.flatten()[places + 1][len(ids) :].tolist()]
+    begins = [0, *found.lengths.cumsum(0).tolist()]
+    got = [dict(zip(found.ids[a:b].tolist(), found.weights[a:b].tolist(), strict=True)) for a, b in pairwise(begins)]
+    assert got == expected
+    assert found.rest.tolist() == [0.25] * len(ids) + [0.0] * (len(places) - len(ids))
+    assert sparse.lengths.sum() == found.lengths.sum(), "nothing is kept of what is not learnt"
 
 
 def test_an_answer_that_was_cut_off_is_left_out_and_not_asked_again(tmp_path: Path):
@@ -99,6 +171,30 @@ def test_a_student_learns_a_servers_answers(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert "held-out cross-entropy fell" in made["summaries"][-1]
+
+
+@pytest.mark.slow
+def test_a_student_learns_a_servers_probabilities(tmp_path: Path):
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(json.dumps({"prompt": f"Say {n}"}) for n in range(12)))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {n}th of many short paragraphs of text, {n * n} of them." for n in range(3000)))
+    base = tiny_folder("llama", tmp_path / "base")
+    tokenizer = load(str(base)).tokenizer
+    by_id = {index: text for text, index in ids_by_text(tokenizer).items()}
+    said = [{"token": by_id[index], "logprob": -0.7} for index in encode_answer(tokenizer, "No.")]
+    spoken = [token | {"top_logprobs": [token, {"token": by_id[9], "logprob": -1.0}]} for token in said]
+    with saying(200, reply("No.", "stop", logprobs={"content": spoken})) as url:
+        done = pocketlm(
+            *("distill", base, "--student", base, "--tokens", 8192, "--task", task, "--remote", url),
+            *("--data", text, "-o", tmp_path / "out", "--json"),
+            cache=tmp_path / "cache",
+        )
+    assert done.returncode == 0, done.stderr
+    assert "held-out KL to the original fell" in json.loads(done.stdout)["summaries"][-1]
+    for path in (tmp_path / "cache").glob("opinions-*/done.json"):
+        facts = json.loads(path.read_text())["facts"]
+        assert facts["with_probabilities"] == facts["examples"] > 0
 
 
 def test_without_prompts_a_remote_teacher_is_refused(tmp_path: Path):

@@ -3,6 +3,7 @@
 teacher ─> text ─> student (cut from the teacher, or a model of its own) ─> [targets on disk] ─> distil ─> measure
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from pocketlm.model.examples import Example, pack_examples, read_examples, split
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.learning import Lessons
+from pocketlm.model.opinions import Opinion, keep_opinions
 from pocketlm.model.source import load
 from pocketlm.model.targets import fitting, open_targets, predicted_bytes, write_targets
 from pocketlm.model.training import LOSSES
@@ -33,7 +35,7 @@ from pocketlm.proof import measure_models, original_file
 from pocketlm.pruning import Prune, check_shape
 from pocketlm.report.distilled import distilled_page
 from pocketlm.report.write import file_sha256, write_manifest
-from pocketlm.run.remote import ask
+from pocketlm.run.remote import Answer, ask, read_answers
 from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.steps.distil import Distil, alike, distil
 from pocketlm.steps.prune_depth import PruneDepth
@@ -62,7 +64,7 @@ class Distillation:
     seconds: float | None = None  # of training
     targets: Kept = "live"  # who is listened to: the teacher itself, or what is kept of its opinion on disk
     task: Path | None = None  # prompts and answers to learn instead of text
-    remote: str | None = None  # a server whose answers to the task's prompts are learnt, without probabilities
+    remote: str | None = None  # a server whose answers to the prompts are learnt, and how likely it says they are
     gguf: bool = False  # whether the folder has model.gguf in F16 too
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the teacher's samples and Python's help topics where empty
@@ -117,12 +119,12 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         check_resources(teacher, job.out, trained=True)
         # What a person can have got wrong comes before what takes minutes.
         stock = None if shape else _stock(job.student, teacher)
-        examples = _examples(job, progress)
+        examples, opinions = _examples(job, progress)
         texts = gather_texts(teacher, list(job.data), job.how.seed, progress, LEARNING_WINDOWS)
-        lessons, held_out, of_text = _lessons(job, examples, teacher, texts)
+        lessons, held_out, of_text = _lessons(job, examples, opinions, teacher, texts)
         start = stock or _cut(teacher, shape, texts, progress)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
-        if job.remote:  # which says words, and no probabilities
+        if job.remote and lessons.targets is None:  # it said words, and no probabilities
             config = replace(config, cross_entropy=1.0)
         inputs = {"teacher": teacher.origin.sha256, "student": start.key, "text": of_text, "how": asdict(config)}
         facts: dict[str, Any] = {}
@@ -159,8 +161,11 @@ def _check(job: Distillation) -> None:
         job.how.check_for_targets()
     if job.remote and job.how.asks_more:
         raise BadInputError(
-            "A remote teacher says words and nothing else. Leave out --hidden-states, --relations and --on-policy"
+            "A remote teacher says words and their probabilities. "
+            "Leave out --hidden-states, --relations and --on-policy"
         )
+    if job.remote and (job.how.loss, job.how.temperature) != ("forward_kl", 1):
+        raise BadInputError("A remote teacher is learnt by forward KL at temperature 1. Leave out the other loss")
 
 
 def read_shape(student: str) -> dict[str, int]:
@@ -242,26 +247,52 @@ def _tokens(job: Distillation, teacher: LanguageModel, start: Start, texts: Text
     return stage("distill-tokens", inputs, produce).facts["tokens"]
 
 
-def _examples(job: Distillation, progress: Progress) -> list[Example]:
-    """Return the task's examples, answered by the remote teacher where there is one; none where text is learnt."""
+def _examples(job: Distillation, progress: Progress) -> tuple[list[Example], dict[str, Opinion]]:
+    """Return the task's examples, none where text is learnt.
+
+    Where there is a remote teacher they are answered by it, and what it said of its tokens is there by prompt.
+    """
     if job.task is None:
-        return []
-    return _asked(job, progress) if job.remote else read_examples(job.task)
+        return [], {}
+    if not job.remote:
+        return read_examples(job.task), {}
+    answers = _asked(job, progress)
+    opinions = {answer.prompt: answer.opinion for answer in answers if answer.opinion}
+    return [Example(answer.prompt, answer.answer) for answer in answers], opinions
 
 
 def _lessons(
-    job: Distillation, examples: list[Example], teacher: LanguageModel, texts: Texts
+    job: Distillation,
+    examples: list[Example],
+    opinions: dict[str, Opinion],
+    teacher: LanguageModel,
+    texts: Texts,
 ) -> tuple[Lessons, Tensor | Lessons, dict[str, str]]:
     """Return what is learnt, what chooses the checkpoint, and the hashes of both."""
     if job.task is None:
         return Lessons(texts.calibration.windows), texts.validation.windows, texts.sha256
     length = texts.calibration.windows.shape[1]
     examples = that_fit(examples, teacher.tokenizer, length) if job.remote else examples
-    learnt, choosing = (pack_examples(part, teacher.tokenizer, length) for part in split_examples(examples))
+    learnt, choosing = (_packed(part, opinions, teacher, length) for part in split_examples(examples))
     return learnt, choosing, {"task": file_sha256(job.task), "remote": job.remote or ""}
 
 
-def _asked(job: Distillation, progress: Progress) -> list[Example]:
+def _packed(examples: list[Example], opinions: dict[str, Opinion], teacher: LanguageModel, length: int) -> Lessons:
+    """Return examples as lessons, with a server's opinion of its answers' tokens where it gave one."""
+    lessons = pack_examples(examples, teacher.tokenizer, length)
+    if not opinions:
+        return lessons
+    text = json.dumps([[example.prompt, example.answer, opinions.get(example.prompt)] for example in examples])
+
+    def produce(folder: Path) -> dict[str, int]:
+        _, used = keep_opinions(lessons, examples, opinions, teacher.tokenizer, folder)
+        return {"examples": len(examples), "with_probabilities": used}
+
+    inputs = {"teacher": teacher.origin.sha256, "length": length, "said": hashlib.sha256(text.encode()).hexdigest()}
+    return replace(lessons, targets=open_targets(stage("opinions", inputs, produce).folder))
+
+
+def _asked(job: Distillation, progress: Progress) -> list[Answer]:
     """Return a server's answers to the task's prompts, got once."""
     prompts = [example.prompt for example in read_examples(job.task, answered=False)]
 
@@ -271,11 +302,11 @@ def _asked(job: Distillation, progress: Progress) -> list[Example]:
         asked = ask(job.remote, prompts, work / ANSWERS, progress=lambda i, n: progress("asking the teacher", i, n))
         if not asked:
             raise BadInputError(f"The server at {job.remote} had nothing to say to any prompt of {job.task}")
-        (folder / ANSWERS).write_text("\n".join(json.dumps(vars(example)) for example in asked))
+        (folder / ANSWERS).write_text("".join(json.dumps(vars(answer)) + "\n" for answer in asked))
         return {"answers": len(asked)}
 
     done = stage("answers", {"server": job.remote, "task": file_sha256(job.task)}, produce)
-    return read_examples(done.folder / ANSWERS)
+    return read_answers(done.folder / ANSWERS)
 
 
 def _from_disk(

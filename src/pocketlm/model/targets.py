@@ -127,16 +127,19 @@ def opinion(network: nn.Module, windows: Tensor, sampling: Sampling, generator: 
             lengths, ids, weights = draw(probabilities.cpu(), sampling.count, generator)
         for name, value in (("lengths", lengths), ("ids", ids), ("weights", weights)):
             columns[name].append(value.cpu())
-    joined = {name: torch.cat(values) for name, values in columns.items()}
-    ids = joined.pop("ids")
-    if len(head) > SHORT_IDS:
-        joined["high"] = (ids >> 16).to(torch.uint8)
+    return _narrow({name: torch.cat(values) for name, values in columns.items()}, sampling.kind, len(head))
+
+
+def _narrow(columns: dict[str, Tensor], kind: str, vocabulary: int) -> dict[str, Tensor]:
+    """Return the columns in as few bytes as they are stored in."""
+    ids = columns["ids"]
+    high = {"high": (ids >> 16).to(torch.uint8)} if vocabulary > SHORT_IDS else {}
     return {
-        **joined,
+        **high,
         "ids": (ids & 0xFFFF).to(torch.uint16),
-        "lengths": joined["lengths"].to(torch.uint8),
-        "weights": joined["weights"].to(torch.float16 if sampling.kind == "top" else torch.uint8),
-        "entropy": joined["entropy"].half().cpu(),
+        "lengths": columns["lengths"].to(torch.uint8),
+        "weights": columns["weights"].to(torch.float16 if kind == "top" else torch.uint8),
+        "entropy": columns["entropy"].half().cpu(),
     }
 
 
@@ -179,11 +182,38 @@ def write_targets(
             with written_whole(path) as partial:
                 save_file(kept, partial)
         progress(min(start + SHARD, len(windows)), len(windows))
+    return _indexed(folder, len(windows), windows.shape[1], sampling)
+
+
+def write_opinions(windows: list[list[dict[int, float]]], folder: Path, vocabulary: int) -> Targets:
+    """Write opinions that were given from elsewhere.
+
+    Args:
+        windows: For each position of each window the probabilities of some tokens by id, all others as one; empty where
+            nothing is learnt.
+        folder: To fill.
+        vocabulary: Tokens that there are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(windows), SHARD):
+        positions = [position for window in windows[start : start + SHARD] for position in window]
+        kept = {
+            "lengths": torch.tensor([len(position) for position in positions]),
+            "ids": torch.tensor([index for position in positions for index in position], dtype=torch.int64),
+            "weights": torch.tensor([value for position in positions for value in position.values()]),
+            "entropy": torch.zeros(len(positions)),  # a constant, which no gradient needs
+        }
+        with written_whole(_shard(folder, start)) as partial:
+            save_file(_narrow(kept, "top", vocabulary), partial)
+    return _indexed(folder, len(windows), len(windows[0]), Sampling(kind="top"))
+
+
+def _indexed(folder: Path, windows: int, length: int, sampling: Sampling) -> Targets:
     files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-    index = {"windows": len(windows), "length": windows.shape[1], "sampling": asdict(sampling), "files": files}
+    index = {"windows": windows, "length": length, "sampling": asdict(sampling), "files": files}
     with written_whole(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1))
-    return Targets(folder, tuple(range(len(windows))))
+    return Targets(folder, tuple(range(windows)))
 
 
 def open_targets(folder: Path) -> Targets:
@@ -237,5 +267,6 @@ def _read_window(folder: Path, window: int) -> Sparse:
     counts = lengths[row].to(torch.int64)
     if sampled:
         return Sparse(counts, ids, weights / index["sampling"]["count"], entropy)
-    rest = (1 - weights.view(length, -1).sum(1)).clamp_min(0)
+    rows = torch.arange(length).repeat_interleave(counts)
+    rest = (1 - torch.zeros(length).index_add_(0, rows, weights)).clamp_min(0)
     return Sparse(counts, ids, weights, entropy, rest)

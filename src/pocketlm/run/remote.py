@@ -1,18 +1,37 @@
-"""A teacher behind a server that speaks OpenAI's protocol: it answers prompts, and a student learns the answers."""
+"""A teacher behind a server that speaks OpenAI's protocol: it answers prompts, and says how likely its words were."""
 
 import json
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pocketlm.errors import BadInputError, PocketlmError
-from pocketlm.model.examples import Example
 
 KEY = "OPENAI_API_KEY"  # of the environment; sent where it is set
 TIMEOUT = 600  # seconds for one answer
 ANSWER_TOKENS = 256
+LIKELIEST = 14  # tokens whose probabilities are asked for; OpenAI gives up to 20
+REFUSED = (400, 404, 422, 501)  # what servers say that give no probabilities
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server answered.
+
+    Attributes:
+        prompt: What it was asked.
+        answer: Its words; empty where they were cut off.
+        opinion: For each token of the answer its text, and the texts of the likeliest tokens there with their
+            log-probabilities; None where the server gives none.
+    """
+
+    prompt: str
+    answer: str
+    opinion: list | None = None
 
 
 def ask(
@@ -21,7 +40,7 @@ def ask(
     kept: Path,
     model: str = "default",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Example]:
+) -> list[Answer]:
     """Return the server's greedy answers to prompts; those that an earlier run got are not asked for again.
 
     An answer that was cut off is left out: a student would learn to stop there.
@@ -37,41 +56,37 @@ def ask(
         BadInputError: Nothing answers at the address, or it refuses.
         PocketlmError: An answer cannot be understood.
     """
-    answers = {example.prompt: example for example in _kept(kept)}
+    answers, probabilities = {answer.prompt: answer for answer in read_answers(kept)}, True
     with kept.open("a", encoding="utf-8") as file:
         for done, prompt in enumerate(dict.fromkeys(prompts), 1):
             if prompt not in answers:
-                answers[prompt] = Example(prompt, _answer(url, prompt, model))
+                answers[prompt], probabilities = _answer(url, prompt, model, probabilities)
                 file.write(json.dumps(vars(answers[prompt])) + "\n")
                 file.flush()
             progress(done, len(prompts))
     return [answers[prompt] for prompt in prompts if answers[prompt].answer]
 
 
-def _kept(path: Path) -> list[Example]:
+def read_answers(path: Path) -> list[Answer]:
     """Return the answers in a file; a last line that a kill cut off is taken away."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     path.write_text("".join(whole), encoding="utf-8")
-    return [Example(**json.loads(line)) for line in whole]
+    return [Answer(**json.loads(line)) for line in whole]
 
 
-def _answer(url: str, prompt: str, model: str) -> str:
+def _answer(url: str, prompt: str, model: str, probabilities: bool) -> tuple[Answer, bool]:
+    """Return the answer to a prompt, and whether the server takes questions for probabilities."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/chat/completions",
-        json.dumps(body | {"max_tokens": ANSWER_TOKENS}).encode(),
-        headers,
-    )
+    body |= {"max_tokens": ANSWER_TOKENS}
+    more = {"logprobs": True, "top_logprobs": LIKELIEST} if probabilities else {}
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            choice = json.load(response)["choices"][0]
-            return "" if choice.get("finish_reason") == "length" else choice["message"]["content"].strip()
+        with urllib.request.urlopen(_request(url, body | more), timeout=TIMEOUT) as response:
+            return _read(prompt, json.load(response)["choices"][0]), probabilities
     except urllib.error.HTTPError as error:
+        if probabilities and error.code in REFUSED:
+            return _answer(url, prompt, model, probabilities=False)
         raise BadInputError(
             f"The server at {url} refused ({error.code} {error.reason}). Check the address, and {KEY} if it wants a key"
         ) from error
@@ -83,3 +98,22 @@ def _answer(url: str, prompt: str, model: str) -> str:
         ) from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise PocketlmError(f"The server at {url} did not answer as a chat. It must speak OpenAI's protocol") from error
+
+
+def _request(url: str, body: dict[str, Any]) -> urllib.request.Request:
+    headers = {"Content-Type": "application/json"}
+    if os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+    return urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+
+
+def _read(prompt: str, choice: dict[str, Any]) -> Answer:
+    if choice.get("finish_reason") == "length":
+        return Answer(prompt, "")
+    content = choice["message"]["content"]
+    said = (choice.get("logprobs") or {}).get("content") or []
+    opinion = [
+        [each["token"], [[other["token"], other["logprob"]] for other in each.get("top_logprobs") or [each]]]
+        for each in said
+    ]
+    return Answer(prompt, content.strip(), opinion or None)
