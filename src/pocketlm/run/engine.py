@@ -4,13 +4,15 @@ import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 from pocketlm.run import llamacpp
+
+if TYPE_CHECKING:  # importing torch takes longer than timing a small model
+    from torch import Tensor
 
 # The engine keeps the logits of one batch: 512 of them take 100 MB at 49,152 words, 540 MB at 262,144.
 _LARGEST_BATCH = 512
@@ -86,7 +88,10 @@ class Engine:
                 f"The engine cannot make a context of {context} tokens for {self.path}: "
                 f"{llamacpp.take_errors() or 'probably too little memory'}. Try a shorter context"
             )
-        threads = threads or torch.get_num_threads()
+        if threads is None:
+            import torch
+
+            threads = torch.get_num_threads()
         self._llama.llama_set_n_threads(self._context, threads, threads)
         self.context: int = context
         self._used = 0
@@ -107,7 +112,7 @@ class Engine:
             self._llama.llama_model_free(self._model)
         self._context = self._model = None
 
-    def logits(self, tokens: Sequence[int]) -> Tensor:
+    def logits(self, tokens: Sequence[int]) -> "Tensor":
         """Return the logits at every position of one window that starts from an empty context.
 
         Args:
@@ -120,17 +125,19 @@ class Engine:
             BadInputError: No tokens, more than fit, or one outside the vocabulary.
             PocketlmError: The engine fails on them.
         """
+        import torch
+
         self.forget()
-        logits = torch.empty(len(tokens), self.vocabulary_size, dtype=torch.float32)
+        logits = self._room(len(tokens))
         self._decode(tokens, logits)
-        return logits
+        return torch.from_numpy(logits)
 
     def forget(self) -> None:
         """Empty the context."""
         self._used = 0
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
-    def append(self, tokens: Sequence[int]) -> Tensor:
+    def append(self, tokens: Sequence[int]) -> "Tensor":
         """Append tokens to the context and return the logits after the last of them, as generating does.
 
         Args:
@@ -143,11 +150,23 @@ class Engine:
             BadInputError: No tokens, more than fit, or one outside the vocabulary.
             PocketlmError: The engine fails on them.
         """
-        logits = torch.empty(1, self.vocabulary_size, dtype=torch.float32)
-        self._decode(tokens, logits)
-        return logits[0]
+        import torch
 
-    def continuations(self, prompt: Sequence[int], endings: Sequence[Sequence[int]]) -> list[Tensor]:
+        return torch.from_numpy(self._append(tokens))
+
+    def follow(self, tokens: Sequence[int]) -> int:
+        """Append tokens to the context and return the likeliest next one.
+
+        Args:
+            tokens: Token ids, at least one.
+
+        Raises:
+            BadInputError: No tokens, more than fit, or one outside the vocabulary.
+            PocketlmError: The engine fails on them.
+        """
+        return int(self._append(tokens).argmax())
+
+    def continuations(self, prompt: Sequence[int], endings: Sequence[Sequence[int]]) -> list["Tensor"]:
         """Return the logits that each ending of a prompt is judged by; the prompt is read once, from an empty context.
 
         Args:
@@ -161,15 +180,17 @@ class Engine:
             BadInputError: No tokens, more than fit, or one outside the vocabulary.
             PocketlmError: The engine fails on them.
         """
+        import torch
+
         self.forget()
-        first, found = self.append(prompt), []
+        first, found = self._append(prompt), []
         for ending in endings:
-            logits = torch.empty(len(ending), self.vocabulary_size, dtype=torch.float32)
+            logits = self._room(len(ending))
             logits[0] = first
             if len(ending) > 1:
                 self._decode(ending[:-1], logits[1:])
             self._rewind(len(prompt))
-            found.append(logits)
+            found.append(torch.from_numpy(logits))
         return found
 
     def generate(self, prompt: Sequence[int], most: int, enough: Callable[[list[int]], bool]) -> list[int]:
@@ -185,13 +206,21 @@ class Engine:
             PocketlmError: The engine fails on them.
         """
         self.forget()
-        row, said = self.append(prompt), []
-        while not self.ends_generation(token := int(row.argmax())):
+        token, said = self.follow(prompt), []
+        while not self.ends_generation(token):
             said.append(token)
             if len(said) >= min(most, self.context - len(prompt)) or enough(said):
                 break
-            row = self.append([token])
+            token = self.follow([token])
         return said
+
+    def _room(self, positions: int) -> np.ndarray:
+        return np.empty((positions, self.vocabulary_size), np.float32)
+
+    def _append(self, tokens: Sequence[int]) -> np.ndarray:
+        logits = self._room(1)
+        self._decode(tokens, logits)
+        return logits[0]
 
     def _rewind(self, count: int) -> None:
         """Forget all but the first `count` tokens; llama.cpp keeps all of a sliding window's for this (`swa_full`)."""
@@ -200,7 +229,7 @@ class Engine:
             raise PocketlmError(f"The engine cannot go back in {self.path}: its memory is not one of keys and values")
         self._used = count
 
-    def _decode(self, tokens: Sequence[int], logits: Tensor) -> None:
+    def _decode(self, tokens: Sequence[int], logits: np.ndarray) -> None:
         """Append `tokens` and fill `logits`, (wanted, vocabulary), with those of the last ones."""
         count, wanted = len(tokens), len(logits)
         # The engine ends the process on what is refused here.
@@ -221,7 +250,7 @@ class Engine:
             first, last = (max(0, wanted - count + at) for at in (start, stop))
             self._decode_batch(tokens[start:stop], logits[first:last])
 
-    def _decode_batch(self, tokens: Sequence[int], logits: Tensor) -> None:
+    def _decode_batch(self, tokens: Sequence[int], logits: np.ndarray) -> None:
         count, wanted = len(tokens), len(logits)
         batch = llamacpp.Batch(
             n_tokens=count,
@@ -236,7 +265,7 @@ class Engine:
             )
         if wanted:
             source = self._llama.llama_get_logits(self._context)
-            ctypes.memmove(logits.data_ptr(), source, logits.numel() * logits.element_size())
+            ctypes.memmove(logits.ctypes.data, source, logits.nbytes)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Split `text` into token ids with the tokenizer inside the file, adding no start or end token.

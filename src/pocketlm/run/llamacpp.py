@@ -29,11 +29,14 @@ from ctypes import (
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pocketlm.errors import BadInputError, PocketlmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOG_ERROR = 4
 _DOCUMENTED_CONTEXT_DEFAULTS = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
@@ -219,7 +222,7 @@ def _formats() -> dict[str, tuple[int, int]]:
     return formats
 
 
-def decode_row(type_name: str, data: bytes, count: int) -> Tensor:
+def decode_row(type_name: str, data: bytes, count: int) -> "Tensor":
     """Decode `count` weights with the engine's own reference decoder (`dequantize_row_*` of ggml).
 
     Args:
@@ -243,8 +246,10 @@ def decode_row(type_name: str, data: bytes, count: int) -> Tensor:
             f"{len(data)} bytes do not hold {count} weights in {type_name}: "
             f"each {block} weights take {block_bytes} bytes"
         )
-    weights = torch.empty(count, dtype=torch.float32)
+    import torch
+
+    weights = np.empty(count, np.float32)
     decode = getattr(library(), symbol)
     decode.restype, decode.argtypes = None, (c_char_p, c_void_p, c_int64)
-    decode(data, weights.data_ptr(), count)
-    return weights
+    decode(data, weights.ctypes.data, count)
+    return torch.from_numpy(weights)

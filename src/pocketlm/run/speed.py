@@ -93,11 +93,11 @@ def _time_once(engine: Engine, tokens: list[int], generate: int) -> tuple[float,
     """Return seconds of prefill and of decode, then joules of both."""
     engine.forget()
     energies, times = [_package_joules()], [time.perf_counter()]
-    token = int(engine.append(tokens).argmax())
+    token = engine.follow(tokens)
     times.append(time.perf_counter())
     energies.append(_package_joules())
     for _ in range(generate):
-        token = int(engine.append([token]).argmax())
+        token = engine.follow([token])
     times.append(time.perf_counter())
     energies.append(_package_joules())
     return (
