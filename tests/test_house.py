@@ -21,7 +21,7 @@ ROWS = (
     ("plan", "report", "cache"),
     ("stages", "preflight"),
     ("scoring", "harness"),
-    ("local_search", "proof"),
+    ("local_search", "proof", "accuracy"),
     ("artefact", "trials"),
     ("planning",),
     ("account",),

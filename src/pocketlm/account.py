@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from pocketlm.artefact import Run, sensitivity_of
-from pocketlm.plan.budget import parse_quality, say_bytes
+from pocketlm.plan.budget import parse_accuracy, parse_quality, say_bytes
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.planning import Fit, Planned
@@ -32,6 +32,13 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
         notes.append(
             f"Quality asked for, as exp(-KL): at least {parse_quality(job.quality):g}; expected {expected:.3f}, "
             f"measured {math.exp(-reached.value):.3f} ({math.exp(-reached.high):.3f} to {math.exp(-reached.low):.3f})"
+        )
+    if job.accuracy:
+        (result,) = proof.tasks
+        found = getattr(result.scores["model"], result.measure)
+        notes.append(
+            f"Accuracy asked for on {result.task}: at least {parse_accuracy(job.accuracy):g}; the file has "
+            f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
         )
     if planned.search:
         notes.append(_search_note(planned.search))

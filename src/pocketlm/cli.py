@@ -39,6 +39,9 @@ def fit(
         str | None,
         typer.Option(help="Floor of exp(-KL) to the original, such as 0.95: the smallest file that keeps it."),
     ] = None,
+    accuracy: Annotated[
+        str | None, typer.Option(help="Floor of accuracy on the --task, such as 0.9: the smallest file that keeps it.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     recipe: Annotated[Path | None, typer.Option(help="Run this recipe instead of deciding one.")] = None,
     data: Data = None,
@@ -72,9 +75,10 @@ def fit(
 
     if sweep and (size or recipe or dry_run):
         raise BadInputError("--sweep has its own sizes and plans: leave out --size, --recipe and --dry-run")
-    if not (size or ram or speed or quality or recipe or sweep):
+    if not (size or ram or speed or quality or accuracy or recipe or sweep):
         raise BadInputError(
-            "Give a budget with --size (such as 70MB), --ram, --speed or --quality, or a recipe with --recipe"
+            "Give a budget with --size (such as 70MB), --ram, --speed, --quality or --accuracy, "
+            "or a recipe with --recipe"
         )
     job = api.Fit(
         model=model,
@@ -83,6 +87,7 @@ def fit(
         context=context,
         speed=speed,
         quality=quality,
+        accuracy=accuracy,
         recipe=recipe,
         out=out,
         data=tuple(data or ()),

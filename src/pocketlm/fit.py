@@ -13,7 +13,7 @@ from pocketlm.account import run_facts
 from pocketlm.artefact import make_report, new_folder
 from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.task_files import read_task
+from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.planning import Fit, Planned, load_for, prepare
@@ -22,8 +22,6 @@ from pocketlm.report.content import Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
 from pocketlm.stages import Progress, Texts, run_recipe, silent
 from pocketlm.trials import Limit, alone_of, search
-
-TASK_ITEMS = 500  # of each task at most
 
 
 def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], None] = lambda planned: None) -> Report:

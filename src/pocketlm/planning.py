@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from pocketlm.accuracy import quality_for
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.local_search import improve
+from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
-from pocketlm.plan.budget import Budget, parse_quality, parse_size, parse_speed, say_time
+from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
 from pocketlm.plan.decide import Decision, Wanted, nearly_free_fits, tokens_in, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
 from pocketlm.plan.footprint import Footprint
@@ -38,6 +40,7 @@ class Fit:
     context: int = 2048  # tokens that `ram` is for
     speed: str | None = None  # of generating on this machine, such as 30tok/s
     quality: str | None = None  # floor of exp(-KL) to the original, such as 0.95: the fewest bytes that keep it
+    accuracy: str | None = None  # floor on the one task, such as 0.9: the fewest bytes that keep it
     recipe: Path | None = None
     out: Path = Path("pocketlm-out")
     tasks: tuple[Path, ...] = ()  # on which the file is scored beside the original, for the report
@@ -112,6 +115,8 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     sizes = sizes_of(model)
     if job.time and (effort_of(job.preset).candidates == 1 or job.recipe or job.heal is not None):
         raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
+    if job.accuracy and len(job.tasks) != 1:
+        raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     if job.format:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
@@ -144,6 +149,9 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     )
     check_time(job, model, sizes, wanted, texts, progress)
     engine = engine_damage(model, texts, progress)
+    if job.accuracy:
+        task, least = read_task(job.tasks[0], TASK_ITEMS), parse_accuracy(job.accuracy)
+        floor = max(floor or 0.0, quality_for(model, wanted, engine, texts, task, least, progress))
     if floor is not None:
         wanted = replace(wanted, most_damage=-math.log(floor) - engine)
     decision = make_plan(model, wanted, texts, job.seed, progress)
@@ -187,13 +195,14 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
         return bits_budget(sizes, job.bits)
     whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
     size = parse_size(job.size, whole) if job.size else None
-    if not (job.ram or job.speed or job.quality):
+    if not (job.ram or job.speed or job.quality or job.accuracy):
         return size
     memory = parse_size(job.ram, whole) if job.ram else None
     texts = [size.text] if size else []
     texts += [f"{memory.text} of memory at {job.context:,} tokens of context"] if memory else []
     texts += [f"{parse_speed(job.speed):g} tokens/s"] if job.speed else []
     texts += [f"quality {parse_quality(job.quality):g}"] if job.quality else []
+    texts += [f"accuracy {parse_accuracy(job.accuracy):g} on {job.tasks[0].stem}"] if job.accuracy else []
     return Budget(
         text=", ".join(texts),
         bytes=size.bytes if size else budget_range(sizes)[1],

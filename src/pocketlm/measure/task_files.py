@@ -10,6 +10,7 @@ from pocketlm.errors import BadInputError
 
 Kind = Literal["choices", "labels", "written"]
 FIELDS = "prompt with choices and answer, with label, or with answer alone"
+TASK_ITEMS = 500  # of each task at most, where a run scores its file
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,23 @@ def parse_quality(text: str) -> float:
     Raises:
         BadInputError: The text is no share.
     """
+    return _share(text, "quality", "exp(-KL)")
+
+
+def parse_accuracy(text: str) -> float:
+    """Read a floor of accuracy such as `0.9` or `90%`: the share of a task's items that are right.
+
+    Raises:
+        BadInputError: The text is no share.
+    """
+    return _share(text, "accuracy", "the share of a task's items that are right")
+
+
+def _share(text: str, what: str, means: str) -> float:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
     share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
     if not 0 < share < 1:
-        raise BadInputError(f"Cannot read the quality `{text}`. Write it like 0.95: exp(-KL), between 0 and 1")
+        raise BadInputError(f"Cannot read the {what} `{text}`. Write it like 0.95: {means}, between 0 and 1")
     return share
 
 

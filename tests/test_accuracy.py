@@ -1,0 +1,76 @@
+"""A floor of accuracy becomes the lowest floor of quality that keeps it, measured on real files."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.command_line import pocketlm
+from tests.conftest import Tiny
+
+from pocketlm import accuracy
+from pocketlm.accuracy import QUALITIES, quality_for
+from pocketlm.errors import ImpossibleBudgetError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.task_files import Item, Task
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.text import as_tokens
+from pocketlm.plan.budget import Budget, parse_accuracy
+from pocketlm.plan.decide import Wanted
+from pocketlm.scoring import outcomes
+from pocketlm.stages import Texts, silent
+
+GENERATOR = torch.Generator().manual_seed(0)
+WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=GENERATOR) for rows in (8, 4))
+TEXTS = Texts(as_tokens("a", WINDOWS), as_tokens("b", HELD_OUT), as_tokens("c", HELD_OUT), {"calibration": []})
+
+
+def of_its_own(model: LanguageModel, path: Path, count: int) -> Task:
+    """Questions whose right answers are what the model itself finds likelier."""
+    write_gguf(model, {}, path)
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def word() -> str:
+        return "".join(draw.choices(letters, k=3))
+
+    items = tuple(Item(f"{word()} {word()}", (f" {word()}", f" {word()}"), 0) for _ in range(count))
+    (found,) = outcomes(path, model, [Task("own", "choices", items)], silent)
+    answered = (replace(item, answer=0 if one.right else 1) for item, one in zip(items, found, strict=True))
+    return Task("own", "choices", tuple(answered))
+
+
+@pytest.mark.slow
+def test_the_lowest_quality_that_reaches_an_accuracy_is_taken(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    model = tiny_model("llama")
+    task = of_its_own(model, tmp_path / "own.gguf", 60)
+    wanted = Wanted(budget=Budget("any", 10**9))
+    measured: dict[int, float] = {}
+
+    def noted(model, recipe, *rest):
+        measured[len(measured)] = real(model, recipe, *rest)
+        return measured[len(measured) - 1]
+
+    real = accuracy._accuracy
+    monkeypatch.setattr(accuracy, "_accuracy", noted)
+    anything = quality_for(model, wanted, 0.0, TEXTS, task, 0.01, silent)
+    assert anything == QUALITIES[-1]
+    least = max(measured.values())
+    found = quality_for(model, wanted, 0.0, TEXTS, task, least, silent)
+    assert found in QUALITIES
+    recipe = accuracy._recipe(model, replace(wanted, prune=False), 0.0, TEXTS, found, silent)
+    assert real(model, recipe, TEXTS, task, silent) >= least
+    assert len(measured) <= 8, "by bisection"
+    with pytest.raises(ImpossibleBudgetError, match=r"An accuracy of 1\.1 on own cannot be met"):
+        quality_for(model, wanted, 0.0, TEXTS, task, 1.1, silent)
+
+
+def test_what_is_no_accuracy_or_has_no_task_is_refused(tmp_path: Path):
+    assert parse_accuracy("90%") == 0.9
+    done = pocketlm("fit", "demo", "--accuracy", "0.9", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert done.returncode == 2
+    assert "give it with --task FILE" in done.stderr
