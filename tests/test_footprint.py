@@ -17,8 +17,9 @@ from pocketlm.plan.decide import Wanted, decide
 from pocketlm.plan.footprint import Costs, write_hollow
 from pocketlm.plan.search import Damages, Plan, check_running, choose
 from pocketlm.plan.sizes import Shape, budget_range, sizes_of
+from pocketlm.plan_stages import costs_here
 from pocketlm.run.engine import Engine
-from pocketlm.stages import costs_here, silent
+from pocketlm.stages import silent
 from pocketlm.tensors.formats import FORMATS
 
 
@@ -90,7 +91,7 @@ def test_a_floor_of_quality_takes_the_fewest_bytes_that_keep_it(tiny_model: Tiny
 
     def decided(floor: float | None, size: int = most) -> Plan:
         wanted = Wanted(budget=Budget("b", size), prune=False, most_damage=floor)
-        return decide(model, wanted, formats, (text, text), [], 0, silent).plan
+        return decide(model, wanted, Damages((), {}, formats), (text, text), [], 0, silent).plan
 
     for floor in (0.006, 0.02, 0.1):
         plan = decided(floor)

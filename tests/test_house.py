@@ -20,7 +20,7 @@ ROWS = (
     ("steps", "measure", "export", "run"),
     ("plan", "report", "cache"),
     ("stages", "preflight"),
-    ("scoring", "harness"),
+    ("scoring", "harness", "plan_stages"),
     ("local_search", "proof", "accuracy"),
     ("artefact", "trials"),
     ("planning",),

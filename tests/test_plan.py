@@ -22,11 +22,14 @@ from pocketlm.model.sweep import sweep
 from pocketlm.model.text import Tokens
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
-from pocketlm.plan.decide import Wanted, measure_damages
+from pocketlm.plan.decide import Wanted
+from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe, from_dict, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Damages, candidate_shapes, check_budget, choose, shape_damage
 from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
 from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_bytes, sizes_of, smallest_shape
+from pocketlm.plan_stages import measure_damages
+from pocketlm.stages import Texts
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
@@ -450,25 +453,34 @@ def test_nothing_is_pruned_that_was_not_measured(sizes: Sizes):
         choose(sizes, Damages((), {}, formats), tight)
 
 
-def test_pruning_is_measured_only_where_nearly_free_formats_do_not_fit(
-    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+def test_pruning_is_measured_once_and_only_where_nearly_free_formats_do_not_fit(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model = tiny_model("llama")
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    model = tiny_model("llama", num_hidden_layers=6)
     sizes, text = sizes_of(model), Tokens("text", WINDOWS, "")
-    for what in ("width", "depth"):
-        monkeypatch.setattr(f"pocketlm.plan.decide.{what}_damage", lambda *_, what=what: {7: what})
+    texts, said = Texts(text, text, text, {}), []
 
-    formats = equal_damages(sizes, ("Q8_0", "Q2_0"))
-
-    def measured(budget: int, prune: bool = True) -> Damages:
-        wanted = Wanted(budget=Budget("b", budget), prune=prune)
-        return measure_damages(model, sizes, wanted, formats, text, text, silent)
+    def measured(budget: int, preset: str = "balanced", prune: bool = True) -> Damages:
+        said.clear()
+        wanted = Wanted(budget=Budget("b", budget), prune=prune, effort=PRESETS[preset])
+        return measure_damages(model, wanted, texts, lambda what, *_: said.append(what))
 
     nearly_free = sizes.total(sizes.original, {group: sizes.middle(group) for group in sizes.group_names})
-    none = Damages((), {}, formats)
-    assert measured(nearly_free) == none
-    assert measured(nearly_free - 1) == Damages((7,), {7: "width"}, formats)
+    none = measured(nearly_free)
+    assert (none.depth, none.width) == ((), {})
     assert measured(nearly_free - 1, prune=False) == none
+    assert not said, "formats are measured once"
+    small = measured(nearly_free * 2 // 3)
+    assert len(small.depth) > 1
+    assert small.width
+    assert any("dropping" in what for what in said)
+    larger = measured(nearly_free - 1)
+    assert larger == small, "the longer path begins with the shorter one"
+    assert not said
+    hurried = measured(nearly_free - 1, "fast")
+    assert hurried.depth == small.depth[:1]
+    assert not any("FFN" in what for what in said)
 
 
 def test_fixed_formats_are_kept_whatever_they_cost(sizes: Sizes):

@@ -18,7 +18,7 @@ from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, recipe_of
 from pocketlm.plan.effort import PRESETS, expected_seconds
 from pocketlm.plan.recipe import Recipe
-from pocketlm.plan.search import Plan
+from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
 from pocketlm.plan.sizes import Shape, sizes_of
 from pocketlm.planning import Fit, load_for, prepare
@@ -58,19 +58,18 @@ def test_more_effort_takes_longer_and_known_damages_less():
     )
 
 
-def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):
     model = tiny_model("llama")
     sizes, text = sizes_of(model), Tokens("text", torch.zeros(8, 32, dtype=torch.long), "")
     names = ("Q2_0", "Q4_0", "Q8_0")
     by_format = {name: 2.0 ** -FORMATS[name].bits for name in names}
     formats = dict.fromkeys(sizes.units(sizes.original), by_format)
-    monkeypatch.setattr("pocketlm.plan.decide.width_damage", lambda *_: {32: 9.0, 64: 0.3, 96: 0.01})
-    monkeypatch.setattr("pocketlm.plan.decide.depth_damage", lambda *_: [(1, 0.02)])
+    damages = Damages(((1, 0.02),), {32: 9.0, 64: 0.3, 96: 0.01}, formats)
     budget = Budget("b", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q4_0")) * 9 // 10)
 
     def decided(preset: str) -> Decision:
         wanted = Wanted(budget=budget, effort=PRESETS[preset], heal_seconds=None)
-        return decide(model, wanted, formats, (text, text), [], 0, silent)
+        return decide(model, wanted, damages, (text, text), [], 0, silent)
 
     one, several = decided("fast"), decided("best")
     assert one.rivals == (one.plan,)

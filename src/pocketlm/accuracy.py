@@ -14,8 +14,9 @@ from pocketlm.measure.task_files import Task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.plan.decide import Wanted
 from pocketlm.plan.recipe import Recipe, to_dict
+from pocketlm.plan_stages import make_plan
 from pocketlm.scoring import score_tasks
-from pocketlm.stages import Progress, Texts, make_plan, run_recipe
+from pocketlm.stages import Progress, Texts, run_recipe
 
 QUALITIES = (0.99, 0.97, 0.93, 0.85, 0.7, 0.5)  # exp(-KL), one of which is taken
 

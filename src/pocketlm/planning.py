@@ -14,15 +14,16 @@ from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
-from pocketlm.plan.decide import Decision, Wanted, nearly_free_fits, tokens_in, uniform_recipe
+from pocketlm.plan.decide import Decision, Wanted, may_prune, tokens_in, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
+from pocketlm.plan_stages import costs_here, damages_known, make_plan
 from pocketlm.preflight import check_resources
 from pocketlm.proof import engine_damage
-from pocketlm.stages import Progress, Texts, costs_here, damages_known, gather_texts, make_plan
+from pocketlm.stages import Progress, Texts, gather_texts
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 from pocketlm.trials import Search
@@ -166,7 +167,7 @@ def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, tex
         ImpossibleBudgetError: What must be done takes longer than the time allows.
     """
     effort, known = wanted.effort, damages_known(model, texts)
-    prunes = job.prune and not nearly_free_fits(sizes, wanted.budget, wanted.costs, sizes.original)
+    prunes = may_prune(sizes, wanted)
     one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
     expected = expected_seconds(effort, one, length, prunes, known, job.prune)
     if job.time is None:

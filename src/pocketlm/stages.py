@@ -1,6 +1,6 @@
 """The stages of a run: each finished one is kept, each starts from what the one before left on disk.
 
-    text ─> plan ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil] ─> quantize
+    text ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil] ─> quantize
 
 A stage loads what it needs from the stage before it, in a fresh run as in a resumed one, so that both end in the
 same bytes.
@@ -15,12 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pocketlm.cache import Finished, is_finished, stage, unfinished
-from pocketlm.measure.device import machine
+from pocketlm.cache import Finished, stage, unfinished
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.respelling import Respeller, Spelling
@@ -38,10 +36,7 @@ from pocketlm.model.text import (
 )
 from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
-from pocketlm.plan.decide import Decision, Wanted, decide, from_facts, measure_formats
-from pocketlm.plan.footprint import Costs, measure_costs
-from pocketlm.plan.recipe import Recipe, step_settings, to_yaml
-from pocketlm.plan.sizes import Sizes
+from pocketlm.plan.recipe import Recipe, step_settings
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prepare import Prepare, prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
@@ -144,36 +139,6 @@ def _windows(
 ) -> dict[str, Tensor]:
     limits = {"calibration": learning, "validation": VALIDATION_WINDOWS, "test": TEST_WINDOWS}
     return {part: pack_windows(documents[part], tokenizer, limit, length) for part, limit in limits.items()}
-
-
-def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
-    """Return what each format costs in the engine on this machine; measured once per model and context."""
-    here = machine()
-    inputs = {"model": model.origin.sha256, "cpu": here.cpu, "engine": here.engine, "context": context}
-    inputs |= {"threads": torch.get_num_threads()}
-    done = stage("costs", inputs, lambda folder: asdict(measure_costs(model, sizes, context, progress)))
-    return Costs(**done.facts)
-
-
-def damages_known(model: LanguageModel, texts: Texts) -> bool:
-    """Whether an earlier run measured what each format costs."""
-    return is_finished("damage", {"model": model.origin.sha256, **texts.sha256})
-
-
-def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
-    """Return the recipe for a budget; the same question is answered from the cache."""
-    of_text = {"model": model.origin.sha256, **texts.sha256}
-    both = texts.calibration, texts.validation
-    measured = stage("damage", of_text, lambda folder: {"formats": measure_formats(model, *both, progress)})
-
-    def produce(folder: Path) -> dict:
-        documents = texts.documents["calibration"]
-        decision = decide(model, wanted, measured.facts["formats"], both, documents, seed, progress)
-        (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
-        return asdict(decision)
-
-    inputs = {"wanted": asdict(wanted), "seed": seed, **of_text}
-    return from_facts(stage("plan", inputs, produce).facts)
 
 
 @dataclass(frozen=True)

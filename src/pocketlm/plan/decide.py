@@ -100,42 +100,52 @@ def measure_formats(
     return format_damage(model, sizes_of(model), calibration.first(FORMAT_WINDOWS), validation.windows, progress)
 
 
-def measure_damages(
-    model: LanguageModel,
-    sizes: Sizes,
-    wanted: Wanted,
-    formats: dict[str, dict[str, float]],
-    calibration: Tokens,
-    validation: Tokens,
-    progress: Progress,
-) -> Damages:
-    """Add to the damages of formats those of pruning, where nearly free formats do not meet the budget."""
-    if not wanted.prune or nearly_free_fits(sizes, wanted.budget, wanted.costs, sizes.original):
-        return Damages((), {}, formats)
-    windows = validation.first(JUDGING_WINDOWS)
+def measure_widths(
+    model: LanguageModel, calibration: Tokens, validation: Tokens, progress: Progress
+) -> dict[int, float]:
+    """Return the damage of some narrower FFNs; it does not depend on the budget."""
+    sizes, windows = sizes_of(model), validation.first(JUDGING_WINDOWS)
+    floor, whole = smallest_shape(sizes).ffn, sizes.original.ffn
+    widths = {int(whole * share) // MULTIPLE * MULTIPLE for share in (7 / 8, 3 / 4, 1 / 2)} | {floor}
+    widths = sorted(width for width in widths if floor <= width < whole)
+    if not widths:
+        return {}
     opinion = judge(model.network, windows)
-    floor = smallest_shape(sizes)
-    fractions = (7 / 8, 3 / 4, 1 / 2)
-    widths = {int(sizes.original.ffn * share) // MULTIPLE * MULTIPLE for share in fractions} | {floor.ffn}
-    widths = sorted(width for width in widths if floor.ffn <= width < sizes.original.ffn)
-    width = (
-        width_damage(model.network, calibration.first(WIDTH_WINDOWS), windows, opinion, widths, progress)
-        if widths
-        else {}
-    )
-    most = _blocks_needed(sizes, wanted, sizes.original.blocks - floor.blocks)
-    # Where nothing is tried, removing blocks must be expected to cost less than formats alone.
-    enough = _expected_alone(sizes, wanted, formats) if wanted.effort.candidates == 1 else math.inf
-    depth = depth_damage(model.network, windows, opinion, most, progress, enough)
-    return Damages(tuple(depth), width, formats)
+    return width_damage(model.network, calibration.first(WIDTH_WINDOWS), windows, opinion, widths, progress)
 
 
-def _expected_alone(sizes: Sizes, wanted: Wanted, formats: dict[str, dict[str, float]]) -> float:
-    """Return the damage that the best mix of formats is expected to do; infinite where none fits."""
+def measure_depth(
+    model: LanguageModel, validation: Tokens, most: int, enough: float, progress: Progress
+) -> list[tuple[int, float]]:
+    """Return the damage of dropping blocks: `most` at most, up to a damage of `enough`."""
+    windows = validation.first(JUDGING_WINDOWS)
+    return depth_damage(model.network, windows, judge(model.network, windows), most, progress, enough)
+
+
+def may_prune(sizes: Sizes, wanted: Wanted) -> bool:
+    """Whether something may be removed, and nearly free formats alone do not meet the budget."""
+    return wanted.prune and not nearly_free_fits(sizes, wanted.budget, wanted.costs, sizes.original)
+
+
+def depth_wanted(sizes: Sizes, wanted: Wanted, formats: dict[str, dict[str, float]]) -> tuple[int, float]:
+    """Return how many blocks are worth a try, and the damage at which no more are.
+
+    As many as would have to go if nothing else was done beyond nearly free formats. Where only one plan is built,
+    removing blocks must be expected to cost less than the best mix of formats alone.
+    """
+    most = sizes.original.blocks - smallest_shape(sizes).blocks
+    for gone in range(1, most):
+        shape = Shape(sizes.original.blocks - gone, sizes.original.ffn)
+        if nearly_free_fits(sizes, wanted.budget, wanted.costs, shape):
+            most = gone
+            break
+    if wanted.effort.candidates > 1:
+        return most, math.inf
     try:
-        return choose(sizes, Damages((), {}, formats), wanted.budget, wanted.fixed, wanted.costs).damage
+        alone = choose(sizes, Damages((), {}, formats), wanted.budget, wanted.fixed, wanted.costs)
     except ImpossibleBudgetError:
-        return math.inf
+        return most, math.inf
+    return most, alone.damage
 
 
 def nearly_free_fits(sizes: Sizes, budget: Budget, costs: Costs | None, shape: Shape) -> bool:
@@ -149,19 +159,10 @@ def nearly_free_fits(sizes: Sizes, budget: Budget, costs: Costs | None, shape: S
     return memory <= (budget.memory or memory) and seconds * (budget.speed or 0) <= 1
 
 
-def _blocks_needed(sizes: Sizes, wanted: Wanted, most: int) -> int:
-    """Return how many blocks would have to go if nothing else was done beyond nearly free formats."""
-    for gone in range(1, most):
-        shape = Shape(sizes.original.blocks - gone, sizes.original.ffn)
-        if nearly_free_fits(sizes, wanted.budget, wanted.costs, shape):
-            return gone
-    return most
-
-
 def decide(
     model: LanguageModel,
     wanted: Wanted,
-    formats: dict[str, dict[str, float]],
+    damages: Damages,
     texts: tuple[Tokens, Tokens],
     documents: Sequence[str],
     seed: int,
@@ -172,7 +173,7 @@ def decide(
     Args:
         model: The original; unchanged afterwards.
         wanted: What the person asks for.
-        formats: From `measure_formats`.
+        damages: What each thing that a plan may do costs.
         texts: Calibration, to take statistics on, and validation, that damages are measured on.
         documents: Calibration as text, to choose tokens by.
         seed: Of everything random in the recipe.
@@ -183,7 +184,6 @@ def decide(
     """
     sizes = sizes_of(model)
     calibration, validation = texts
-    damages = measure_damages(model, sizes, wanted, formats, calibration, validation, progress)
     if wanted.most_damage is not None:
         fewest = _fewest_bytes(sizes, damages, wanted, wanted.most_damage)
         wanted = replace(wanted, budget=replace(wanted.budget, bytes=fewest))

@@ -1,0 +1,78 @@
+"""The stages in front of a recipe: what formats, widths and blocks cost, each measured once, and the plan from them."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pocketlm.cache import is_finished, stage
+from pocketlm.measure.device import machine
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.plan.decide import (
+    Decision,
+    Wanted,
+    decide,
+    depth_wanted,
+    from_facts,
+    may_prune,
+    measure_depth,
+    measure_formats,
+    measure_widths,
+)
+from pocketlm.plan.footprint import Costs, measure_costs
+from pocketlm.plan.recipe import to_yaml
+from pocketlm.plan.search import Damages
+from pocketlm.plan.sizes import Sizes, sizes_of
+from pocketlm.stages import Progress, Texts
+
+
+def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
+    """Return what each format costs in the engine on this machine; measured once per model and context."""
+    here = machine()
+    inputs = {"model": model.origin.sha256, "cpu": here.cpu, "engine": here.engine, "context": context}
+    inputs |= {"threads": torch.get_num_threads()}
+    done = stage("costs", inputs, lambda folder: asdict(measure_costs(model, sizes, context, progress)))
+    return Costs(**done.facts)
+
+
+def damages_known(model: LanguageModel, texts: Texts) -> bool:
+    """Whether an earlier run measured what each format costs."""
+    return is_finished("damage", {"model": model.origin.sha256, **texts.sha256})
+
+
+def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
+    """Return the recipe for a budget; the same question is answered from the cache."""
+    damages = measure_damages(model, wanted, texts, progress)
+    both, documents = (texts.calibration, texts.validation), texts.documents["calibration"]
+
+    def produce(folder: Path) -> dict:
+        decision = decide(model, wanted, damages, both, documents, seed, progress)
+        (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
+        return asdict(decision)
+
+    inputs = {"wanted": asdict(wanted), "seed": seed, "model": model.origin.sha256, **texts.sha256}
+    return from_facts(stage("plan", inputs, produce).facts)
+
+
+def measure_damages(model: LanguageModel, wanted: Wanted, texts: Texts, progress: Progress) -> Damages:
+    """Return what each thing that a plan may do costs, measured once per model and text, whatever the budget.
+
+    Of pruning where nearly free formats do not meet the budget. A smaller budget's path of dropped blocks begins with
+    that of a larger one, so the longer one serves.
+    """
+    of_text = {"model": model.origin.sha256, **texts.sha256}
+    sizes, both = sizes_of(model), (texts.calibration, texts.validation)
+    measured = stage("damage", of_text, lambda folder: {"formats": measure_formats(model, *both, progress)})
+    formats = measured.facts["formats"]
+    if not may_prune(sizes, wanted):
+        return Damages((), {}, formats)
+    widths = stage("damage-width", of_text, lambda folder: measure_widths(model, *both, progress)).facts
+    most, enough = depth_wanted(sizes, wanted, formats)
+    keys = [of_text | {"most": count, "enough": enough} for count in range(most, sizes.original.blocks + 1)]
+    key = next((key for key in keys if is_finished("damage-depth", key)), keys[0])
+    path = stage("damage-depth", key, lambda folder: measure_depth(model, both[1], most, enough, progress)).facts
+    return Damages(
+        depth=tuple((block, kl) for block, kl in path),
+        width={int(width): kl for width, kl in widths.items()},
+        formats=formats,
+    )
