@@ -206,8 +206,8 @@ def verify(compressed: Compressed, path: Path, texts: Texts, ended: dict[str, in
             check_choices(compressed.model, texts.validation.first(VERIFIED_WINDOWS), engine.logits),
             check_tokens(compressed.model, engine.tokenize),
         ]
-    if ended:
-        checks.append(check_turn_ends(ended["compressed"], len(PROMPTS), ended["original"]))
+        if ended:
+            checks.append(check_turn_ends(compressed.model, engine.ends_generation, ended, len(PROMPTS)))
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(

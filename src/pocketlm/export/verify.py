@@ -116,14 +116,17 @@ def check_tokens(model: LanguageModel, tokenize: Callable[[str], list[int]]) -> 
     return Check("the file's tokenizer splits text alike", same, f"{len(TEXTS)} texts of many scripts, digits and code")
 
 
-def check_turn_ends(ended: int, asked: int, original_ended: int) -> Check:
-    """Judge whether chat turns end by themselves.
+def check_turn_ends(model: LanguageModel, ends: Callable[[int], bool], ended: dict[str, int], asked: int) -> Check:
+    """Judge whether the engine ends a chat turn at the token that the model ends it with.
+
+    How many answers do end is said beside it, and proves nothing: a model that lost much may go on and on.
 
     Args:
-        ended: Answers of the exported file that ended before the limit.
+        model: What was exported.
+        ends: Whether the engine stops at a token.
+        ended: Answers that ended before the limit, by role.
         asked: How many there were.
-        original_ended: The same for the original. Where it rarely ends a turn itself, its ends are chance, and that
-            the exported file has none proves nothing.
     """
-    detail = f"{ended} of {asked} answers ended by themselves; {original_ended} of the original's"
-    return Check("a chat turn ends by itself", ended > 0 or original_ended <= asked // 2, detail)
+    detail = f"{ended['compressed']} of {asked} answers ended by themselves; {ended['original']} of the original's"
+    end = model.tokenizer.eos_token_id
+    return Check("the engine ends a chat turn where the model does", end is None or ends(end), detail)
