@@ -624,8 +624,7 @@ def stored(network: torch.nn.Module, form: str, units: list[str], sizes: Sizes) 
 def test_the_damage_of_formats_is_that_of_storing_each_unit(
     family: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
-    for name in ("BLOCK_WINDOWS", "GROUP_WINDOWS"):
-        monkeypatch.setattr(f"pocketlm.plan.sensitivity.{name}", len(WINDOWS))
+    monkeypatch.setattr("pocketlm.plan.sensitivity.SOME_WINDOWS", len(WINDOWS))
     model = tiny_model(family)
     sizes = sizes_of(model)
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
@@ -661,7 +660,7 @@ def test_the_damage_of_the_embedding(family: str, tiny_model: Tiny, monkeypatch:
     """Tied, it is the head too; looked up only, it is rounded, and each format is measured."""
     model = tiny_model(family)
     sizes = sizes_of(model)
-    monkeypatch.setattr("pocketlm.plan.sensitivity.GROUP_WINDOWS", len(WINDOWS))
+    monkeypatch.setattr("pocketlm.plan.sensitivity.SOME_WINDOWS", len(WINDOWS))
     damage = format_damage(model, sizes, WINDOWS, WINDOWS, silent)["embedding"]
     for name in ("Q4_0", "Q2_0"):
         formats = dict.fromkeys(sizes.group_names, "F16") | {"embedding": name}

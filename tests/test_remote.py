@@ -154,44 +154,37 @@ def test_an_answer_that_was_cut_off_is_left_out_and_not_asked_again(tmp_path: Pa
     assert ask(url, ["hello"], tmp_path / "answers.jsonl") == []
 
 
+def taught(base: Path, said: bytes, folder: Path) -> str:
+    """Distil a model from a server that always says the same; return what came of it in words."""
+    task, text = folder / "task.jsonl", folder / "text.txt"
+    task.write_text("\n".join(json.dumps({"prompt": f"Say {n}"}) for n in range(12)))
+    text.write_text("\n\n".join(f"The {n}th of many short paragraphs of text, {n * n} of them." for n in range(3000)))
+    with saying(200, said) as url:
+        done = pocketlm(
+            *("distill", base, "--student", base, "--tokens", 8192, "--task", task, "--remote", url),
+            *("--data", text, "-o", folder / "out", "--json"),
+            cache=folder / "cache",
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["summaries"][-1]
+
+
 @pytest.mark.slow
 def test_a_student_learns_a_servers_answers(tmp_path: Path):
     """Whatever the server's tokenizer is: the student itself stands where a local teacher would."""
-    task = tmp_path / "task.jsonl"
-    task.write_text("\n".join(json.dumps({"prompt": f"Say {n}"}) for n in range(12)))
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {n}th of many short paragraphs of text, {n * n} of them." for n in range(3000)))
     base = tiny_folder("llama", tmp_path / "base")
-    with saying(200, reply("No.", "stop")) as url:
-        done = pocketlm(
-            *("distill", base, "--student", base, "--tokens", 8192, "--task", task, "--remote", url),
-            *("--data", text, "-o", tmp_path / "out", "--json"),
-            cache=tmp_path / "cache",
-        )
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert "held-out cross-entropy fell" in made["summaries"][-1]
+    assert "held-out cross-entropy fell" in taught(base, reply("No.", "stop"), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_student_learns_a_servers_probabilities(tmp_path: Path):
-    task = tmp_path / "task.jsonl"
-    task.write_text("\n".join(json.dumps({"prompt": f"Say {n}"}) for n in range(12)))
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {n}th of many short paragraphs of text, {n * n} of them." for n in range(3000)))
     base = tiny_folder("llama", tmp_path / "base")
     tokenizer = load(str(base)).tokenizer
     by_id = {index: text for text, index in ids_by_text(tokenizer).items()}
     said = [{"token": by_id[index], "logprob": -0.7} for index in encode_answer(tokenizer, "No.")]
     spoken = [token | {"top_logprobs": [token, {"token": by_id[9], "logprob": -1.0}]} for token in said]
-    with saying(200, reply("No.", "stop", logprobs={"content": spoken})) as url:
-        done = pocketlm(
-            *("distill", base, "--student", base, "--tokens", 8192, "--task", task, "--remote", url),
-            *("--data", text, "-o", tmp_path / "out", "--json"),
-            cache=tmp_path / "cache",
-        )
-    assert done.returncode == 0, done.stderr
-    assert "held-out KL to the original fell" in json.loads(done.stdout)["summaries"][-1]
+    summary = taught(base, reply("No.", "stop", logprobs={"content": spoken}), tmp_path)
+    assert "held-out KL to the original fell" in summary
     for path in (tmp_path / "cache").glob("opinions-*/done.json"):
         facts = json.loads(path.read_text())["facts"]
         assert facts["with_probabilities"] == facts["examples"] > 0

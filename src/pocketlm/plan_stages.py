@@ -37,7 +37,12 @@ def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progr
 
 def damages_known(model: LanguageModel, texts: Texts) -> bool:
     """Whether an earlier run measured what each format costs."""
-    return is_finished("damage", {"model": model.origin.sha256, **texts.sha256})
+    return is_finished("damage", _of_text(model, texts))
+
+
+def _of_text(model: LanguageModel, texts: Texts) -> dict[str, str]:
+    """Return the hashes of what damages are measured on."""
+    return {"model": model.origin.sha256, **texts.sha256}
 
 
 def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:
@@ -50,7 +55,7 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
         (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
         return asdict(decision)
 
-    inputs = {"wanted": asdict(wanted), "seed": seed, "model": model.origin.sha256, **texts.sha256}
+    inputs = {"wanted": asdict(wanted), "seed": seed, **_of_text(model, texts)}
     return from_facts(stage("plan", inputs, produce).facts)
 
 
@@ -60,7 +65,7 @@ def measure_damages(model: LanguageModel, wanted: Wanted, texts: Texts, progress
     Of pruning where nearly free formats do not meet the budget. A smaller budget's path of dropped blocks begins with
     that of a larger one, so the longer one serves.
     """
-    of_text = {"model": model.origin.sha256, **texts.sha256}
+    of_text = _of_text(model, texts)
     sizes, both = sizes_of(model), (texts.calibration, texts.validation)
     measured = stage("damage", of_text, lambda folder: {"formats": measure_formats(model, *both, progress)})
     formats = measured.facts["formats"]

@@ -24,8 +24,7 @@ from pocketlm.tensors.elimination import ridge
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
 
-BLOCK_WINDOWS = 2  # of the text that damages are measured on, for one block
-GROUP_WINDOWS = 2  # and for all units of a group
+SOME_WINDOWS = 2  # of the text that damages are measured on, for one block and for all units of a group
 SAMPLED_ROWS = 128  # of a matrix, from which the output errors of all formats are estimated
 CANDIDATES = 5  # after each round only so many of the cheapest blocks are tried again
 Progress = Callable[[str, int, int], None]
@@ -155,17 +154,17 @@ def format_damage(
         model: The original; unchanged afterwards.
         sizes: Its size arithmetic.
         calibration: (windows, length) token ids to take statistics on.
-        windows: (windows, length) token ids to measure the KL on: blocks on BLOCK_WINDOWS of them, groups on
-            GROUP_WINDOWS, everything at once on all.
+        windows: (windows, length) token ids to measure the KL on: blocks and groups on SOME_WINDOWS of
+            them, everything at once on all.
         progress: Called with what is done, how much and of how much.
 
     Returns:
         Nats per token by unit (see `Sizes.units`) and format.
     """
     network = model.network
-    few, some = windows[:BLOCK_WINDOWS], windows[:GROUP_WINDOWS]
-    opinion, opinion_on_few, opinion_on_some = (judge(network, text) for text in (windows, few, some))
-    blocks, start = list(blocks_of(network)), rehearse(network, few)
+    some = windows[:SOME_WINDOWS]
+    opinion, opinion_on_some = judge(network, windows), judge(network, some)
+    blocks, start = list(blocks_of(network)), rehearse(network, some)
     (states,), keywords = start.hidden, [per_batch[0] for per_batch in start.keywords]
     names = {group: sizes.allowed(group) for group in sizes.group_names if sizes.allowed(group) != ["F16"]}
     errors: dict[str, dict[str, float]] = {group: dict.fromkeys(names[group], 0.0) for group in names}
@@ -184,7 +183,7 @@ def format_damage(
                 measured[group][group] = _with(weights, network, some, opinion_on_some)
         else:
             rest = (blocks[layer.index :], keywords[layer.index :])
-            for group, kl in _shared_out(states, *rest, network, opinion_on_few, coarse).items():
+            for group, kl in _shared_out(states, *rest, network, opinion_on_some, coarse).items():
                 measured[group][f"{layer.index}.{group}"] = kl
             states = run_block(layer.module, states, keywords[layer.index])
         progress("damage of number formats", layer.index + 1, len(blocks) + 1)
