@@ -20,10 +20,12 @@ from torch import Tensor
 
 from pocketlm.cache import Finished, stage, unfinished
 from pocketlm.model.anatomy import overwrite_weight
+from pocketlm.model.importance import token_importance
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.respelling import Respeller, Spelling
 from pocketlm.model.sampling import sample_documents
 from pocketlm.model.source import load, set_aside
+from pocketlm.model.sweep import Importance
 from pocketlm.model.text import (
     WINDOW,
     Corpus,
@@ -56,6 +58,7 @@ LEARNING_WINDOWS = 512  # of calibration text at most, to distil on
 VALIDATION_WINDOWS = 8
 TEST_WINDOWS = 12
 NORMS = "norms.safetensors"
+IMPORTANCE = "importance.safetensors"
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -280,9 +283,25 @@ def _quantize(
     model = _reload(original, before)
     statistics = texts.calibration.first(step.windows)
     with set_aside(original, kept.folder / "hf"):
-        _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n))
+        weights = _importance(model, before, step, texts, progress) if step.method == "descent" else None
+        _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n), weights)
     write_packed(packed, folder)
     return asdict(report)
+
+
+def _importance(model: LanguageModel, before: Finished, step: Quantize, texts: Texts, progress: Progress) -> Importance:
+    """Return how much each token of a text counts for a model: the same for all formats, so it is kept."""
+
+    def produce(folder: Path) -> dict[str, Any]:
+        windows = texts.calibration.first(step.windows)
+        found = token_importance(model.network, windows, step.seed, lambda i, n: progress("weighing tokens", i, n))
+        save_file({f"{index} {space}": values for (index, space), values in found.items()}, folder / IMPORTANCE)
+        return {}
+
+    inputs = {"before": before.key, "windows": step.windows, "seed": step.seed, **texts.sha256}
+    kept = load_file(stage("importance", inputs, produce).folder / IMPORTANCE)
+    places = {name: name.split(" ") for name in kept}
+    return {(int(index), space): kept[name] for name, (index, space) in places.items()}
 
 
 def _tune(

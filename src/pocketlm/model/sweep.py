@@ -9,7 +9,7 @@ block as the body left it, so the next layer's statistics already contain this l
 states between two blocks are kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,10 @@ from pocketlm.model.compute import fast_forward
 
 HEAD = Edge("lm_head", "head_in", "vocabulary")
 """The output head as an edge: what the last norm writes, the head reads."""
+
+Importance = Mapping[tuple[int, str], Tensor]
+"""How much each token counts for what reads a space, (windows, length) float32 with a mean of 1: by the index of a
+block (their number for the head) and the space."""
 
 WINDOWS_AT_ONCE = 8
 PANEL = 256  # columns of second moments that are computed together
@@ -36,10 +40,11 @@ class Layer:
         index: Position among the blocks; their number for the head.
         module: The block; for the head, the whole network.
         edges: The linears to visit.
-        gram: Per space that is read, (width, width) float32, the sum of x xᵀ over all tokens.
+        gram: Per space that is read, (width, width) float32, the sum of x xᵀ over all tokens, each as often as it
+            counts.
         tokens: How many tokens were summed.
         drift: Per space, (width, width) float32, the sum of (x̃ - x) xᵀ where x̃ is what the original model has there;
-            empty unless asked for.
+            empty unless asked for. Tokens count as in `gram`.
         states: What the block reads, one (windows, length, width) tensor per batch; empty for the head.
         targets: What the block writes in the original model, likewise; empty unless asked for.
         keywords: What the model passes to the block beside it, per batch.
@@ -86,6 +91,7 @@ def sweep(
     head: bool = False,
     spaces: tuple[str, ...] | None = None,
     original: bool = False,
+    importance: Importance | None = None,
 ) -> Iterator[Layer]:
     """Yield the decoder blocks of a network in order, each with the statistics of its own inputs.
 
@@ -95,8 +101,10 @@ def sweep(
         head: Whether to stop at the output head too, after the last block.
         spaces: Which spaces to take statistics of; all where None.
         original: Whether to push the text through the unchanged blocks too, for `drift` and `targets`.
+        importance: How much each token counts in the statistics; all alike where None.
     """
     anatomy = anatomy_of(network)
+    counts = {place: values.split(WINDOWS_AT_ONCE) for place, values in (importance or {}).items()}
     hidden_path = rehearse(network, windows)
     hidden = hidden_path.hidden
     unchanged = list(hidden) if original else []
@@ -108,7 +116,8 @@ def sweep(
             if original:
                 with watching(layer, spaces or anatomy.inputs, wanted.__setitem__):
                     layer.targets.append(run_block(block, unchanged[batch], keywords))
-            with watching(layer, spaces or anatomy.inputs, partial(_add_moments, layer, wanted)):
+            weights = {space: counts[index, space][batch] for space in anatomy.inputs if (index, space) in counts}
+            with watching(layer, spaces or anatomy.inputs, partial(_add_moments, layer, wanted, weights)):
                 run_block(block, hidden[batch], keywords)
         yield layer
         unchanged = layer.targets
@@ -119,7 +128,9 @@ def sweep(
         layer = Layer("", len(blocks_of(network)), network, (HEAD,), tokens=windows.numel())
         for batch, states in enumerate(hidden):
             wanted = {HEAD.reads: norm(unchanged[batch])} if original else {}
-            _add_moments(layer, wanted, HEAD.reads, norm(states))
+            place = (layer.index, HEAD.reads)
+            weights = {HEAD.reads: counts[place][batch]} if place in counts else {}
+            _add_moments(layer, wanted, weights, HEAD.reads, norm(states))
         yield layer
 
 
@@ -194,14 +205,24 @@ def watching(layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor],
             handle.remove()
 
 
-def _add_moments(layer: Layer, wanted: dict[str, Tensor], space: str, x: Tensor) -> None:
-    """Add what is read at a space, (..., width), to a layer's statistics; `wanted` has what should be read."""
+def _add_moments(layer: Layer, wanted: dict[str, Tensor], weights: dict[str, Tensor], space: str, x: Tensor) -> None:
+    """Add what is read at a space, (..., width), to a layer's statistics.
+
+    Args:
+        layer: Whose `gram` and `drift` grow.
+        wanted: What should be read, by space; empty without `drift`.
+        weights: How much each token counts, by space; empty where all count alike.
+        space: That is read.
+        x: What is read.
+    """
     with torch.autocast(x.device.type, enabled=False):  # hooks run inside the forward's autocast
         read = x.flatten(0, -2).float()
-        layer.gram[space] = layer.gram.get(space, 0) + second_moment(read)
+        roots = weights[space].flatten().sqrt()[:, None] if space in weights else 1.0
+        seen = roots * read
+        layer.gram[space] = layer.gram.get(space, 0) + second_moment(seen)
         if space in wanted:
-            away = wanted[space].flatten(0, -2).float() - read
-            layer.drift[space] = layer.drift.get(space, 0) + away.T @ read
+            away = roots * (wanted[space].flatten(0, -2).float() - read)
+            layer.drift[space] = layer.drift.get(space, 0) + away.T @ seen
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pocketlm.errors import BadInputError
 from pocketlm.model.anatomy import Edge, linears_of, overwrite_weight, read_weight
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.sweep import HEAD, Layer, sweep
+from pocketlm.model.sweep import HEAD, Importance, Layer, sweep
 from pocketlm.steps.learned_rounding import learn_rounding
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.elimination import DESCENTS, gptq, output_errors, ridge
@@ -39,7 +39,8 @@ class Quantize:
     method: Literal["descent", "gptaq", "gptq", "rtn"] = "descent"
     """`gptaq`: GPTQ that aims at what the original model computes, so that later blocks make up for earlier ones (3 to
     12 % less KL on the reference model's mixes of 75 MB and 62 MB); `descent` goes over its codes again, column by
-    column, with scales re-solved in between; `gptq` is a forward pass cheaper; `rtn` is rounding, scales searched."""
+    column, with scales re-solved in between, and lets tokens count by what they matter to the model's output; `gptq` is
+    a forward pass cheaper; `rtn` is rounding, scales searched."""
     learned_rounding: int = 0
     """Iterations of learned rounding per block, from those codes on."""
     keep_zeros: bool = False
@@ -64,6 +65,7 @@ def quantize(
     config: Quantize,
     windows: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    importance: Importance | None = None,
 ) -> tuple[LanguageModel, dict[str, Packed], StepReport]:
     """Quantize the matrices of every block, the head and the embedding.
 
@@ -74,6 +76,7 @@ def quantize(
         config: Formats and method.
         windows: (windows, length) token ids to take statistics on.
         progress: Called after each block and the head with how many are done and how many there are.
+        importance: How much each token of the windows counts; all alike where None.
 
     Returns:
         The model, the bytes of every quantized tensor by parameter name, and the report.
@@ -90,7 +93,8 @@ def quantize(
     packed: dict[str, Packed] = {}
     errors: dict[str, list[float]] = {}
     total = model.network.config.num_hidden_layers
-    for layer in sweep(model.network, windows, head=True, original=config.method in ("descent", "gptaq")):
+    aims = config.method in ("descent", "gptaq")
+    for layer in sweep(model.network, windows, head=True, original=aims, importance=importance):
         before = {edge: read_weight(linear) for edge, linear in layer.linears()}
         chosen = choose_codes(layer, model, config.formats, config.method, config.keep_zeros)
         if config.learned_rounding and layer.states and chosen:

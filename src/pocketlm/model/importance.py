@@ -1,0 +1,102 @@
+"""How much each token counts for a linear: how far the model's probabilities move when what it puts out there does.
+
+Second moments of a linear's inputs take every token for as important as any other. But a change of what a linear puts
+out is felt at some tokens a hundred times as much as at others: where a channel's gate is shut, or where nothing
+attends to, hardly at all.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.model.anatomy import anatomy_of, blocks_of
+from pocketlm.model.compute import fast_forward
+from pocketlm.model.learning import recomputing, through_head
+from pocketlm.model.sweep import HEAD, Importance
+
+# Of the squared gradients, which are themselves estimates with a heavy tail.
+POWER = 0.5
+
+
+def token_importance(
+    network: nn.Module,
+    windows: Tensor,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Importance:
+    """Return how much each token counts for the linears that read a space.
+
+    The squared gradient of the model's own loss by what these linears put out, as in GuidedQuant
+    (https://arxiv.org/abs/2505.07004), whose groups of output channels are here all that read one space. The loss is
+    that of Fisher's information: its gradient by the logits is (diag(√p) - p √pᵀ) ε with random signs ε, whose mean
+    square is the Hessian of the KL divergence, diag(p) - p pᵀ; drawn labels have that mean too, and more noise.
+
+    Args:
+        network: A causal language model, in eval mode; unchanged afterwards.
+        windows: (windows, length) token ids.
+        seed: Of the signs.
+        progress: Called after each window with how many are done and how many there are.
+    """
+    squares: dict[tuple[int, str], list[Tensor]] = {}
+    generator = torch.Generator(windows.device).manual_seed(seed)
+
+    def note(index: int, path: str, slope: Tensor) -> None:
+        squares.setdefault((index, path), []).append(slope.detach().float().square().sum(-1).flatten())
+
+    def judged(_: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        slope = fisher_gradient(logits.float(), generator)
+        note(len(blocks_of(network)), HEAD.path, slope)
+        return slope.new_zeros(len(slope)), slope
+
+    with _watching_gradients(network, note), recomputing(network):
+        for done, window in enumerate(windows.split(1), 1):
+            with torch.enable_grad(), fast_forward(window.device):
+                start = network.get_input_embeddings()(window).detach().requires_grad_(True)
+                hidden = network.base_model(inputs_embeds=start, use_cache=False).last_hidden_state
+                _, slope = through_head(hidden.detach().flatten(0, 1), None, network.lm_head, judged, 1)
+                hidden.backward(slope.view_as(hidden))
+            progress(done, len(windows))
+    edges = [(index, edge) for index in range(len(blocks_of(network))) for edge in anatomy_of(network).edges]
+    readers: dict[tuple[int, str], list[Tensor]] = {}
+    for index, edge in [*edges, (len(blocks_of(network)), HEAD)]:
+        readers.setdefault((index, edge.reads), []).append(torch.cat(squares[index, edge.path]).view(windows.shape))
+    return {place: _together(parts) for place, parts in readers.items()}
+
+
+@contextmanager
+def _watching_gradients(network: nn.Module, see: Callable[[int, str, Tensor], None]) -> Iterator[None]:
+    """While open, call `see` with a block's index, a linear's path and the gradient of its output; no weight learns."""
+    learning = [(value, value.requires_grad) for value in network.parameters()]
+    network.requires_grad_(False)
+    handles = [
+        block.get_submodule(edge.path).register_full_backward_hook(
+            partial(lambda index, path, _, __, slopes: see(index, path, slopes[0]), index, edge.path)
+        )
+        for index, block in enumerate(blocks_of(network))
+        for edge in anatomy_of(network).edges
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for value, learns in learning:
+            value.requires_grad_(learns)
+
+
+def fisher_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random gradient by logits, (tokens, words), whose mean square is the Hessian of the KL divergence."""
+    chances = logits.softmax(-1)
+    signs = torch.randint(0, 2, chances.shape, generator=generator, device=chances.device).mul_(2).sub_(1)
+    slope = chances.sqrt() * signs
+    return slope - chances * slope.sum(-1, keepdim=True)
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """Return one importance for linears that read the same, each of them counting alike."""
+    total = torch.stack([part / part.mean().clamp_min(1e-30) for part in parts]).sum(0)
+    weights = total.pow(POWER)
+    return weights / weights.mean().clamp_min(1e-30)
