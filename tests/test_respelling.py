@@ -1,6 +1,7 @@
 """A model with fewer tokens learns from one with more: the targets, the loss and its gradient, against obvious ones."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from pocketlm.model.learning import distillation_step
 from pocketlm.model.respelling import Respeller, respell, respelled_divergence, respelled_step
 from pocketlm.model.vocabulary import spellings
 from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
+from pocketlm.steps.tune import Tune, tune
 
 TEXT = ["The small models went to market, and number 42 came back again.\n\n"] * 40
 SIZE = 330
@@ -123,3 +126,18 @@ def test_distilling_across_vocabularies_comes_nearer_to_the_teacher(pair):
     (_, before), *_, (_, after) = report.details["held_out_kl"]
     assert after < 0.9 * before
     assert report.details["kept"]
+
+
+def test_what_is_stored_of_a_model_with_fewer_tokens_is_tuned_towards_the_original(pair):
+    teacher, student, spelling = pair
+    words, held_out = windows_of(teacher, 3), windows_of(teacher, 2)
+    formats = dict.fromkeys(("embedding", "query_key", "value", "attention_out", "ffn_in", "ffn_out"), "Q2_0")
+    whole = replace(student, network=copy.deepcopy(student.network))
+    rounded, packed, _ = quantize(student, Quantize(formats=formats, method="rtn"), torch.zeros(1, 8, dtype=torch.long))
+    before = respelled_divergence(teacher.network, rounded.network, held_out, spelling)
+    config = Tune(tokens=40 * words.numel(), windows_per_step=3, scale_rate=3e-3, evaluations=2)
+    tuned, stored, report = tune(Respeller(teacher, spelling), whole, packed, config, words, held_out)
+    after = respelled_divergence(teacher.network, tuned.network, held_out, spelling)
+    assert after < 0.95 * before
+    assert report.details["held_out_kl"][0][1] == pytest.approx(before, rel=1e-3)
+    assert all(stored[name].shape == packed[name].shape for name in packed)

@@ -83,7 +83,15 @@ def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):
     wanted = Wanted(budget=budget, effort=PRESETS["balanced"])
     steps = [[step.step for step in recipe_of(plan, wanted, 99, 0, 0, 64).steps] for plan in several.rivals[:2]]
     assert steps[0] == ["quantize", "tune"]
-    assert steps[1][-2:] == ["distil", "quantize"]
+    assert steps[1][-3:] == ["distil", "quantize", "tune"]
+    pruned = recipe_of(several.rivals[1], wanted, 10_000, 0, 0, 64)
+    assert [step.tokens for step in pruned.steps if step.step in ("distil", "tune")] == [5_000, 5_000]
+    trimmed = replace(several.rivals[0], vocabulary=320)
+    few, many = (recipe_of(trimmed, wanted, tokens, 0, 0, 64).steps for tokens in (10_000, 1_000_000))
+    assert [(step.step, getattr(step, "tokens", 0)) for step in few[1:]] == [("quantize", 0), ("tune", 10_000)]
+    assert [step.step for step in many[1:]] == ["distil", "quantize", "tune"]
+    once = replace(wanted, effort=PRESETS["fast"])
+    assert [step.step for step in recipe_of(trimmed, once, 99, 0, 0, 64).steps[1:]] == ["distil", "quantize"]
     nothing = [[step.step for step in recipe_of(plan, wanted, 0, 0, 0, 64).steps] for plan in several.rivals[:2]]
     assert nothing[0] == ["quantize"]
     assert nothing[1][-1] == "quantize"

@@ -158,6 +158,11 @@ class Teacher:
     texts: Texts
     spelling: Spelling | None = None
 
+    @property
+    def speaker(self) -> LanguageModel | Respeller:
+        """The original as its students hear it: through the spelling where they have fewer tokens."""
+        return self.model if self.spelling is None else Respeller(self.model, self.spelling)
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -183,8 +188,8 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
 
     Args:
         original: Saved as 16-bit first; later steps start from what is on disk.
-        recipe: Its last step quantizes. After `trim_vocabulary`, the original still teaches `distil`, its tokens
-            spelled with those that are left; `tune` then learns from the model as it was before it was quantized.
+        recipe: Its last step quantizes, or tunes what was quantized. After `trim_vocabulary`, the original still
+            teaches, its tokens spelled with those that are left.
         texts: To take statistics on and to learn from.
         progress: Called as the steps go on.
     """
@@ -205,7 +210,7 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
             case Quantize():
                 produce = partial(_quantize, original, (done[0], before), step, texts, progress)
             case Tune():
-                produce = partial(_tune, teacher, (plain, before), step, texts, progress)
+                produce = partial(_tune, teacher, (plain, before), step, progress)
             case _:
                 produce = partial(_change, teacher, before, step, texts, progress)
         done.append(stage(step.step, inputs, produce))
@@ -258,7 +263,7 @@ def _change(
             model, report = prepare(model, step, statistics, lambda i, n: progress("preparing", i, n))
         case Distil():
             model, report = distil(
-                teacher.model if teacher.spelling is None else Respeller(teacher.model, teacher.spelling),
+                teacher.speaker,
                 model,
                 step,
                 teacher.texts.calibration.windows,
@@ -308,19 +313,18 @@ def _tune(
     teacher: Teacher,
     stages: tuple[Finished, Finished],
     step: Tune,
-    texts: Texts,
     progress: Progress,
     folder: Path,
 ) -> dict[str, Any]:
     plain, before = stages
     student = _reload(teacher.model, plain)
     model, packed, report = tune(
-        teacher.model if teacher.spelling is None else _reload(teacher.model, plain),
+        teacher.speaker,
         student,
         read_packed(before.folder),
         step,
-        texts.calibration.windows,
-        texts.validation.windows,
+        teacher.texts.calibration.windows,
+        teacher.texts.validation.windows,
         lambda i, n, pace: progress(f"tuning ({pace})", i, n),
     )
     write_packed(packed, folder)

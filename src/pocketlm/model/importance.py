@@ -18,7 +18,7 @@ from pocketlm.model.learning import recomputing, through_head
 from pocketlm.model.sweep import HEAD, Importance
 
 # Of the squared gradients, which are themselves estimates with a heavy tail.
-POWER = 0.5
+POWER = 0.75
 
 
 def token_importance(

@@ -10,15 +10,16 @@ Both read the same text, so at the end of every token of the teacher's the two h
 probabilities of what comes next can be compared. Inside a token the teacher has no say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pocketlm.model.compute import as_forward, fast_forward
+from pocketlm.model.compute import as_forward, fast_copy, fast_forward
+from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, recomputing
+from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, distillation_step, recomputing
 from pocketlm.model.sweep import final_hidden
 
 Spelling = Sequence[Sequence[int]]
@@ -71,6 +72,29 @@ def respell(windows: Tensor, spelling: Spelling) -> Respelled:
             labels.append(piece)
             heard.append(line * windows.shape[1] + token - 1 if token else -1)
     return Respelled(ids, torch.tensor(places), torch.tensor(labels), torch.tensor(heard))
+
+
+def taught_by(
+    teacher: LanguageModel | Respeller, student: nn.Module, held_out: Tensor
+) -> tuple[Callable[[Tensor], float], Callable[[], float]]:
+    """Return what adds a batch's gradient to a student, and what measures it: by forward KL to the teacher.
+
+    Args:
+        teacher: Not changed.
+        student: With the teacher's tokens, or fewer where that is a `Respeller`.
+        held_out: (windows, length) of the teacher's ids, to measure on.
+    """
+    if isinstance(teacher, Respeller):
+        original, spelling = fast_copy(teacher.model.network), teacher.spelling
+        return (
+            lambda batch: respelled_step(original, student, batch, spelling),
+            lambda: respelled_divergence(original, student, held_out, spelling),
+        )
+    original, opinion = fast_copy(teacher.network), judge(teacher.network, held_out)
+    return (
+        lambda batch: distillation_step(original, student, batch),
+        lambda: divergence_of(student, held_out, opinion),
+    )
 
 
 def respelled_divergence(teacher: nn.Module, student: nn.Module, windows: Tensor, spelling: Spelling) -> float:

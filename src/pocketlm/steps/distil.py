@@ -15,7 +15,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
 from pocketlm.model.matching import matching
 from pocketlm.model.on_policy import with_own_words
-from pocketlm.model.respelling import Respeller, respelled_divergence, respelled_step
+from pocketlm.model.respelling import Respeller, taught_by
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
@@ -202,12 +202,7 @@ def _teaching(
     """Return what adds a batch's gradient, what measures the student on the held-out text, and what learns besides."""
     loss = config.objective
     if isinstance(teacher, Respeller):
-        original = fast_copy(teacher.model.network)
-        return (
-            lambda batch: respelled_step(original, network, batch, teacher.spelling),
-            lambda: respelled_divergence(original, network, held_out, teacher.spelling),
-            [],
-        )
+        return *taught_by(teacher, network, held_out), []
     if loss.cross_entropy == 1:
         original, measured_by = None, loss
     else:

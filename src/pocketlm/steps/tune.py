@@ -7,10 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.compute import fast_copy
-from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import Updates, batches, distillation_step
+from pocketlm.model.learning import Updates, batches
+from pocketlm.model.respelling import Respeller, taught_by
 from pocketlm.model.training import Course, train
 from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.steps.report import StepReport
@@ -38,7 +37,7 @@ class Tune:
 
 
 def tune(
-    teacher: LanguageModel,
+    teacher: LanguageModel | Respeller,
     student: LanguageModel,
     packed: Mapping[str, Packed],
     config: Tune,
@@ -53,7 +52,8 @@ def tune(
     kept, and the start is one of the candidates: tuning never makes the file worse on that text.
 
     Args:
-        teacher: The original; not changed.
+        teacher: The original; not changed. A `Respeller` where the student has fewer tokens; `windows` and `held_out`
+            are the teacher's ids.
         student: The unquantized weights of what is tuned, or the decoded ones; changed in place.
         packed: What is stored now, by parameter name.
         config: What learns, for how long and how fast.
@@ -80,7 +80,7 @@ def tune(
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
     groups = learning_groups(list(learners.values()), config.scale_rate, config.code_rate)
     update = Updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
-    opinion, original = judge(teacher.network, held_out), fast_copy(teacher.network)
+    step, measure = taught_by(teacher, network, held_out)
 
     def show() -> None:
         for learner in learners.values():
@@ -88,7 +88,7 @@ def tune(
 
     def learn(batch: Tensor) -> float:
         show()
-        loss = distillation_step(original, network, batch)
+        loss = step(batch)
         for learner in learners.values():
             learner.take_gradient()
         update()
@@ -96,7 +96,7 @@ def tune(
 
     def held_out_kl() -> float:
         show()
-        return divergence_of(network, held_out, opinion)
+        return measure()
 
     course = Course(
         batches=lambda start: batches(windows, config.windows_per_step, steps, config.seed, start),
