@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import anatomy_of, blocks_of
-from pocketlm.model.compute import fast_forward
+from pocketlm.model.compute import fast_forward, reusing_memory
 from pocketlm.model.learning import recomputing, through_head
 from pocketlm.model.sweep import HEAD, Importance
 
@@ -51,7 +51,7 @@ def token_importance(
         note(len(blocks_of(network)), HEAD.path, slope)
         return slope.new_zeros(len(slope)), slope
 
-    with _watching_gradients(network, note), recomputing(network):
+    with _watching_gradients(network, note), recomputing(network), reusing_memory():
         for done, window in enumerate(windows.split(1), 1):
             with torch.enable_grad(), fast_forward(window.device):
                 start = network.get_input_embeddings()(window).detach().requires_grad_(True)
@@ -90,9 +90,9 @@ def _watching_gradients(network: nn.Module, see: Callable[[int, str, Tensor], No
 def fisher_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random gradient by logits, (tokens, words), whose mean square is the Hessian of the KL divergence."""
     chances = logits.softmax(-1)
-    signs = torch.randint(0, 2, chances.shape, generator=generator, device=chances.device).mul_(2).sub_(1)
-    slope = chances.sqrt() * signs
-    return slope - chances * slope.sum(-1, keepdim=True)
+    signs = torch.randint(0, 2, chances.shape, generator=generator, dtype=torch.int8, device=chances.device)
+    slope = chances.sqrt().mul_(signs.mul_(2).sub_(1))
+    return slope.addcmul_(chances, slope.sum(-1, keepdim=True), value=-1)
 
 
 def _together(parts: list[Tensor]) -> Tensor:

@@ -12,7 +12,9 @@ from pocketlm.model.text import Tokens
 # pruning, choosing codes, of each candidate what is neither learning nor codes (pruning, reading it in the engine), and
 # the proof at the end.
 FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 200, 100, 150
-STATISTICS_PASSES = 3  # of each window that codes are chosen from: the original's, before the codes and behind them
+# Of each window that codes are chosen from: three for what its tokens matter, then the original's, before the codes and
+# behind them.
+STATISTICS_PASSES = 6
 LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
 
 
