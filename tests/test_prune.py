@@ -30,7 +30,7 @@ from pocketlm.tensors.reconstruction import solve_missing
 
 every_grouped_family = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
 every_rotating_family = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-SHAPES = ({"kv_groups": 1}, {"hidden": 32}, {"ffn": 96, "kv_groups": 1, "hidden": 32})
+SHAPES = ({"kv_groups": 1}, {"heads": 2}, {"hidden": 32}, {"ffn": 96, "kv_groups": 1, "heads": 1, "hidden": 32})
 
 
 def silence_groups(network: nn.Module, dead: int):
@@ -55,6 +55,25 @@ def test_removing_heads_that_nobody_reads_changes_nothing(family: str, tiny_mode
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 16)
     assert torch.allclose(logits_of(model.network), before, atol=1e-3 * before.abs().max().item())
     assert report.details["kv_groups_kept"] == [[0]] * len(blocks_of(model.network))
+    assert_reloads(model, tmp_path)
+
+
+@pytest.mark.usefixtures("exact")
+@every_grouped_family
+def test_removing_query_heads_that_nobody_reads_changes_nothing(family: str, tiny_model: Tiny, tmp_path: Path):
+    model = tiny_model(family)
+    for block in blocks_of(model.network):  # one of each group: heads 0 and 3
+        (path,) = anatomy_of(model.network).readers("attention_out")
+        weight = read_weight(block.get_submodule(path)).clone()
+        weight.view(len(weight), 4, -1)[:, [0, 3]] = 0
+        write_weight(block.get_submodule(path), weight)
+    before = logits_of(model.network)
+    model, report = prune_width(model, PruneWidth(heads=2), WINDOWS)
+    config = model.network.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 2, 16)
+    assert torch.allclose(logits_of(model.network), before, atol=1e-3 * before.abs().max().item())
+    assert report.details["heads_kept"] == [[1, 2]] * len(blocks_of(model.network))
+    assert "kept 2 of 4 query heads" in report.summary
     assert_reloads(model, tmp_path)
 
 
@@ -110,12 +129,12 @@ def test_removing_directions_that_nobody_writes_changes_nothing(family: str, tin
 
 
 @every_family
-@pytest.mark.parametrize("widths", SHAPES, ids=["groups", "hidden", "all"])
+@pytest.mark.parametrize("widths", SHAPES, ids=["groups", "heads", "hidden", "all"])
 def test_every_shape_loads_generates_and_has_the_predicted_bytes(
     family: str, widths: dict, tiny_model: Tiny, tmp_path: Path
 ):
     if family == "gpt2":
-        widths = {name: width for name, width in widths.items() if name != "kv_groups"} or {"hidden": 48}
+        widths = {name: width for name, width in widths.items() if name not in ("kv_groups", "heads")} or {"hidden": 48}
     model = tiny_model(family)
     recipe = Recipe(steps=(PruneWidth(**widths), Quantize(formats={"*": "F16"})))
     predicted = recipe_bytes(sizes_of(model), recipe)
@@ -127,8 +146,9 @@ def test_every_shape_loads_generates_and_has_the_predicted_bytes(
 
 @pytest.mark.slow
 @every_family
-def test_the_engine_computes_what_torch_computes(family: str, tiny_model: Tiny, tmp_path: Path):
-    widths = {"hidden": 32} if family == "gpt2" else {"kv_groups": 1, "hidden": 32}
+@pytest.mark.parametrize("fewer", [{"kv_groups": 1}, {"heads": 2}], ids=["groups", "heads"])
+def test_the_engine_computes_what_torch_computes(family: str, fewer: dict, tiny_model: Tiny, tmp_path: Path):
+    widths = {"hidden": 32} | ({} if family == "gpt2" else fewer)
     model, _ = prune_width(tiny_model(family), PruneWidth(ffn=96, **widths), WINDOWS)
     write_gguf(model, {}, tmp_path / "model.gguf")
     with Engine(tmp_path / "model.gguf", context=32) as engine:
@@ -232,6 +252,9 @@ def test_the_basis_is_orthonormal_and_picks_channels_where_norms_forbid_a_rotati
     ("family", "widths", "words"),
     [
         ("llama", {"kv_groups": 3}, "Cannot keep 3 KV groups: there are 2 now. Give 1 to 2"),
+        ("llama", {"heads": 3}, "Cannot keep 3 query heads with 2 KV groups, .* What fits: 2, 4"),
+        ("llama", {"kv_groups": 1, "heads": 4}, "What fits: 1, 2"),
+        ("gpt2", {"heads": 2}, "heads of a GPT-2 are together as wide as its residual stream"),
         ("llama", {"hidden": 96}, "Cannot make the residual stream 96 wide: it is 64 wide now. Give 1 to 64"),
         ("gpt2", {"kv_groups": 2}, "heads of a GPT-2 are together as wide as its residual stream"),
         ("gpt2", {"hidden": 40}, "a multiple of 16"),
@@ -306,7 +329,10 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "Nothing to prune. Give one or more of --depth, --ffn, --kv-groups, --hidden, --vocab, --sparsity"),
+        (
+            (),
+            "Nothing to prune. Give one or more of --depth, --ffn, --kv-groups, --heads, --hidden, --vocab, --sparsity",
+        ),
         (("--vocab", 100), "Cannot trim the vocabulary to 100 tokens"),
         (("--sparsity", 1.5), "The sparsity is a share of the weights, and 1.5 is none"),
         (("--pattern", "4:2"), "`4:2` is no pattern"),

@@ -173,6 +173,15 @@ def test_the_group_that_is_read_least_goes_first_and_its_cost_is_what_resolving_
     )
 
 
+def test_every_family_of_groups_keeps_as_many():
+    weight, x = made(10, 32)
+    weight[:, :16] *= 0.01  # both groups of the first half are read less than those of the second
+    weight[:, :8] *= 0.5
+    weight[:, 24:] *= 0.5
+    assert kept_groups(weight, x.T @ x, 8, 2)[0] == [2, 3]
+    assert kept_groups(weight, x.T @ x, 8, 2, families=2)[0] == [1, 2]
+
+
 def test_of_two_groups_that_stand_in_for_one_another_one_stays():
     weight, x = made(10, 32)
     x[:, 8:16] = x[:, :8]

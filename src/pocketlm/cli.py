@@ -170,6 +170,9 @@ def prune(
     kv_groups: Annotated[
         int | None, typer.Option(help="Heads of keys and values to keep in every block, with their query heads.")
     ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Query heads to keep in every block, as many of each KV group.")
+    ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the residual stream to keep, a multiple of 32.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Tokens to keep: those that the text needs most.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of connections to cut, such as 0.5.")] = None,
@@ -200,6 +203,7 @@ def prune(
         depth=depth,
         ffn=ffn,
         kv_groups=kv_groups,
+        heads=heads,
         hidden=hidden,
         vocab=vocab,
         sparsity=sparsity,

@@ -42,7 +42,7 @@ from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
 
-SHAPE = ("depth", "ffn", "kv_groups", "hidden")
+SHAPE = ("depth", "ffn", "kv_groups", "heads", "hidden")
 LEARNING_WINDOWS = 20_000  # of text at most: ten million tokens
 # Up to this share of the blocks, those go that measured damage misses least, tried one by one; beyond, which takes too
 # long, those that turn the hidden states least.

@@ -41,7 +41,8 @@ from pocketlm.steps.trim_vocabulary import TrimVocabulary
 # one chose six blocks of the reference model without which perplexity was 52, the other 73.
 DEPTH_WINDOWS = 8
 
-PARTS = ("depth", "ffn", "kv_groups", "hidden", "vocab", "sparsity", "pattern")
+PARTS = ("depth", "ffn", "kv_groups", "heads", "hidden", "vocab", "sparsity", "pattern")
+WIDTHS = ("ffn", "kv_groups", "heads", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Prune:
     depth: int | None = None  # blocks that are left
     ffn: int | None = None
     kv_groups: int | None = None
+    heads: int | None = None
     hidden: int | None = None
     vocab: int | None = None  # tokens that are left
     sparsity: float | None = None  # share of the blocks' connections that go
@@ -149,7 +151,7 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
         )
     if job.sparsity is not None or job.pattern:
         check_sparsity(model, Sparsify(sparsity=job.sparsity, pattern=job.pattern, method=job.method))
-    checked(model.network, PruneWidth(ffn=job.ffn, kv_groups=job.kv_groups, hidden=job.hidden))
+    checked(model.network, _widths(job))
     for option, width in (("--ffn", job.ffn), ("--hidden", job.hidden)):
         if width is not None and width % MULTIPLE:
             near = width // MULTIPLE * MULTIPLE
@@ -157,6 +159,10 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
             raise BadInputError(
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
+
+
+def _widths(job: Prune) -> PruneWidth:
+    return PruneWidth(**{name: getattr(job, name) for name in WIDTHS})
 
 
 def _option(part: str) -> str:
@@ -190,8 +196,8 @@ def _decide(
             if len(damage) < most:
                 raise BadInputError(f"Cannot drop {most} blocks: the first and the last always stay")
             steps.append(PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True))
-        if any(width is not None for width in (job.ffn, job.kv_groups, job.hidden)):
-            steps.append(PruneWidth(ffn=job.ffn, kv_groups=job.kv_groups, hidden=job.hidden))
+        if any(getattr(job, name) is not None for name in WIDTHS):
+            steps.append(_widths(job))
         if job.heal:
             rate = NEW_TOKENS_RATE if job.vocab else Distil(tokens=1).learning_rate
             tokens = tokens_in(model, texts.calibration, job.heal)

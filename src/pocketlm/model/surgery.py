@@ -120,15 +120,16 @@ def key_value_heads(network: nn.Module) -> int:
 
 
 @torch.no_grad()
-def keep_heads(block: nn.Module, network: nn.Module, groups: list[int]) -> None:
-    """Keep some heads of keys and values in one block, with the query heads that they serve.
+def keep_heads(block: nn.Module, network: nn.Module, groups: list[int], queries: list[int]) -> None:
+    """Keep some heads of keys and values in one block, and some of the query heads that they serve.
 
     Args:
         block: A decoder block; changed in place.
         network: The network it belongs to, with the config as it was.
         groups: Which heads of keys and values to keep, ascending.
+        queries: Which query heads to keep, ascending: of each of these groups as many.
     """
-    anatomy, heads = anatomy_of(network), key_value_heads(network)
+    anatomy, all_queries = anatomy_of(network), network.config.num_attention_heads
     readers = [block.get_submodule(path) for path in anatomy.readers("attention_out")]
     for edge in anatomy.edges:
         linear = block.get_submodule(edge.path)
@@ -137,7 +138,8 @@ def keep_heads(block: nn.Module, network: nn.Module, groups: list[int]) -> None:
         # GPT-2 writes queries, keys and values of all heads one after the other in one matrix.
         parts = 3 if edge.writes == "query_key_value" else 1
         rows = read_weight(linear).shape[0]
-        keep = torch.arange(rows).view(parts, heads, -1)[:, groups].flatten()
+        heads, left = (all_queries, queries) if edge.writes == "query" else (key_value_heads(network), groups)
+        keep = torch.arange(rows).view(parts, heads, -1)[:, left].flatten()
         bias = linear.bias
         write_weight(linear, read_weight(linear)[keep])
         if bias is not None:
@@ -145,8 +147,10 @@ def keep_heads(block: nn.Module, network: nn.Module, groups: list[int]) -> None:
     for module in block.modules():
         if hasattr(module, "split_size"):
             module.split_size = len(groups) * head_width(network)
+        if hasattr(module, "num_key_value_groups"):
+            module.num_key_value_groups = len(queries) // len(groups)
     for linear in readers:
-        columns = torch.arange(read_weight(linear).shape[1]).view(heads, -1)[groups].flatten()
+        columns = torch.arange(read_weight(linear).shape[1]).view(all_queries, -1)[queries].flatten()
         write_weight(linear, read_weight(linear)[:, columns])
 
 

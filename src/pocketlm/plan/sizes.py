@@ -30,6 +30,7 @@ class Shape:
     ffn: int
     kv_groups: int | None = None  # the original's where None, as is the hidden size
     hidden: int | None = None
+    heads: int | None = None  # as many of each KV group as in the original where None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Sizes:
     embedding: str
     tied: bool
     kv_groups: int = 1
+    heads: int = 1
     hidden: int = 1
 
     @cached_property
@@ -112,14 +114,16 @@ class Sizes:
         hidden, groups = shape.hidden or self.hidden, shape.kv_groups or self.kv_groups
         if self.family == "gpt2":
             groups = self.kv_groups * hidden // self.hidden
+        heads = shape.heads or self.heads * groups // self.kv_groups
         edge = next((edge for edge in self.anatomy.edges if edge.path == path), None)
         if edge is None:  # a norm: of the residual stream, or of the heads, whose width stays
             streams = (*self.anatomy.norms.values(), *self.anatomy.norms_behind)
             return (hidden,) if path in streams else size
-        rows = {SPACE: shape.ffn, "residual": hidden}.get(edge.writes, size[0] * groups // self.kv_groups)
+        rows = {SPACE: shape.ffn, "residual": hidden, "query": size[0] * heads // self.heads}
+        rows = rows.get(edge.writes, size[0] * groups // self.kv_groups)
         if len(size) == 1:
             return (rows,)
-        wide = size[1] * groups // self.kv_groups
+        wide = size[1] * heads // self.heads
         return rows, {SPACE: shape.ffn, "attention_out": wide}.get(edge.reads, hidden)
 
     def tensors(self, shape: Shape) -> dict[str, tuple[str, int]]:
@@ -151,6 +155,7 @@ def sizes_of(model: LanguageModel) -> Sizes:
         embedding=embedding_name(model),
         tied=network.config.tie_word_embeddings,
         kv_groups=key_value_heads(network),
+        heads=network.config.num_attention_heads,
         hidden=network.config.hidden_size,
     )
 
@@ -184,7 +189,7 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
             case PruneDepth():
                 shape = replace(shape, blocks=shape.blocks - len(set(step.drop)))
             case PruneWidth():
-                asked = {"ffn": step.ffn, "kv_groups": step.kv_groups, "hidden": step.hidden}
+                asked = {"ffn": step.ffn, "kv_groups": step.kv_groups, "hidden": step.hidden, "heads": step.heads}
                 shape = replace(shape, **{name: width for name, width in asked.items() if width is not None})
             case Quantize():
                 formats = step.formats

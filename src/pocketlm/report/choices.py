@@ -39,6 +39,11 @@ def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
         scores, kept = details["kv_group_scores"], details["kv_groups_kept"]
         gone = [[group not in left for group in range(len(row))] for row, left in zip(scores, kept, strict=True)]
         drawn.append((title, grid(scores, gone, title)))
+    if "heads_kept" in details:
+        title = "Query heads of these: output energy lost without each alone, by block; those that went are framed"
+        kept, served = details["heads_kept"], details["heads_served"]
+        gone = [[head not in left for head in heads] for heads, left in zip(served, kept, strict=True)]
+        drawn.append((title, grid(details["head_scores"], gone, title)))
     return drawn
 
 

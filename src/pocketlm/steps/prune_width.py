@@ -6,7 +6,7 @@ is cut beside a copy of itself, and every linear is re-solved towards what the o
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,8 @@ class PruneWidth:
     """Channels of the feed-forward network kept in every block."""
     kv_groups: int | None = None
     """Heads of keys and values kept in every block, each with the query heads that it serves."""
+    heads: int | None = None
+    """Query heads kept in every block, of each head of keys and values as many."""
     hidden: int | None = None
     """Width of the residual stream."""
 
@@ -93,7 +95,7 @@ def prune_width(
         BadInputError: A width is more than the present one or less than 1, or the family has no such shape.
     """
     network, anatomy = model.network, anatomy_of(model.network)
-    present = PruneWidth(ffn=ffn_width(network), kv_groups=key_value_heads(network), hidden=network.config.hidden_size)
+    present = present_widths(network)
     wanted = checked(network, config)
     if wanted == present:
         return model, _report(present, wanted, [{"energy_kept": 1.0}] * network.config.num_hidden_layers)
@@ -108,9 +110,19 @@ def prune_width(
         narrow_ends(network, basis)
         resolve_end(network, *before, pair)
     set_ffn_width(network, wanted.ffn)
-    if (wanted.kv_groups, wanted.hidden) != (present.kv_groups, present.hidden):
+    if wanted != replace(present, ffn=wanted.ffn):
         model = replace(model, network=rebuilt(network, _stated(network, wanted)))
     return model, _report(present, wanted, chosen)
+
+
+def present_widths(network: nn.Module) -> PruneWidth:
+    """Return the widths that a network has."""
+    return PruneWidth(
+        ffn=ffn_width(network),
+        kv_groups=key_value_heads(network),
+        heads=network.config.num_attention_heads,
+        hidden=network.config.hidden_size,
+    )
 
 
 def checked(network: nn.Module, config: PruneWidth) -> PruneWidth:
@@ -119,13 +131,10 @@ def checked(network: nn.Module, config: PruneWidth) -> PruneWidth:
     Raises:
         BadInputError: As `prune_width`.
     """
-    ffn, groups, hidden = ffn_width(network), key_value_heads(network), network.config.hidden_size
-    wanted = PruneWidth(
-        ffn=ffn if config.ffn is None else config.ffn,
-        kv_groups=groups if config.kv_groups is None else config.kv_groups,
-        hidden=hidden if config.hidden is None else config.hidden,
-    )
-    parts = (("FFNs", "they are", wanted.ffn, ffn), ("the residual stream", "it is", wanted.hidden, hidden))
+    now = present_widths(network)
+    groups, served = now.kv_groups, now.heads // now.kv_groups
+    wanted = replace(now, **{name: width for name, width in asdict(config).items() if width is not None})
+    parts = (("FFNs", "they are", wanted.ffn, now.ffn), ("the residual stream", "it is", wanted.hidden, now.hidden))
     for what, present, asked, most in parts:
         if not 0 < asked <= most:
             raise BadInputError(f"Cannot make {what} {asked} wide: {present} {most} wide now. Give 1 to {most}")
@@ -134,32 +143,38 @@ def checked(network: nn.Module, config: PruneWidth) -> PruneWidth:
     if network.config.model_type == "gpt2":
         # Its heads together are as wide as the residual stream.
         width = head_width(network)
-        if config.kv_groups not in (None, wanted.hidden // width) or wanted.hidden % width:
+        if {config.kv_groups, config.heads} - {None, wanted.hidden // width} or wanted.hidden % width:
             raise BadInputError(
                 f"The heads of a GPT-2 are together as wide as its residual stream: give a hidden size that is a "
                 f"multiple of {width}, and as many heads follow"
             )
-        return replace(wanted, kv_groups=wanted.hidden // width)
-    heads = network.config.num_attention_heads // groups * wanted.kv_groups
+        return replace(wanted, kv_groups=wanted.hidden // width, heads=wanted.hidden // width)
+    if config.heads is None:
+        wanted = replace(wanted, heads=served * wanted.kv_groups)
+    if wanted.heads not in range(wanted.kv_groups, served * wanted.kv_groups + 1, wanted.kv_groups):
+        fits = ", ".join(str(wanted.kv_groups * each) for each in range(1, served + 1))
+        raise BadInputError(
+            f"Cannot keep {wanted.heads} query heads with {wanted.kv_groups} KV groups, of which each serves as many, "
+            f"{served} now. What fits: {fits}"
+        )
     biased = getattr(network.config, "attention_bias", False) or getattr(network.config, "mlp_bias", False)
     strict = network.config.model_type == "gemma3_text" or (network.config.model_type == "llama" and biased)
-    if strict and wanted.hidden % heads:
+    if strict and wanted.hidden % wanted.heads:
         raise BadInputError(
-            f"transformers wants the hidden size of a `{network.config.model_type}` to be a multiple of its {heads} "
-            f"query heads: {wanted.hidden} is not. Nearest below: {wanted.hidden // heads * heads}"
+            f"transformers wants the hidden size of a `{network.config.model_type}` to be a multiple of its "
+            f"{wanted.heads} query heads: {wanted.hidden} is not. Nearest below: "
+            f"{wanted.hidden // wanted.heads * wanted.heads}"
         )
     return wanted
 
 
 def _stated(network: nn.Module, wanted: PruneWidth) -> dict[str, int]:
     """Return what the config says about widths."""
-    config = network.config
-    heads = config.num_attention_heads // key_value_heads(network) * wanted.kv_groups
-    if config.model_type == "gpt2":
-        return {"n_embd": wanted.hidden, "n_head": heads}
+    if network.config.model_type == "gpt2":
+        return {"n_embd": wanted.hidden, "n_head": wanted.heads}
     return {
         "hidden_size": wanted.hidden,
-        "num_attention_heads": heads,
+        "num_attention_heads": wanted.heads,
         "num_key_value_heads": wanted.kv_groups,
         "head_dim": head_width(network),
     }
@@ -180,20 +195,19 @@ def _narrow_inside(
     of C4: 0.073; of those sets that lose at most a quarter more of the output: 0.052. What C4 can do without,
     wikitext-2 cannot.
     """
-    chosen, heads, present = [], key_value_heads(network), ffn_width(network)
-    spaces = ((HEADS,) if wanted.kv_groups < heads else ()) + ((SPACE,) if wanted.ffn < present else ())
+    chosen, present = [], present_widths(network)
+    fewer_heads = wanted.heads < present.heads
+    spaces = ((HEADS,) if fewer_heads else ()) + ((SPACE,) if wanted.ffn < present.ffn else ())
     for layer in sweep(network, windows, spaces=spaces):
         found: dict[str, Any] = {}
         if HEADS in spaces:
             gram = layer.gram[HEADS]
             (reader,) = (linear for edge, linear in layer.linears() if edge.reads == HEADS)
             weight = read_weight(reader)
-            groups, scores = _choose_heads(weight, gram, wanted.kv_groups, heads)
-            columns = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
-            solved = solve_readers(weight, gram, columns)
-            keep_heads(layer.module, network, groups)
+            found |= _choose_heads(weight, gram, present, wanted)
+            solved = solve_readers(weight, gram, _columns(found["heads"], gram, present))
+            keep_heads(layer.module, network, found["groups"], found["heads"])
             write_weight(reader, solved)
-            found |= {"groups": groups, "group_scores": scores}
         if SPACE in spaces:
             gram, reader = layer.gram[SPACE], reader_of(layer)
             keep = kept_channels(layer, [wanted.ffn])[wanted.ffn]
@@ -206,27 +220,43 @@ def _narrow_inside(
     return chosen
 
 
-def _choose_heads(weight: Tensor, gram: Tensor, keep: int, heads: int) -> tuple[list[int], list[float]]:
-    """Return the kept heads of keys and values, and each one's share of the output that the others cannot replace."""
-    groups, costs = kept_groups(weight, gram, len(gram) // heads, keep)
+def _choose_heads(weight: Tensor, gram: Tensor, present: PruneWidth, wanted: PruneWidth) -> dict[str, Any]:
+    """Return which heads of keys and values stay, which query heads of theirs, and the scores of both.
+
+    A score is the share of the output that the others cannot replace; query heads are scored once the others of the
+    groups that stay have taken over.
+    """
+    groups, costs = kept_groups(weight, gram, len(gram) // present.kv_groups, wanted.kv_groups)
     whole = ((weight.float() @ gram) * weight.float()).sum().clamp_min(1e-30)
-    return groups, (costs / whole).tolist()
+    heads = torch.arange(present.heads).view(present.kv_groups, -1)[groups].flatten().tolist()
+    found = {"groups": groups, "group_scores": (costs / whole).tolist(), "heads": heads, "served": heads}
+    if wanted.heads < len(heads):
+        columns = _columns(heads, gram, present)
+        solved, size = solve_readers(weight, gram, columns), len(gram) // present.heads
+        inner = gram[columns][:, columns]
+        left, costs = kept_groups(solved, inner, size, wanted.heads, families=wanted.kv_groups)
+        found |= {"heads": [heads[place] for place in left], "head_scores": (costs / whole).tolist()}
+    return found
+
+
+def _columns(heads: list[int], gram: Tensor, present: PruneWidth) -> Tensor:
+    """Return the columns of what the output matrix reads of some query heads."""
+    return torch.arange(len(gram), device=gram.device).view(present.heads, -1)[heads].flatten()
 
 
 def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
     """Give one block a narrower residual stream, cut it, and re-solve it from front to back; return what was chosen."""
     attention, ffn = pair.writers
-    heads, chosen = key_value_heads(network), {}
+    present, chosen = present_widths(network), {}
     narrow_stream(pair.block, pair.anatomy, pair.basis)
     pair.resolve_readers("attention_in")
     moments, keep = pair.moments(attention), None
-    if wanted.kv_groups < heads:
+    if wanted.heads < present.heads:
         gram = moments[0].gram + moments[1].gram
         weight = read_weight(pair.original.get_submodule(attention))
-        groups, chosen["group_scores"] = _choose_heads(weight, gram, wanted.kv_groups, heads)
-        chosen["groups"] = groups
-        keep_heads(pair.block, network, groups)
-        keep = torch.arange(len(gram), device=gram.device).view(heads, -1)[groups].flatten()
+        chosen |= _choose_heads(weight, gram, present, wanted)
+        keep_heads(pair.block, network, chosen["groups"], chosen["heads"])
+        keep = _columns(chosen["heads"], gram, present)
     pair.resolve_writer(attention, moments, keep)
     pair.resolve_readers("mlp_in")
     moments, keep = pair.moments(ffn), None
@@ -269,6 +299,13 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
         details |= {
             "kv_groups_kept": [block["groups"] for block in chosen],
             "kv_group_scores": [[round(score, 5) for score in block["group_scores"]] for block in chosen],
+        }
+    if "head_scores" in chosen[0]:
+        said.append(f"kept {after.heads} of {before.heads} query heads")
+        details |= {
+            "heads_kept": [block["heads"] for block in chosen],
+            "heads_served": [block["served"] for block in chosen],
+            "head_scores": [[round(score, 5) for score in block["head_scores"]] for block in chosen],
         }
     if after.hidden < before.hidden:
         said.append(f"narrowed the residual stream from {before.hidden} to {after.hidden}")

@@ -111,7 +111,9 @@ def group_costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def kept_groups(weight: Tensor, gram: Tensor, size: int, keep: int, damping: float = 0.01) -> tuple[list[int], Tensor]:
+def kept_groups(
+    weight: Tensor, gram: Tensor, size: int, keep: int, damping: float = 0.01, families: int = 1
+) -> tuple[list[int], Tensor]:
     """Choose which groups of neighbouring input channels to keep, when what is kept is re-solved afterwards.
 
     The cheapest group goes, weights and inverse are updated, and so on.
@@ -122,16 +124,20 @@ def kept_groups(weight: Tensor, gram: Tensor, size: int, keep: int, damping: flo
         size: Channels of a group.
         keep: How many groups stay.
         damping: Share of the mean diagonal added to the diagonal.
+        families: Into how many parts the groups are cut, neighbours together; as many groups of each stay.
 
     Returns:
         The kept groups, ascending, and (groups,) what removing each alone costs.
     """
     inverse, work = torch.linalg.inv(_damped(gram, damping)), weight.double().clone()
     first = costs = group_costs(work, inverse, size)
-    alive = list(range(len(costs)))
+    alive, family = list(range(len(costs))), len(costs) // families
+    left = dict.fromkeys(range(families), family)
     while len(alive) > keep:
-        gone = min(alive, key=lambda group: costs[group].item())
+        open_to = [group for group in alive if left[group // family] > keep // families]
+        gone = min(open_to, key=lambda group: costs[group].item())
         alive.remove(gone)
+        left[gone // family] -= 1
         part = slice(size * gone, size * (gone + 1))
         corner = torch.linalg.solve(inverse[part, part], inverse[part])
         work = work - work[:, part] @ corner
