@@ -17,8 +17,10 @@ from pocketlm.model.compute import fast_forward, reusing_memory
 from pocketlm.model.learning import recomputing, through_head
 from pocketlm.model.sweep import HEAD, Importance
 
-# Of the squared gradients, which are themselves estimates with a heavy tail.
-POWER = 0.75
+# Of the tokens' worth of statistics that counting them unevenly must leave. Squared gradients have a heavy tail: one
+# token in a hundred would decide all of what attention reads.
+EFFECTIVE = 0.5
+HALVINGS = 12  # of the interval that the power is searched in
 
 
 def token_importance(
@@ -97,6 +99,27 @@ def fisher_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 def _together(parts: list[Tensor]) -> Tensor:
     """Return one importance for linears that read the same, each of them counting alike."""
-    total = torch.stack([part / part.mean().clamp_min(1e-30) for part in parts]).sum(0)
-    weights = total.pow(POWER)
-    return weights / weights.mean().clamp_min(1e-30)
+    return tempered(torch.stack([part / part.mean().clamp_min(1e-30) for part in parts]).sum(0))
+
+
+def tempered(weights: Tensor) -> Tensor:
+    """Return weights to the highest power up to 1 at which they are worth EFFECTIVE of as many equal ones; mean 1.
+
+    What weights are worth is Kish's effective sample size, (Σ w)² / Σ w².
+
+    Args:
+        weights: Not negative.
+    """
+    low, high = 0.0, 1.0
+    if _worth(weights) >= EFFECTIVE:
+        low = high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _worth(weights**middle) >= EFFECTIVE else (low, middle)
+    found = weights**low
+    return found / found.mean().clamp_min(1e-30)
+
+
+def _worth(weights: Tensor) -> float:
+    """Return the effective sample size as a share of how many there are."""
+    return (weights.mean().square() / weights.square().mean().clamp_min(1e-30)).item()
