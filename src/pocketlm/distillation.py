@@ -121,7 +121,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         stock = None if shape else _stock(job.student, teacher)
         examples, opinions = _examples(job, progress)
         texts = gather_texts(teacher, list(job.data), job.how.seed, progress, LEARNING_WINDOWS)
-        lessons, held_out, of_text = _lessons(job, examples, opinions, teacher, texts)
+        lessons, held_out, of_text = _lessons(job, examples, opinions, teacher, texts, progress)
         start = stock or _cut(teacher, shape, texts, progress)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
         if job.remote and lessons.targets is None:  # it said words, and no probabilities
@@ -267,17 +267,20 @@ def _lessons(
     opinions: dict[str, Opinion],
     teacher: LanguageModel,
     texts: Texts,
+    progress: Progress,
 ) -> tuple[Lessons, Tensor | Lessons, dict[str, str]]:
     """Return what is learnt, what chooses the checkpoint, and the hashes of both."""
     if job.task is None:
         return Lessons(texts.calibration.windows), texts.validation.windows, texts.sha256
     length = texts.calibration.windows.shape[1]
     examples = that_fit(examples, teacher.tokenizer, length) if job.remote else examples
-    learnt, choosing = (_packed(part, opinions, teacher, length) for part in split_examples(examples))
+    learnt, choosing = (_packed(part, opinions, teacher, length, progress) for part in split_examples(examples))
     return learnt, choosing, {"task": file_sha256(job.task), "remote": job.remote or ""}
 
 
-def _packed(examples: list[Example], opinions: dict[str, Opinion], teacher: LanguageModel, length: int) -> Lessons:
+def _packed(
+    examples: list[Example], opinions: dict[str, Opinion], teacher: LanguageModel, length: int, progress: Progress
+) -> Lessons:
     """Return examples as lessons, with a server's opinion of its answers' tokens where it gave one."""
     lessons = pack_examples(examples, teacher.tokenizer, length)
     if not opinions:
@@ -289,7 +292,9 @@ def _packed(examples: list[Example], opinions: dict[str, Opinion], teacher: Lang
         return {"examples": len(examples), "with_probabilities": used}
 
     inputs = {"teacher": teacher.origin.sha256, "length": length, "said": hashlib.sha256(text.encode()).hexdigest()}
-    return replace(lessons, targets=open_targets(stage("opinions", inputs, produce).folder))
+    done = stage("opinions", inputs, produce)
+    progress("answers learnt with the server's probabilities", done.facts["with_probabilities"], done.facts["examples"])
+    return replace(lessons, targets=open_targets(done.folder))
 
 
 def _asked(job: Distillation, progress: Progress) -> list[Answer]:
