@@ -8,6 +8,7 @@ import torch
 from tests.conftest import Tiny
 
 from pocketlm.local_search import MOST_CHANGE, corrected, improve, shared_out
+from pocketlm.model.importance import token_importance
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
@@ -117,7 +118,8 @@ def test_the_best_of_the_measured_mixes_is_taken_and_expected(
     once = improve(model, Wanted(budget=budget), first, TEXTS, silent).plan
     assert (once.formats, once.measured) == (first.plan.formats, kls[:1]), "in a hurry the first mix is only measured"
     for decision, kl in ((first, kls[0]), (better, min(kls))):
-        made = quantize(in_16_bits(tiny_model("llama")), decision.recipe.steps[-1], WINDOWS)[0]
+        stored, step = in_16_bits(tiny_model("llama")), decision.recipe.steps[-1]
+        made = quantize(stored, step, WINDOWS, importance=token_importance(stored.network, WINDOWS, step.seed))[0]
         assert divergence_of(made.network, HELD_OUT, judge(model.network, HELD_OUT)) == pytest.approx(kl, rel=0.02)
 
 
