@@ -55,7 +55,7 @@ def fit(
         str | None, typer.Option(help="Time for the whole run, such as 30m: it ends with the best so far.")
     ] = None,
     heal: Annotated[
-        str | None, typer.Option(help="Time for distillation after pruning, such as 5m; 0 switches it off.")
+        str | None, typer.Option(help="Time to learn after pruning, such as 5m; 0 switches it off.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
     sweep: Annotated[

@@ -1,6 +1,6 @@
 """The stages of a run: each finished one is kept, each starts from what the one before left on disk.
 
-    text ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil] ─> quantize
+    text ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil] ─> quantize [─> tune]
 
 A stage loads what it needs from the stage before it, in a fresh run as in a resumed one, so that both end in the
 same bytes.

@@ -110,14 +110,13 @@ def tempered(weights: Tensor) -> Tensor:
     Args:
         weights: Not negative.
     """
-    low, high = 0.0, 1.0
-    if _worth(weights) >= EFFECTIVE:
-        low = high
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _worth(weights**middle) >= EFFECTIVE else (low, middle)
-    found = weights**low
-    return found / found.mean().clamp_min(1e-30)
+    if _worth(weights) < EFFECTIVE:
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _worth(weights**middle) >= EFFECTIVE else (low, middle)
+        weights = weights**low
+    return weights / weights.mean().clamp_min(1e-30)
 
 
 def _worth(weights: Tensor) -> float:

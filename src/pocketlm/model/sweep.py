@@ -104,7 +104,11 @@ def sweep(
         importance: How much each token counts in the statistics; all alike where None.
     """
     anatomy = anatomy_of(network)
-    counts = {place: values.split(WINDOWS_AT_ONCE) for place, values in (importance or {}).items()}
+
+    def weights(index: int, batch: int) -> dict[str, Tensor]:
+        places = (importance or {}).items()
+        return {space: values.split(WINDOWS_AT_ONCE)[batch] for (at, space), values in places if at == index}
+
     hidden_path = rehearse(network, windows)
     hidden = hidden_path.hidden
     unchanged = list(hidden) if original else []
@@ -116,8 +120,8 @@ def sweep(
             if original:
                 with watching(layer, spaces or anatomy.inputs, wanted.__setitem__):
                     layer.targets.append(run_block(block, unchanged[batch], keywords))
-            weights = {space: counts[index, space][batch] for space in anatomy.inputs if (index, space) in counts}
-            with watching(layer, spaces or anatomy.inputs, partial(_add_moments, layer, wanted, weights)):
+            add = partial(_add_moments, layer, wanted, weights(index, batch))
+            with watching(layer, spaces or anatomy.inputs, add):
                 run_block(block, hidden[batch], keywords)
         yield layer
         unchanged = layer.targets
@@ -128,9 +132,7 @@ def sweep(
         layer = Layer("", len(blocks_of(network)), network, (HEAD,), tokens=windows.numel())
         for batch, states in enumerate(hidden):
             wanted = {HEAD.reads: norm(unchanged[batch])} if original else {}
-            place = (layer.index, HEAD.reads)
-            weights = {HEAD.reads: counts[place][batch]} if place in counts else {}
-            _add_moments(layer, wanted, weights, HEAD.reads, norm(states))
+            _add_moments(layer, wanted, weights(layer.index, batch), HEAD.reads, norm(states))
         yield layer
 
 

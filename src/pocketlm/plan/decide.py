@@ -224,10 +224,9 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windo
         steps.append(PruneDepth(drop=plan.drop))
     if plan.narrower:
         steps.append(PruneWidth(ffn=plan.shape.ffn))
-    tunes = wanted.effort.tunes and wanted.prune
-    alone = not steps or (not plan.drop and not plan.narrower and heal < SPELLING_TOKENS)
-    if tunes:
-        share = heal if alone else heal // 2
+    if wanted.effort.tunes and wanted.prune:
+        respelled = plan.vocabulary and heal >= SPELLING_TOKENS
+        share = heal // 2 if plan.drop or plan.narrower or respelled else heal
         heal, tune = heal - share, max(tune, share)
     if steps and heal:
         rate = min(HIGHEST_RATE, LEARNING_RATE * max(1.0, (heal / RATE_TOKENS) ** 0.5))

@@ -196,8 +196,7 @@ def _narrow_inside(
     wikitext-2 cannot.
     """
     chosen, present = [], present_widths(network)
-    fewer_heads = wanted.heads < present.heads
-    spaces = ((HEADS,) if fewer_heads else ()) + ((SPACE,) if wanted.ffn < present.ffn else ())
+    spaces = ((HEADS,) if wanted.heads < present.heads else ()) + ((SPACE,) if wanted.ffn < present.ffn else ())
     for layer in sweep(network, windows, spaces=spaces):
         found: dict[str, Any] = {}
         if HEADS in spaces:
