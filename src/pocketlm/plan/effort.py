@@ -11,7 +11,7 @@ from pocketlm.model.text import Tokens
 # In forward passes of one window, as timed on SmolLM2-135M: every format's damage in every block, the damage of
 # pruning, choosing codes, of each candidate what is neither learning nor codes (pruning, reading it in the engine), and
 # the proof at the end.
-FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 200, 100, 150
+FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 200, 140, 150
 # Of each window that codes are chosen from: three for what its tokens matter, then the original's, before the codes and
 # behind them.
 STATISTICS_PASSES = 6
