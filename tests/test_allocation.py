@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -197,3 +199,19 @@ def test_a_plans_bytes_are_those_of_the_file(family: str, fixed: dict[str, str],
     assert (tmp_path / "model.gguf").stat().st_size == plan.bytes <= budget.bytes
     for unit, tensors in sizes.units(sizes.original).items():
         assert {packed[name].format.name for name in tensors} == {plan.units[unit][0]}
+
+
+def test_a_talkative_solver_is_not_heard(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases of HiGHS print a line of debugging from native code, which would stand in a person's JSON."""
+    import scipy.optimize
+
+    def talkative(*args: object, **kwargs: object) -> object:
+        os.write(1, b"tmpSolver.run();\n")
+        return milp(*args, **kwargs)
+
+    milp = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", talkative)
+    sys.stdout.write("before\n")
+    assert solve({"a": [Option("F0", 4, 1.0), Option("F1", 8, 0.5)]}, Limits(8))["a"].format == "F1"
+    sys.stdout.write("after\n")
+    assert capfd.readouterr().out == "before\nafter\n"

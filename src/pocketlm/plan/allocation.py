@@ -4,9 +4,13 @@ A unit is what must share a format (the query and key rows of one block, say) an
 bytes and measured damages. Choosing one option per unit is a multiple-choice knapsack; HiGHS solves it exactly.
 """
 
+import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -81,17 +85,18 @@ def solve(options: Mapping[str, list[Option]], limits: Limits) -> dict[str, Opti
         others.append(LinearConstraint(costs[None] / most, -np.inf, 1))
     limit = slack
     while limit > 0 or (others and limit == 0):
-        found = milp(
-            damages / max(damages.max(), 1e-30),
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(extra[None] / max(slack, 1), -np.inf, limit / max(slack, 1)),
-                *others,
-            ],
-            options={"mip_rel_gap": 1e-4, "time_limit": 20},
-        )
+        with _unspoken():
+            found = milp(
+                damages / max(damages.max(), 1e-30),
+                integrality=np.ones(len(flat)),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(extra[None] / max(slack, 1), -np.inf, limit / max(slack, 1)),
+                    *others,
+                ],
+                options={"mip_rel_gap": 1e-4, "time_limit": 20},
+            )
         if found.x is None:
             break
         taken = found.x > 0.5
@@ -102,6 +107,23 @@ def solve(options: Mapping[str, list[Option]], limits: Limits) -> dict[str, Opti
     if others:
         raise ImpossibleBudgetError("No mix of formats keeps to bytes, memory and time at once")
     return smallest
+
+
+@contextmanager
+def _unspoken() -> Iterator[None]:
+    """While open, nothing reaches standard output, not even from native code.
+
+    HiGHS prints a line of its own debugging there, whatever it is told, where a person may have asked for JSON.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def worthwhile(options: list[Option], running: Sequence[str] = ()) -> list[Option]:
