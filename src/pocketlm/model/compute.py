@@ -3,16 +3,20 @@
 import copy
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # For `mallopt` of glibc (malloc.h): never trim the heap, grow it by 64 MB, take no mappings; and the defaults.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 REUSING = ((TRIM_THRESHOLD, -1), (TOP_PAD, 1 << 26), (MMAP_MAX, 0))
+NARROW = (torch.bfloat16, torch.float16)
+PRODUCTS = (nn.functional.linear, torch.addmm)  # what the linears of all families call
 DEFAULTS = ((TRIM_THRESHOLD, 1 << 17), (TOP_PAD, 1 << 17), (MMAP_MAX, 1 << 16))
 
 
@@ -25,9 +29,24 @@ def forward_dtype(device_type: str) -> torch.dtype:
 
 
 def fast_forward(device: torch.device) -> AbstractContextManager:
-    """Return the autocast context of forward passes: weights keep the precision they are stored in."""
+    """Return the context of forward passes, in which products have their dtype: weights keep the one they have."""
     dtype = forward_dtype(device.type)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    return torch.autocast(device.type, dtype=dtype) if dtype is not torch.float32 else _Widening()
+
+
+class _Widening(TorchFunctionMode):
+    """While open, weights that are kept in 16 bits to save memory are multiplied in float32.
+
+    Where the hardware cannot multiply bfloat16, a product in it takes 7 times as long, and one that leads back through
+    a linear 200 times; to widen a matrix first takes a few percent.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        if func in PRODUCTS:
+            args = tuple(arg.float() if isinstance(arg, Tensor) and arg.dtype in NARROW else arg for arg in args)
+        return func(*args, **(kwargs or {}))
 
 
 def as_forward(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -166,8 +166,12 @@ def recomputing(network: nn.Module) -> Iterator[None]:
     """While open, no block of a large network keeps its activations: the backward pass runs it again."""
     large = sum(parameter.numel() for parameter in network.parameters()) > CHECKPOINT_PARAMETERS
     changed = list(blocks_of(network)) if large else []
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), fast_forward(network.device)  # the second pass has to compute as the first did
+
     for block in changed:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.model.anatomy import FAMILIES, anatomy_for
@@ -160,7 +160,15 @@ def _build(config: "PreTrainedConfig", state: dict[str, Tensor], dtype: torch.dt
                 f"{expected.get(name, 'absent')}, is {found.get(name, 'missing')}"
             )
     with _quiet():
-        return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        return _ready(type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype))
+
+
+def _ready(network: "PreTrainedModel") -> "PreTrainedModel":
+    """Prepare a network for inference, its layer norms in float32: they take no input wider than their weights."""
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    return network.eval()
 
 
 # ---- folder and hub ----
@@ -264,7 +272,7 @@ def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
             raise BadInputError(
                 f"The weights in {folder} do not fit its config: {len(names)} {fault}, such as `{names[0]}`"
             )
-    return network.eval()
+    return _ready(network)
 
 
 def _card_license(folder: Path) -> str | None:
