@@ -29,8 +29,7 @@ import torch
 from common import command_line, write_results
 from torch import Tensor
 
-from pocketlm.artefact import versions
-from pocketlm.cache import Finished, stage, unfinished
+from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine
 from pocketlm.measure.quality import LEVEL, RESAMPLES, Comparison, Interval, compare
@@ -40,13 +39,14 @@ from pocketlm.model.learning import Lessons
 from pocketlm.model.source import load
 from pocketlm.model.targets import Sampling, fitting, open_targets, predicted_bytes, write_targets
 from pocketlm.model.text import Tokens, as_tokens, pack_windows, read_corpus
+from pocketlm.pipeline.artefact import versions
+from pocketlm.pipeline.cache import Finished, stage, unfinished
 from pocketlm.plan.decide import tokens_in
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.run.engine import Engine
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
-from pocketlm.terminal import Screen
 
 LENGTH = 512
 SOLVING, CHOOSING = 64, 16  # windows that the cut is solved on by default, and that choose blocks and checkpoints

@@ -21,20 +21,20 @@ import torch
 from common import command_line, write_results
 from torch import Tensor
 
-from pocketlm.artefact import versions
-from pocketlm.cache import stage
-from pocketlm.distillation import Distillation, distill
+from pocketlm.cli.terminal import Screen
+from pocketlm.commands.distillation import Distillation, distill
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
+from pocketlm.pipeline.artefact import versions
+from pocketlm.pipeline.cache import stage
 from pocketlm.report.write import file_sha256
 from pocketlm.run.engine import Engine
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize, quantize
-from pocketlm.terminal import Screen
 
 BATCH = 32
 ANSWER_TOKENS = 16

@@ -23,8 +23,6 @@ from common import command_line, write_results
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 
-from pocketlm.artefact import versions
-from pocketlm.cache import stage
 from pocketlm.measure.device import machine
 from pocketlm.model.gguf_tokenizer import merges_by_score
 from pocketlm.model.judge import judge
@@ -32,8 +30,10 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, held_out_loss
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows
+from pocketlm.pipeline.artefact import versions
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.stages import silent
 from pocketlm.plan.sensitivity import depth_damage
-from pocketlm.stages import silent
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.tensors.divergence import Loss

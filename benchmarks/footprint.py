@@ -14,13 +14,13 @@ from pathlib import Path
 
 from common import command_line, write_results
 
+from pocketlm.cli.terminal import Screen
 from pocketlm.measure.device import machine
 from pocketlm.model.source import load
 from pocketlm.plan.footprint import measure_costs, measure_file, measure_layout
 from pocketlm.plan.recipe import read_recipe
 from pocketlm.plan.sizes import sizes_of
 from pocketlm.steps.quantize import Quantize
-from pocketlm.terminal import Screen
 
 
 def arguments() -> argparse.Namespace:

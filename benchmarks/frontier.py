@@ -21,20 +21,20 @@ from pathlib import Path
 from common import command_line, write_results
 
 from pocketlm.api import Fit, evaluate, load, sweep
-from pocketlm.artefact import versions
-from pocketlm.cache import stage
+from pocketlm.cli.terminal import Screen
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.measure.device import machine
 from pocketlm.measure.task_files import Task, read_task
 from pocketlm.measure.tasks import Outcome, Z, pair
+from pocketlm.pipeline.artefact import versions
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.proof import original_file
+from pocketlm.pipeline.scoring import outcomes
 from pocketlm.plan.budget import parse_time
-from pocketlm.proof import original_file
 from pocketlm.report.charts import scatter
 from pocketlm.report.content import Estimate
 from pocketlm.report.pages import style
 from pocketlm.report.write import file_sha256, replace_text
-from pocketlm.scoring import outcomes
-from pocketlm.terminal import Screen
 
 ORIGINAL = "original"
 KINDS = {"joint": True, "plain": False}  # whether parts may be removed

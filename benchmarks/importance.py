@@ -14,7 +14,6 @@ import torch
 from common import command_line, write_results
 from torch import Tensor
 
-from pocketlm.artefact import versions
 from pocketlm.measure.device import machine
 from pocketlm.model.anatomy import blocks_of, overwrite_weight
 from pocketlm.model.importance import token_importance
@@ -23,6 +22,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.sweep import Importance, sweep
 from pocketlm.model.text import read_corpus
+from pocketlm.pipeline.artefact import versions
 from pocketlm.steps.quantize import choose_codes
 
 FORMATS = {

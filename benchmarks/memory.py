@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from common import command_line
 
+from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine
 from pocketlm.model.language_model import save
 from pocketlm.model.source import load
 from pocketlm.model.text import python_topics
-from pocketlm.planning import Fit, load_for, prepare
-from pocketlm.stages import run_recipe
-from pocketlm.terminal import Screen
+from pocketlm.pipeline.planning import Fit, load_for, prepare
+from pocketlm.pipeline.stages import run_recipe
 
 
 def random_llama(source: str, folder: Path) -> None:

@@ -20,7 +20,7 @@ from common import command_line, write_results
 from simple_choices import FFN, HEADS, narrow_hidden, narrow_inner, statistics
 from torch import Tensor, nn
 
-from pocketlm.artefact import versions
+from pocketlm.cli.terminal import Screen
 from pocketlm.measure.device import machine
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
@@ -28,11 +28,11 @@ from pocketlm.model.source import load
 from pocketlm.model.surgery import drop_blocks
 from pocketlm.model.sweep import final_hidden
 from pocketlm.model.text import pack_windows, read_corpus
+from pocketlm.pipeline.artefact import versions
 from pocketlm.plan.importance import block_influence, perplexity, perplexity_without
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
-from pocketlm.terminal import Screen
 
 LENGTH = 512
 SCORING_WINDOWS = 16  # of calibration text, for the simple scores

@@ -18,17 +18,17 @@ from pathlib import Path
 
 from common import command_line, write_results
 
-from pocketlm.artefact import versions
+from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine
 from pocketlm.measure.quality import Comparison, compare
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
+from pocketlm.pipeline.artefact import versions
+from pocketlm.pipeline.planning import Fit, prepare
+from pocketlm.pipeline.stages import run_recipe
 from pocketlm.plan.budget import parse_time
-from pocketlm.planning import Fit, prepare
 from pocketlm.run.engine import Engine
-from pocketlm.stages import run_recipe
-from pocketlm.terminal import Screen
 
 LENGTH = 512
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import command_line, write_results
 
-from pocketlm.artefact import versions
+from pocketlm.cli.terminal import Screen
 from pocketlm.export.sparse_bitmask import linear_names, predicted_bytes
 from pocketlm.measure.device import machine
 from pocketlm.measure.quality import Logits, compare
@@ -22,8 +22,8 @@ from pocketlm.model.compute import fast_forward
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
+from pocketlm.pipeline.artefact import versions
 from pocketlm.steps.sparsify import Sparsify, sparsify
-from pocketlm.terminal import Screen
 
 import torch  # isort: skip
 

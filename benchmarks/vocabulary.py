@@ -19,20 +19,20 @@ from pathlib import Path
 
 from common import command_line, write_results
 
-from pocketlm.artefact import versions
+from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.text import Corpus, pack_windows, read_corpus
 from pocketlm.model.vocabulary import spellings
+from pocketlm.pipeline.artefact import versions
+from pocketlm.pipeline.proof import measure_on_text
 from pocketlm.plan.sizes import sizes_of
-from pocketlm.proof import measure_on_text
 from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline, trim_vocabulary
-from pocketlm.terminal import Screen
 
 STRINGS = 10_000
 HEALING_RATE = 2e-4  # of all weights; rare words in new pieces are much to learn

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from common import Reply, ask_all, served, share, stored
 
+from pocketlm.cli.options import gguf_file
 from pocketlm.model.source import load
-from pocketlm.options import gguf_file
-from pocketlm.proof import original_file
+from pocketlm.pipeline.proof import original_file
 
 CASES = Path(__file__).with_suffix(".jsonl")
 WORDS = 50  # that an answer may have

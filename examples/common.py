@@ -17,11 +17,11 @@ from typing import Any, Protocol, TypeVar
 import httpx
 
 from pocketlm.api import Distil, Distillation, distill, load
-from pocketlm.cache import stage
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.examples import Example, pack_examples
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.stages import gather_texts, silent
 from pocketlm.run.server.calibration import wilson
-from pocketlm.stages import gather_texts, silent
 from pocketlm.steps.quantize import Quantize, quantize
 
 LENGTH = 512  # tokens of a window that examples are packed into

@@ -21,10 +21,10 @@ from common import Reply, ask_all, drawn, served, share, stored, taught, write_e
 from home_commands import Command, generated, hand_written, home_assistant, snips
 
 from pocketlm.api import Distil
+from pocketlm.cli.terminal import Screen
 from pocketlm.model.examples import Example
 from pocketlm.model.source import load
-from pocketlm.proof import original_file
-from pocketlm.terminal import Screen
+from pocketlm.pipeline.proof import original_file
 
 SHOWN = 8  # examples that the original is told
 ANSWER_TOKENS = 160

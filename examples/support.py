@@ -27,6 +27,7 @@ from pathlib import Path
 from common import Reply, ask_all, drawn, read_labelled, served, share, stored, taught, write_examples
 
 from pocketlm.api import Distil
+from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.examples import Example
 from pocketlm.model.source import load
@@ -34,7 +35,6 @@ from pocketlm.run.server.calibration import Calibration, calibrate, is_right
 from pocketlm.run.server.calibration import lines as calibration_lines
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.escalation import Escalation
-from pocketlm.terminal import Screen
 
 QUESTION = "What does this customer want?"
 BUILT_IN = Path(__file__).with_suffix(".jsonl")

@@ -9,17 +9,17 @@ import torch
 from tests.command_line import pocketlm
 from tests.conftest import Tiny
 
-from pocketlm import accuracy
-from pocketlm.accuracy import QUALITIES, quality_for
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.task_files import Item, Task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
+from pocketlm.pipeline import accuracy
+from pocketlm.pipeline.accuracy import QUALITIES, quality_for
+from pocketlm.pipeline.scoring import outcomes
+from pocketlm.pipeline.stages import Texts, silent
 from pocketlm.plan.budget import Budget, parse_accuracy
 from pocketlm.plan.decide import Wanted
-from pocketlm.scoring import outcomes
-from pocketlm.stages import Texts, silent
 
 GENERATOR = torch.Generator().manual_seed(0)
 WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=GENERATOR) for rows in (8, 4))

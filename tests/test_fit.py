@@ -234,5 +234,5 @@ def test_doctor_and_clean(tmp_path):
 
 
 def test_help_is_instant_and_needs_no_torch():
-    code = "import sys, pocketlm.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, pocketlm.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

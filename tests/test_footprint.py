@@ -12,14 +12,14 @@ from tests.tiny import FAMILIES, tiny_folder
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.text import Tokens
+from pocketlm.pipeline.plan_stages import costs_here
+from pocketlm.pipeline.stages import silent
 from pocketlm.plan.budget import Budget, parse_quality, parse_speed
 from pocketlm.plan.decide import Wanted, decide
 from pocketlm.plan.footprint import Costs, write_hollow
 from pocketlm.plan.search import Damages, Plan, check_running, choose
 from pocketlm.plan.sizes import Shape, budget_range, sizes_of
-from pocketlm.plan_stages import costs_here
 from pocketlm.run.engine import Engine
-from pocketlm.stages import silent
 from pocketlm.tensors.formats import FORMATS
 
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from tests.conftest import Tiny
 
-from pocketlm.local_search import MOST_CHANGE, corrected, improve, shared_out
 from pocketlm.model.importance import token_importance
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
+from pocketlm.pipeline.local_search import MOST_CHANGE, corrected, improve, shared_out
+from pocketlm.pipeline.stages import Texts, silent
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted
 from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Shape, sizes_of
-from pocketlm.stages import Texts, silent
 from pocketlm.steps.quantize import Quantize, quantize
 
 GENERATOR = torch.Generator().manual_seed(0)

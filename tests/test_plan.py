@@ -20,6 +20,8 @@ from pocketlm.model.anatomy import blocks_of, read_weight, write_weight
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.sweep import sweep
 from pocketlm.model.text import Tokens
+from pocketlm.pipeline.plan_stages import measure_damages
+from pocketlm.pipeline.stages import Texts
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
 from pocketlm.plan.decide import Wanted
@@ -28,8 +30,6 @@ from pocketlm.plan.recipe import Recipe, from_dict, read_recipe, to_dict, to_yam
 from pocketlm.plan.search import Damages, candidate_shapes, check_budget, choose, shape_damage
 from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
 from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_bytes, sizes_of, smallest_shape
-from pocketlm.plan_stages import measure_damages
-from pocketlm.stages import Texts
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width

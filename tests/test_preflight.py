@@ -7,10 +7,10 @@ import pytest
 import torch
 from tests.conftest import Tiny
 
-from pocketlm import preflight
 from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
-from pocketlm.preflight import check_resources
+from pocketlm.pipeline import preflight
+from pocketlm.pipeline.preflight import check_resources
 
 
 def test_quantizing_needs_less_memory_than_training(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

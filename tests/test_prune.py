@@ -12,6 +12,7 @@ from tests.test_steps import WINDOWS, assert_reloads, droppable, every_family, l
 from tests.tiny import FAMILIES, tiny_folder
 from torch import Tensor, nn
 
+from pocketlm.commands.pruning import healing_tokens
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.abreast import DAMPINGS, abreast
@@ -21,7 +22,6 @@ from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, nar
 from pocketlm.plan.importance import block_influence, perplexity_without
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sizes import recipe_bytes, sizes_of
-from pocketlm.pruning import healing_tokens
 from pocketlm.run.engine import Engine
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, choose_basis, prune_width

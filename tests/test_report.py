@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from pocketlm.artefact import sensitivity_of
 from pocketlm.errors import BadInputError
+from pocketlm.pipeline.artefact import sensitivity_of
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
 from pocketlm.report import charts, tables, wording

@@ -605,7 +605,7 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, model, tmp_path):
 
 
 def test_a_missing_package_names_the_line_that_installs_it(folder, model):
-    program = "import sys; sys.modules['aiohttp'] = None; from pocketlm.cli import main; main()"
+    program = "import sys; sys.modules['aiohttp'] = None; from pocketlm.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, *command("serve", model)[3:]],
         env=environment(folder),

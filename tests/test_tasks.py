@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
 
-from pocketlm.artefact import task_score
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.task_files import Item, read_task
 from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result, wilson
 from pocketlm.model.examples import encode_answer, encode_prompt
+from pocketlm.pipeline.artefact import task_score
+from pocketlm.pipeline.scoring import label_pairs, write
 from pocketlm.run.engine import Engine
-from pocketlm.scoring import label_pairs, write
 
 ITEM = Item("The operators of the language are", (" evaluated left to right", " no objects", " names"), 1)
 

@@ -14,6 +14,9 @@ from tests.conftest import Tiny
 from tests.tiny import tiny_folder
 
 from pocketlm.model.text import Tokens, pack_windows, python_topics
+from pocketlm.pipeline.planning import Fit, load_for, prepare
+from pocketlm.pipeline.stages import silent
+from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, best_of, search
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, recipe_of
 from pocketlm.plan.effort import PRESETS, expected_seconds
@@ -21,12 +24,9 @@ from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
 from pocketlm.plan.sizes import Shape, sizes_of
-from pocketlm.planning import Fit, load_for, prepare
-from pocketlm.stages import silent
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
 from pocketlm.tensors.formats import FORMATS
-from pocketlm.trials import MARGIN, Limit, Search, Trial, best_of, search
 
 WORDS = "".join(f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000))
 

@@ -1,5 +1,5 @@
 """`python -m pocketlm` is the command line."""
 
-from pocketlm.cli import main
+from pocketlm.cli.main import main
 
 main()

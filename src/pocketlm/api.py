@@ -6,17 +6,17 @@ report = fit(Fit(model="demo", size="70MB", out=Path("p70")))
 print(report.product.perplexity_ratio)
 """
 
-from pocketlm.distillation import Distillation, distill
+from pocketlm.commands.distillation import Distillation, distill
+from pocketlm.commands.inspection import bench, doctor, evaluate, evaluate_harness, evaluate_tasks, inspect
+from pocketlm.commands.integers import quantize_integers
+from pocketlm.commands.pruning import Prune, prune
+from pocketlm.commands.sweep import sweep
 from pocketlm.fit import fit, plan
-from pocketlm.inspection import bench, doctor, evaluate, evaluate_harness, evaluate_tasks, inspect
-from pocketlm.integers import quantize_integers
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
-from pocketlm.planning import Fit
-from pocketlm.pruning import Prune, prune
+from pocketlm.pipeline.planning import Fit
 from pocketlm.run.chat import chat_loop as chat
 from pocketlm.steps.distil import Distil
-from pocketlm.sweep import sweep
 
 __all__ = [
     "Distil",

@@ -9,19 +9,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pocketlm.account import run_facts
-from pocketlm.artefact import make_report, new_folder
-from pocketlm.cache import remove_leftovers
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.account import run_facts
+from pocketlm.pipeline.artefact import make_report, new_folder
+from pocketlm.pipeline.cache import remove_leftovers
+from pocketlm.pipeline.planning import Fit, Planned, load_for, prepare
+from pocketlm.pipeline.proof import plain_file, prove, simpler_choice
+from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
+from pocketlm.pipeline.trials import Limit, alone_of, search
 from pocketlm.plan.recipe import to_yaml
-from pocketlm.planning import Fit, Planned, load_for, prepare
-from pocketlm.proof import plain_file, prove, simpler_choice
 from pocketlm.report.content import Report
 from pocketlm.report.write import file_sha256, write_manifest, write_reports
-from pocketlm.stages import Progress, Texts, run_recipe, silent
-from pocketlm.trials import Limit, alone_of, search
 
 
 def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], None] = lambda planned: None) -> Report:

@@ -8,18 +8,18 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pocketlm.distillation import Distilled
-from pocketlm.harness import HarnessScore
-from pocketlm.integers import IntegerFolder
+from pocketlm.commands.distillation import Distilled
+from pocketlm.commands.integers import IntegerFolder
+from pocketlm.commands.pruning import Pruned
 from pocketlm.measure.device import Figure, Speeds
 from pocketlm.measure.quality import Interval, Quality
 from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.training import LOSSES
+from pocketlm.pipeline.harness import HarnessScore
+from pocketlm.pipeline.planning import Planned
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.plan.search import Plan
-from pocketlm.planning import Planned
-from pocketlm.pruning import Pruned
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
 

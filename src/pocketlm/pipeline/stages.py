@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pocketlm.cache import Finished, stage, unfinished
 from pocketlm.model.anatomy import overwrite_weight
 from pocketlm.model.importance import token_importance
 from pocketlm.model.language_model import LanguageModel, save
@@ -38,6 +37,7 @@ from pocketlm.model.text import (
 )
 from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
+from pocketlm.pipeline.cache import Finished, stage, unfinished
 from pocketlm.plan.recipe import Recipe, step_settings
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prepare import Prepare, prepare

@@ -8,19 +8,19 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pocketlm.artefact import new_folder
-from pocketlm.cache import remove_leftovers
 from pocketlm.export.compressed_tensors import predicted_bytes, write_compressed_tensors
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
 from pocketlm.model.source import load
+from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.cache import remove_leftovers
+from pocketlm.pipeline.planning import Fit
+from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.proof import measure_quality, original_file
+from pocketlm.pipeline.stages import Progress, gather_texts, run_recipe, silent
 from pocketlm.plan.recipe import Recipe, to_yaml
 from pocketlm.plan.sizes import sizes_of
-from pocketlm.planning import Fit
-from pocketlm.preflight import check_resources
-from pocketlm.proof import measure_quality, original_file
 from pocketlm.report.write import write_manifest
-from pocketlm.stages import Progress, gather_texts, run_recipe, silent
 from pocketlm.steps.quantize import Quantize, format_name
 
 

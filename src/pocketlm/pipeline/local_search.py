@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketlm.cache import stage
 from pocketlm.model.compute import reusing_memory
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import distillation_step
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.stages import Progress, Texts, run_recipe
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Sizes, sizes_of
-from pocketlm.stages import Progress, Texts, run_recipe
 from pocketlm.steps.quantize import Quantize
 
 ADDITIVE = 0.05  # nats per token up to which damages add up, and no other mix is tried

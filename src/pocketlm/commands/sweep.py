@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.fit import fit
-from pocketlm.planning import Fit, Planned
+from pocketlm.pipeline.planning import Fit, Planned
+from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.report.content import Report
 from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
 from pocketlm.report.write import read_report, replace_text
-from pocketlm.stages import Progress, silent
 
 
 @dataclass(frozen=True)

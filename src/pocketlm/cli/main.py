@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm import measuring_cli, serving_cli
+from pocketlm.cli import measuring, serving
+from pocketlm.cli.exits import run
+from pocketlm.cli.options import Data, Debug, Json, Model, Threads
+from pocketlm.cli.options import gguf_file as _gguf
+from pocketlm.cli.options import print_result as _print
 from pocketlm.errors import BadInputError
-from pocketlm.exits import run
-from pocketlm.options import Data, Debug, Json, Model, Threads
-from pocketlm.options import gguf_file as _gguf
-from pocketlm.options import print_result as _print
 
 app = typer.Typer(
     help="Make a small language model fit a device, and prove what that cost.",
@@ -195,8 +195,8 @@ def prune(
     Example: pocketlm prune demo --depth 27 --ffn 1280 -o smaller
     """
     from pocketlm import api
+    from pocketlm.cli.terminal import Screen, pruned_lines
     from pocketlm.plan.budget import parse_time
-    from pocketlm.terminal import Screen, pruned_lines
 
     job = api.Prune(
         model=model,
@@ -262,8 +262,8 @@ def distill(
     Example: pocketlm distill demo --student depth=24,ffn=1152 --time 30m -o smaller
     """
     from pocketlm import api
+    from pocketlm.cli.terminal import Screen, distilled_lines
     from pocketlm.plan.budget import parse_time
-    from pocketlm.terminal import Screen, distilled_lines
 
     _one_of("--loss", loss, ("forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"))
     _one_of("--targets", targets, ("live", "sampled", "top"))
@@ -322,8 +322,8 @@ def clean(
     debug: Debug = False,
 ) -> None:
     """Show the cache of finished stages, and empty it."""
-    from pocketlm import cache
-    from pocketlm.terminal import cache_lines
+    from pocketlm.cli.terminal import cache_lines
+    from pocketlm.pipeline import cache
 
     kept = cache.kept()
     if yes:
@@ -334,13 +334,13 @@ def clean(
 
 
 for command in (
-    measuring_cli.inspect,
-    measuring_cli.evaluate,
-    measuring_cli.diff,
-    measuring_cli.bench,
-    measuring_cli.doctor,
-    serving_cli.serve,
-    serving_cli.calibrate,
+    measuring.inspect,
+    measuring.evaluate,
+    measuring.diff,
+    measuring.bench,
+    measuring.doctor,
+    serving.serve,
+    serving.calibrate,
 ):
     app.command()(command)
 
@@ -348,9 +348,9 @@ for command in (
 def _run(job: Any, dry_run: bool, json_output: bool) -> None:
     """Plan a job, and unless told not to, do it."""
     from pocketlm import api
+    from pocketlm.cli.terminal import Screen, integer_lines, plan_lines, result_lines
     from pocketlm.report.content import to_dict
     from pocketlm.tensors.formats.integer import NAMES
-    from pocketlm.terminal import Screen, integer_lines, plan_lines, result_lines
 
     if job.format in NAMES:
         with Screen() as screen:
@@ -371,8 +371,8 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
 def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
     """Fit several sizes and print the frontier."""
     from pocketlm import api
+    from pocketlm.cli.terminal import Screen, plan_lines
     from pocketlm.report.frontier import frontier_data, frontier_lines
-    from pocketlm.terminal import Screen, plan_lines
 
     with Screen() as screen:
         made = api.sweep(job, sizes, screen.progress, lambda planned: screen.say(plan_lines(planned)))

@@ -7,16 +7,16 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pocketlm.cache import stage
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.task_files import Task
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.plan_stages import make_plan
+from pocketlm.pipeline.scoring import score_tasks
+from pocketlm.pipeline.stages import Progress, Texts, run_recipe
 from pocketlm.plan.decide import Wanted
 from pocketlm.plan.recipe import Recipe, to_dict
-from pocketlm.plan_stages import make_plan
-from pocketlm.scoring import score_tasks
-from pocketlm.stages import Progress, Texts, run_recipe
 
 QUALITIES = (0.99, 0.97, 0.93, 0.85, 0.7, 0.5)  # exp(-KL), one of which is taken
 

@@ -3,14 +3,14 @@
 import math
 from pathlib import Path
 
-from pocketlm.artefact import Run, sensitivity_of
+from pocketlm.pipeline.artefact import Run, sensitivity_of
+from pocketlm.pipeline.planning import Fit, Planned
+from pocketlm.pipeline.proof import Proof
+from pocketlm.pipeline.trials import Search, alone_of
 from pocketlm.plan.budget import parse_accuracy, parse_quality, say_bytes
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import to_yaml
-from pocketlm.planning import Fit, Planned
-from pocketlm.proof import Proof
 from pocketlm.report.content import BudgetFacts, Estimate, TrialRun
-from pocketlm.trials import Search, alone_of
 
 
 def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:

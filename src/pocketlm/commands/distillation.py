@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pocketlm.artefact import new_folder
-from pocketlm.cache import remove_leftovers, stage, unfinished
+from pocketlm.commands.pruning import Prune, check_shape
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
@@ -26,17 +25,18 @@ from pocketlm.model.opinions import Opinion, keep_opinions
 from pocketlm.model.source import load
 from pocketlm.model.targets import fitting, open_targets, predicted_bytes, write_targets
 from pocketlm.model.training import LOSSES
+from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.cache import remove_leftovers, stage, unfinished
+from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.proof import measure_models, original_file
+from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.plan.decide import tokens_in
 from pocketlm.plan.importance import block_influence
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sensitivity import depth_damage
-from pocketlm.preflight import check_resources
-from pocketlm.proof import measure_models, original_file
-from pocketlm.pruning import Prune, check_shape
 from pocketlm.report.distilled import distilled_page
 from pocketlm.report.write import file_sha256, write_manifest
 from pocketlm.run.remote import Answer, ask, read_answers
-from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.steps.distil import Distil, alike, distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from pocketlm.cache import cache_folder
 from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.cache import cache_folder
 from pocketlm.plan.budget import say_bytes
 
 TRAINING_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint

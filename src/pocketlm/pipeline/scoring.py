@@ -10,9 +10,9 @@ from pocketlm.measure.task_files import Item, Kind, Task
 from pocketlm.measure.tasks import Outcome, Pair, TaskResult, chosen, joined, likelihoods, matches, result
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.stages import Progress
 from pocketlm.report.answers import faults
 from pocketlm.run.engine import Engine
-from pocketlm.stages import Progress
 
 CONTEXT = 2048  # tokens at most
 WRITTEN = 64  # tokens of an answer at most

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pocketlm
-from pocketlm.cache import cache_folder
-from pocketlm.harness import HarnessScore, score_harness
 from pocketlm.measure.device import Speeds, machine, measure_speed
 from pocketlm.measure.quality import Quality
 from pocketlm.measure.task_files import read_task
@@ -18,11 +16,13 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
+from pocketlm.pipeline.cache import cache_folder
+from pocketlm.pipeline.harness import HarnessScore, score_harness
+from pocketlm.pipeline.proof import measure_models, original_file
+from pocketlm.pipeline.scoring import score_tasks
+from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.sizes import budget_range, sizes_of
-from pocketlm.proof import measure_models, original_file
 from pocketlm.run.speed import WORKER
-from pocketlm.scoring import score_tasks
-from pocketlm.stages import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The commands that measure and change nothing; `pocketlm.cli` has the others."""
+"""The commands that measure and change nothing; `pocketlm.cli.main` has the others."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from pocketlm.cli.options import Data, Debug, Json, Model, gguf_file, print_result
 from pocketlm.errors import BadInputError
-from pocketlm.options import Data, Debug, Json, Model, gguf_file, print_result
 
 
 def inspect(model: Model, json_output: Json = False, debug: Debug = False) -> None:
     """Show what a model is made of, and which budgets `fit` can meet."""
     from pocketlm import api
-    from pocketlm.terminal import inspection_lines
+    from pocketlm.cli.terminal import inspection_lines
 
     found = api.inspect(model)
     print_result(inspection_lines(found), asdict(found), json_output)
@@ -40,7 +40,7 @@ def evaluate(
 ) -> None:
     """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
     from pocketlm import api
-    from pocketlm.terminal import Screen, harness_lines, quality_lines, task_lines
+    from pocketlm.cli.terminal import Screen, harness_lines, quality_lines, task_lines
 
     if bool(task) + bool(harness) + bool(data) > 1:
         raise BadInputError("Give one of --task, --harness and --data: they are measured apart")
@@ -100,7 +100,7 @@ def bench(
     Example: pocketlm bench p70 demo --prompt 64 --prompt 1024 --threads 1 --threads 2
     """
     from pocketlm import api
-    from pocketlm.terminal import speed_lines
+    from pocketlm.cli.terminal import speed_lines
 
     paths = [gguf_file(str(file)) for file in files]
     measured = api.bench(paths, threads or (), prompt or (512,), generate, repeat, cache)
@@ -111,7 +111,7 @@ def bench(
 def doctor(json_output: Json = False, debug: Debug = False) -> None:
     """Show what this machine and this installation can do."""
     from pocketlm import api
-    from pocketlm.terminal import doctor_lines
+    from pocketlm.cli.terminal import doctor_lines
 
     found = api.doctor()
     print_result(doctor_lines(found), found, json_output)

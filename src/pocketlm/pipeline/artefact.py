@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pocketlm
-from pocketlm.cache import Finished
 from pocketlm.errors import BadInputError
 from pocketlm.measure.device import FileSpeed, Machine, machine
 from pocketlm.measure.quality import Interval
@@ -22,11 +21,12 @@ from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
 from pocketlm.model.text import Tokens
+from pocketlm.pipeline.cache import Finished
+from pocketlm.pipeline.proof import STAGE_WINDOWS, Proof
+from pocketlm.pipeline.stages import Compressed, Texts
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.search import Damages, Plan
-from pocketlm.proof import STAGE_WINDOWS, Proof
 from pocketlm.report import content
-from pocketlm.stages import Compressed, Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketlm.artefact import new_folder
-from pocketlm.cache import remove_leftovers, stage
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
@@ -20,16 +18,18 @@ from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
+from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.cache import remove_leftovers, stage
+from pocketlm.pipeline.planning import sizes_before
+from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.proof import measure_models, original_file
+from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.plan.decide import NEW_TOKENS_RATE, tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
-from pocketlm.planning import sizes_before
-from pocketlm.preflight import check_resources
-from pocketlm.proof import measure_models, original_file
 from pocketlm.report.choices import choices_page
 from pocketlm.report.write import write_manifest
-from pocketlm.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth, checked

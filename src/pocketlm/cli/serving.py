@@ -1,4 +1,4 @@
-"""The commands of serving; `pocketlm.cli` has the others."""
+"""The commands of serving; `pocketlm.cli.main` has the others."""
 
 import json
 from dataclasses import asdict
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pocketlm.cli.options import Debug, Json, Threads, gguf_file, print_result
 from pocketlm.errors import BadInputError
-from pocketlm.options import Debug, Json, Threads, gguf_file, print_result
 
 File = Annotated[str, typer.Argument(help="A folder made by `fit`, a GGUF file, or `demo`.")]
 Url = Annotated[str | None, typer.Option(help="OpenAI-compatible API of a larger model, such as https://host/v1.")]
@@ -97,10 +97,10 @@ def calibrate(
     from pocketlm.run.server.serve import check_installed
 
     check_installed()
+    from pocketlm.cli.terminal import Screen
     from pocketlm.run.server.calibration import calibrate as run
     from pocketlm.run.server.calibration import lines
     from pocketlm.run.server.engine_process import EngineSettings
-    from pocketlm.terminal import Screen
 
     threshold = 0.0 if escalate_to or escalate_model else None
     larger = _escalation(escalate_to, escalate_model, threshold, "mean", timeout=120)

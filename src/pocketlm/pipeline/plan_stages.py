@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from pocketlm.cache import is_finished, stage
 from pocketlm.measure.device import machine
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.cache import is_finished, stage
+from pocketlm.pipeline.stages import Progress, Texts
 from pocketlm.plan.decide import (
     Decision,
     Wanted,
@@ -23,7 +24,6 @@ from pocketlm.plan.footprint import Costs, measure_costs
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.plan.search import Damages
 from pocketlm.plan.sizes import Sizes, sizes_of
-from pocketlm.stages import Progress, Texts
 
 
 def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:

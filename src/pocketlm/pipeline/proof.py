@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pocketlm.cache import stage
 from pocketlm.errors import OutOfResourcesError, VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
@@ -21,6 +20,9 @@ from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, set_aside
 from pocketlm.model.text import encode_from_start, plain_pieces
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.scoring import score_tasks
+from pocketlm.pipeline.stages import Compressed, Progress, Texts, put_decoded, read_packed, silent
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
@@ -28,8 +30,6 @@ from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
 from pocketlm.run.speed import WORKER
-from pocketlm.scoring import score_tasks
-from pocketlm.stages import Compressed, Progress, Texts, put_decoded, read_packed, silent
 from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.tensors.divergence import kl_divergence
 

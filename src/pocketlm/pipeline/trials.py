@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from pocketlm.cache import stage
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Comparison, Interval
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import pack_windows
+from pocketlm.pipeline.cache import stage
+from pocketlm.pipeline.proof import measure_on_text, measure_quality, original_file
+from pocketlm.pipeline.stages import Progress, Texts, run_recipe
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict
 from pocketlm.plan.search import Plan
-from pocketlm.proof import measure_on_text, measure_quality, original_file
-from pocketlm.stages import Progress, Texts, run_recipe
 
 # Of validation text, in the original's tokens, to rank candidates on: with the 8 that training is watched on, 4 % of
 # perplexity were within noise.

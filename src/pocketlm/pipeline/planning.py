@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
-from pocketlm.accuracy import quality_for
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
-from pocketlm.local_search import improve
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
+from pocketlm.pipeline.accuracy import quality_for
+from pocketlm.pipeline.local_search import improve
+from pocketlm.pipeline.plan_stages import costs_here, damages_known, make_plan
+from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.proof import engine_damage
+from pocketlm.pipeline.stages import Progress, Texts, gather_texts
+from pocketlm.pipeline.trials import Search
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
 from pocketlm.plan.decide import Decision, Wanted, may_prune, tokens_in, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
@@ -20,13 +25,8 @@ from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
-from pocketlm.plan_stages import costs_here, damages_known, make_plan
-from pocketlm.preflight import check_resources
-from pocketlm.proof import engine_damage
-from pocketlm.stages import Progress, Texts, gather_texts
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
-from pocketlm.trials import Search
 
 LARGE_BYTES = 1_200_000_000  # of the weights on disk
 

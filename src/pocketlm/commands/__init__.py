@@ -1,0 +1,1 @@
+"""What a person can ask for besides `fit`, one module per kind of job."""
