@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pocketlm.errors import OutOfResourcesError
+
 # For `mallopt` of glibc (malloc.h): never trim the heap, grow it by 64 MB, take no mappings; and the defaults.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 REUSING = ((TRIM_THRESHOLD, -1), (TOP_PAD, 1 << 26), (MMAP_MAX, 0))
+# What training takes on a GPU: per parameter of teacher and student, in float32, gradients, moments and the best
+# checkpoint spread over both; and for activations and logits.
+TRAINING_BYTES, ACTIVATION_BYTES = 14, 3 << 30
 NARROW = (torch.bfloat16, torch.float16)
 PRODUCTS = (nn.functional.linear, torch.addmm)  # what the linears of all families call
 DEFAULTS = ((TRIM_THRESHOLD, 1 << 17), (TOP_PAD, 1 << 17), (MMAP_MAX, 1 << 16))
@@ -69,6 +74,35 @@ def fast_copy(network: nn.Module) -> nn.Module:
         if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding) and id(weight) not in tied:
             weight.data = as_forward(weight.data)
     return copied
+
+
+@contextmanager
+def on_training_device(*networks: nn.Module) -> Iterator[torch.device]:
+    """While open, networks are where they learn fastest: a GPU that CUDA reaches, if it has the memory, else the CPU.
+
+    Raises:
+        OutOfResourcesError: The GPU's memory did not suffice after all.
+    """
+    device = training_device(sum(parameter.numel() for network in networks for parameter in network.parameters()))
+    try:
+        for network in networks:
+            network.to(device)
+        yield device
+    except torch.OutOfMemoryError as error:
+        raise OutOfResourcesError(
+            "The GPU has too little memory to train on. Close what else uses it, or train on the CPU by setting "
+            "CUDA_VISIBLE_DEVICES to nothing"
+        ) from error
+    finally:
+        for network in networks:
+            network.to("cpu")
+
+
+def training_device(parameters: int) -> torch.device:
+    """Return where networks of so many parameters, teacher and student together, are trained."""
+    needed = TRAINING_BYTES * parameters + ACTIVATION_BYTES
+    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= needed
+    return torch.device("cuda" if fits else "cpu")
 
 
 @contextmanager

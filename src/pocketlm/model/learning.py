@@ -57,6 +57,11 @@ class Lessons:
         values = (getattr(self, each.name) for each in fields(self))
         return type(self)(*(None if value is None else value[rows] for value in values))
 
+    def to(self, device: torch.device) -> Self:
+        """Return the same on another device; what is on disk stays there."""
+        values = (getattr(self, each.name) for each in fields(self))
+        return type(self)(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+
     def numel(self) -> int:
         """Return the number of tokens."""
         return self.ids.numel()
@@ -237,7 +242,7 @@ def _judged_by(
     """Return what judges the student's logits: the teacher's on the same text, the tokens that follow, or both."""
     labels = None if places is None else lessons.following(places)
     if lessons.targets is not None and loss.cross_entropy < 1:
-        return _judged_by_targets(lessons.targets.read(), places, labels, loss)
+        return _judged_by_targets(lessons.targets.read().to(lessons.ids.device), places, labels, loss)
     if teacher is None or loss.cross_entropy == 1:
         return lambda chunk, logits: cross_entropy_with_gradient(logits, labels[chunk])
     words = min(len(teacher.lm_head.weight), len(student.lm_head.weight))
@@ -254,7 +259,7 @@ def _judged_by(
 
 
 def _judged_by_targets(target: Sparse, places: Tensor | None, labels: Tensor | None, loss: Loss) -> Judged:
-    places = torch.arange(len(target.lengths)) if places is None else places
+    places = torch.arange(len(target.lengths), device=target.lengths.device) if places is None else places
 
     def judged(chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         soft = sparse_kl_with_gradient(target.at(places[chunk]), logits)

@@ -124,7 +124,7 @@ def _starts(teacher: nn.Module, student: nn.Module, plain: Matching, windows: Te
     if wide == narrow:
         device = student.lm_head.weight.device
         return tuple(nn.Parameter(torch.eye(wide, device=device)) for _ in plain.blocks)
-    trial = windows[:SOLVED_ON]
+    trial = windows[:SOLVED_ON].to(student.lm_head.weight.device)
     with fast_forward(trial.device), plain.noting_teacher(teacher) as theirs, plain.noting_student(student) as mine:
         for network in (teacher, student):
             network.base_model(input_ids=trial, use_cache=False)

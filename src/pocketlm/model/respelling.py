@@ -57,7 +57,7 @@ class Respelled:
 
 
 def respell(windows: Tensor, spelling: Spelling) -> Respelled:
-    """Spell windows of the teacher's ids, (windows, length), with the student's."""
+    """Spell windows of the teacher's ids, (windows, length), with the student's; all on the windows' device."""
     spelled = [[spelling[index] for index in row] for row in windows.tolist()]
     longest = max(sum(map(len, row)) for row in spelled)
     ids = torch.zeros(len(windows), longest, dtype=torch.int64)
@@ -71,7 +71,8 @@ def respell(windows: Tensor, spelling: Spelling) -> Respelled:
             places.append(line * longest + place)
             labels.append(piece)
             heard.append(line * windows.shape[1] + token - 1 if token else -1)
-    return Respelled(ids, torch.tensor(places), torch.tensor(labels), torch.tensor(heard))
+    parts = (ids, torch.tensor(places), torch.tensor(labels), torch.tensor(heard))
+    return Respelled(*(part.to(windows.device) for part in parts))
 
 
 def taught_by(
@@ -134,7 +135,7 @@ def _through_head(
 ) -> tuple[float, Tensor, Tensor]:
     """Return the mean divergence and its gradients by what the student's head reads, (positions, width), and by it."""
     truth = final_hidden(teacher, windows).flatten(0, 1)
-    first = torch.tensor([word[0] for word in spelling])
+    first = torch.tensor([word[0] for word in spelling], device=hidden.device)
     reference, head = as_forward(teacher.lm_head.weight), as_forward(student.lm_head.weight)
     total, slope = 0.0, torch.zeros_like(hidden)
     slope_of_head = torch.zeros(head.shape, device=head.device)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.compute import fast_copy
+from pocketlm.model.compute import fast_copy, on_training_device
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
@@ -152,11 +152,28 @@ def distil(
     if isinstance(windows, Lessons) and windows.targets is not None:
         config.check_for_targets()
     windows = windows if isinstance(windows, Lessons) or isinstance(teacher, Respeller) else Lessons(windows)
+    original = teacher.model if isinstance(teacher, Respeller) else teacher
+    with on_training_device(original.network, network) as device:
+        done = _trained(teacher, network, config, (windows, held_out.to(device)), progress, folder)
+    return student, _report(done, loss)
+
+
+def _trained(
+    teacher: LanguageModel | Respeller,
+    network: nn.Module,
+    config: Distil,
+    text: tuple[Tensor | Lessons, Tensor | Lessons],
+    progress: Callable[[int, int, str], None],
+    folder: Path | None,
+) -> Training:
+    """Train where the network is."""
+    windows, held_out = text
     step, held_out_kl, projections = _teaching(teacher, network, config, windows, held_out)
     steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
 
     def lessons(start: int) -> Iterator[Lessons | Tensor]:
-        plain = batches(windows, config.windows_per_step, steps, config.seed, start)
+        drawn = batches(windows, config.windows_per_step, steps, config.seed, start)
+        plain = (batch.to(network.device) for batch in drawn)
         return with_own_words(network, plain, config.on_policy, config.seed, start) if config.on_policy else plain
 
     course = Course(
@@ -176,8 +193,7 @@ def distil(
             update()
             return value
 
-        done = train(course, update, learn, held_out_kl, progress)
-    return student, _report(done, loss)
+        return train(course, update, learn, held_out_kl, progress)
 
 
 def alike(teacher: LanguageModel, student: LanguageModel) -> bool:

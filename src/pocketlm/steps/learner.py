@@ -13,7 +13,10 @@ ROUNDING_SLACK = 0.45  # of the gap between two levels: how near to a code's bor
 
 
 class Learner:
-    """One quantized matrix while it learns: stored numbers in, weights out, gradients back to the stored numbers."""
+    """One quantized matrix while it learns: stored numbers in, weights out, gradients back to the stored numbers.
+
+    The stored numbers stay on the CPU, wherever the network is: next to its passes they are little work.
+    """
 
     def __init__(self, module: nn.Module, start: Quantized, codes_too: bool) -> None:
         self.module, self.start = module, start
@@ -27,7 +30,7 @@ class Learner:
     def _latent(self) -> Tensor:
         """Return the weights in gaps between levels, moved inside the cell of the code they have."""
         level = self.start.format.table()[self.start.codes.long()]
-        wanted = self._ratios(read_weight(self.module).float())
+        wanted = self._ratios(read_weight(self.module).cpu().float())
         slack = ROUNDING_SLACK * self.gap
         return (level + (wanted - level).clamp(-slack, slack)) / self.gap
 
@@ -56,7 +59,7 @@ class Learner:
     def take_gradient(self) -> None:
         """Turn the weight's gradient into those of the stored numbers; rounding passes it straight through."""
         form, now = self.start.format, self.quantized()
-        slope = read_gradient(self.module).float()
+        slope = read_gradient(self.module).cpu().float()
         per_scale = (slope[..., None] * coefficients(now)).unflatten(1, (-1, form.span)).sum(2)
         self.factor.grad = per_scale * self.start.scales
         if self.latent is not None:

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.compute import on_training_device
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Updates, batches
 from pocketlm.model.respelling import Respeller, taught_by
-from pocketlm.model.training import Course, train
+from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.formats import Packed, pack, unpack
@@ -69,7 +70,23 @@ def tune(
         raise BadInputError(
             "tune needs `tokens` and `windows_per_step` of at least 1, some text, and a quantized model"
         )
-    network = student.network
+    original = teacher.model if isinstance(teacher, Respeller) else teacher
+    with on_training_device(original.network, student.network) as device:
+        stored, done = _tuned(teacher, student.network, packed, config, (windows, held_out.to(device)), progress)
+    summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
+    return student, stored, StepReport("tune", summary, done.details)
+
+
+def _tuned(
+    teacher: LanguageModel | Respeller,
+    network: nn.Module,
+    packed: Mapping[str, Packed],
+    config: Tune,
+    text: tuple[Tensor, Tensor],
+    progress: Callable[[int, int, str], None],
+) -> tuple[dict[str, Packed], Training]:
+    """Train where the network is; return what is to be stored, and how it went."""
+    windows, held_out = text
     learners = {
         name: Learner(network.get_submodule(name.rpartition(".")[0]), unpack(tensor), config.train == "weights")
         for name, tensor in packed.items()
@@ -88,7 +105,7 @@ def tune(
 
     def learn(batch: Tensor) -> float:
         show()
-        loss = step(batch)
+        loss = step(batch.to(held_out.device))
         for learner in learners.values():
             learner.take_gradient()
         update()
@@ -106,6 +123,4 @@ def tune(
     done = train(course, update, learn, held_out_kl, progress)
     show()
     network.requires_grad_(True)
-    summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
-    stored = {name: pack(learner.quantized()) for name, learner in learners.items()}
-    return student, stored, StepReport("tune", summary, done.details)
+    return {name: pack(learner.quantized()) for name, learner in learners.items()}, done

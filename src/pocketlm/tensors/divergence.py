@@ -127,6 +127,11 @@ class Sparse:
     entropy: Tensor
     rest: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Sparse":
+        """Return the same on another device."""
+        rest = None if self.rest is None else self.rest.to(device)
+        return Sparse(*(getattr(self, name).to(device) for name in self.COLUMNS), rest)
+
     def at(self, positions: Tensor) -> "Sparse":
         """Return the distributions at some positions, (positions,)."""
         lengths = self.lengths[positions]
