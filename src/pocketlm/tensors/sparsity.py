@@ -178,8 +178,8 @@ def owl(shares: Sequence[float], sparsity: float) -> list[float]:
         sparsity: The mean.
     """
     outliers = torch.tensor(shares, dtype=torch.float64)
-    spread = (outliers.max() - outliers.min()).clamp_min(1e-30)
-    change = (outliers.mean() - outliers) * (2 * REACH / spread)
+    scaled = (outliers - outliers.min()) / (outliers.max() - outliers.min()).clamp_min(1e-30)
+    change = (scaled.mean() - scaled) * 2 * REACH
     lowest, highest = -change.min().item(), change.max().item()
     room = min(1.0, sparsity / max(lowest, 1e-30), 0.999 * (1 - sparsity) / max(highest, 1e-30))
     return (sparsity + room * change).clamp_min(0).tolist()
