@@ -16,7 +16,9 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import matplotlib
 from common import command_line, write_results
+from matplotlib import pyplot
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
@@ -31,6 +33,7 @@ from pocketlm.plan.budget import parse_time
 from pocketlm.run.engine import Engine
 
 LENGTH = 512
+matplotlib.use("svg")
 
 
 def arguments() -> argparse.Namespace:
@@ -119,11 +122,6 @@ def _cell(interval: dict | None) -> str:
 
 def picture(rows: list[dict], texts: list[str], path: Path) -> None:
     """Draw KL against bytes, one panel per text."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, len(texts), figsize=(6.5 * len(texts), 4.6), squeeze=False)
     kinds = {"pocketlm": ("o", "#0a6ebd"), "tuned": ("*", "#063b66"), "rounding": ("x", "#888888")}
     for axis, text in zip(axes[0], texts, strict=True):
