@@ -75,6 +75,11 @@ def respell(windows: Tensor, spelling: Spelling) -> Respelled:
     return Respelled(*(part.to(windows.device) for part in parts))
 
 
+def original_of(teacher: LanguageModel | Respeller) -> LanguageModel:
+    """Return the model behind a teacher."""
+    return teacher.model if isinstance(teacher, Respeller) else teacher
+
+
 def taught_by(
     teacher: LanguageModel | Respeller, student: nn.Module, held_out: Tensor
 ) -> tuple[Callable[[Tensor], float], Callable[[], float]]:
@@ -85,13 +90,14 @@ def taught_by(
         student: With the teacher's tokens, or fewer where that is a `Respeller`.
         held_out: (windows, length) of the teacher's ids, to measure on.
     """
+    original = fast_copy(original_of(teacher).network)
     if isinstance(teacher, Respeller):
-        original, spelling = fast_copy(teacher.model.network), teacher.spelling
+        spelling = teacher.spelling
         return (
             lambda batch: respelled_step(original, student, batch, spelling),
             lambda: respelled_divergence(original, student, held_out, spelling),
         )
-    original, opinion = fast_copy(teacher.network), judge(teacher.network, held_out)
+    opinion = judge(teacher.network, held_out)
     return (
         lambda batch: distillation_step(original, student, batch),
         lambda: divergence_of(student, held_out, opinion),

@@ -196,8 +196,8 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
             "ending": took["quantize"] + PROOF * reading,
         }
 
-    inputs = {"model": model.origin.sha256, "recipe": to_dict(recipe), "per_text": per_text, **texts.sha256}
-    inputs["windows"] = RANKING_WINDOWS
+    inputs = {"model": model.origin.sha256, "recipe": to_dict(recipe), "per_text": per_text}
+    inputs |= {"windows": RANKING_WINDOWS, **texts.sha256}
     done = stage("trial", inputs, produce)
     facts = done.facts
     tokens = sum(step.tokens for step in recipe.steps if step.step in LEARNING)

@@ -15,7 +15,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
 from pocketlm.model.matching import matching
 from pocketlm.model.on_policy import with_own_words
-from pocketlm.model.respelling import Respeller, taught_by
+from pocketlm.model.respelling import Respeller, original_of, taught_by
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
@@ -152,8 +152,7 @@ def distil(
     if isinstance(windows, Lessons) and windows.targets is not None:
         config.check_for_targets()
     windows = windows if isinstance(windows, Lessons) or isinstance(teacher, Respeller) else Lessons(windows)
-    original = teacher.model if isinstance(teacher, Respeller) else teacher
-    with on_training_device(original.network, network) as device:
+    with on_training_device(original_of(teacher).network, network) as device:
         done = _trained(teacher, network, config, (windows, held_out.to(device)), progress, folder)
     return student, _report(done, loss)
 

@@ -10,7 +10,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.model.compute import on_training_device
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Updates, batches
-from pocketlm.model.respelling import Respeller, taught_by
+from pocketlm.model.respelling import Respeller, original_of, taught_by
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.steps.report import StepReport
@@ -70,8 +70,7 @@ def tune(
         raise BadInputError(
             "tune needs `tokens` and `windows_per_step` of at least 1, some text, and a quantized model"
         )
-    original = teacher.model if isinstance(teacher, Respeller) else teacher
-    with on_training_device(original.network, student.network) as device:
+    with on_training_device(original_of(teacher).network, student.network) as device:
         stored, done = _tuned(teacher, student.network, packed, config, (windows, held_out.to(device)), progress)
     summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
     return student, stored, StepReport("tune", summary, done.details)
