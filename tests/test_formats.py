@@ -1,6 +1,7 @@
 """Number formats: exact bytes, gguf and the engine as judges of the decoder, and a search for scales that pays."""
 
 import math
+import pickle
 
 import gguf
 import numpy as np
@@ -178,6 +179,11 @@ def test_bits_and_bytes_agree_with_the_gguf_package(form: Format):
     assert not form.fits(768 + form.block // 2)
     assert form.block % form.span == form.span % form.group == form.group % form.vector == 0
     assert list(form.levels) == sorted(set(form.levels))
+
+
+@every_format
+def test_another_process_finds_the_same_format(form: Format):
+    assert pickle.loads(pickle.dumps(form)) is form
 
 
 def test_formats_are_in_the_order_of_their_bits():

@@ -1,6 +1,7 @@
 """Integer and FP8 formats: names, exact bytes, levels, and rounding at the edge of the numbers."""
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ def test_a_name_says_bits_group_and_zeros(name: str):
     assert name == f"{kind}-{group}{'' if scheme.symmetric else '-asym'}"
     assert integer_format(name, 128) is integer_format(name, 128)
     assert integer_format(name, 128).name == name
+    sent = pickle.loads(pickle.dumps(integer_format(name, 256)))
+    assert (sent.name, sent.group) == (name, integer_format(name, 256).group)
 
 
 @pytest.mark.parametrize(

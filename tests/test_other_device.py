@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pocketlm.errors import OutOfResourcesError
-from pocketlm.model.compute import on_training_device, training_device
+from pocketlm.model.compute import moved_to, training_devices
 from pocketlm.model.learning import Lessons
 from pocketlm.model.respelling import Respeller
 from pocketlm.model.targets import Sampling, write_targets
@@ -39,11 +39,11 @@ class OneDevice(TorchDispatchMode):
 
 
 @contextmanager
-def moved(*networks: nn.Module) -> Iterator[torch.device]:
+def moved_for_good(device: torch.device, *networks: nn.Module) -> Iterator[None]:
     for network in networks:
-        network.to("meta")
+        network.to(device)
     with OneDevice():
-        yield torch.device("meta")
+        yield
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Train on `meta`; where a program asks one of its tensors for a number, it gets zeros."""
     adam = torch.optim.AdamW
     for step in ("distil", "tune"):
-        monkeypatch.setattr(f"pocketlm.steps.{step}.on_training_device", moved)
+        monkeypatch.setattr(f"pocketlm.steps.{step}.training_devices", lambda *sizes: (torch.device("meta"),))
+        monkeypatch.setattr(f"pocketlm.steps.{step}.moved_to", moved_for_good)
     for name, of in (("cpu", lambda zeros: zeros), ("item", Tensor.item), ("tolist", Tensor.tolist)):
         plain = getattr(Tensor, name)
         monkeypatch.setattr(
@@ -116,23 +117,37 @@ def test_tuning_leaves_nothing_behind(tiny_model: Tiny, train: str, respells: bo
 def test_networks_come_back(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
     network, seen = tiny_model("llama").network, []
     monkeypatch.setattr(type(network), "to", lambda self, device: seen.append(torch.device(device)))
-    monkeypatch.setattr("pocketlm.model.compute.training_device", lambda parameters: torch.device("cuda"))
-    with on_training_device(network) as device:
-        assert device.type == "cuda"
+    with moved_to(torch.device("cuda"), network):
+        assert [device.type for device in seen] == ["cuda"]
     assert [device.type for device in seen] == ["cuda", "cpu"]
 
 
-def test_a_gpu_that_is_too_small_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+def gpus(monkeypatch: pytest.MonkeyPatch, *gigabytes: int) -> None:
+    free = [(size << 30, size << 30) for size in gigabytes]
     monkeypatch.setattr(
-        torch, "cuda", SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (8 << 30, 8 << 30))
+        torch,
+        "cuda",
+        SimpleNamespace(is_available=lambda: True, device_count=lambda: len(free), mem_get_info=free.__getitem__),
     )
-    assert training_device(270_000_000).type == "cuda"
-    assert training_device(2_000_000_000).type == "cpu"
+
+
+def test_a_gpu_that_is_too_small_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    gpus(monkeypatch, 8)
+    small, large = nn.Linear(27_000, 10_000, device="meta"), nn.Linear(200_000, 10_000, device="meta")
+    assert training_devices(4, small) == (torch.device("cuda", 0),)
+    assert training_devices(4, large, small) == (torch.device("cpu"),)
+
+
+def test_as_many_gpus_train_as_share_a_batch_evenly(monkeypatch: pytest.MonkeyPatch):
+    gpus(monkeypatch, 80, 2, 80, 80, 80)
+    assert training_devices(4, nn.Linear(2, 2)) == tuple(torch.device("cuda", index) for index in (0, 2, 3, 4))
+    assert training_devices(6, nn.Linear(2, 2)) == tuple(torch.device("cuda", index) for index in (0, 2, 3))
+    assert training_devices(1, nn.Linear(2, 2)) == (torch.device("cuda", 0),)
 
 
 def test_running_out_of_its_memory_says_how_to_go_on(tiny_model: Tiny):
     with (
         pytest.raises(OutOfResourcesError, match="CUDA_VISIBLE_DEVICES"),
-        on_training_device(tiny_model("llama").network),
+        moved_to(torch.device("cpu"), tiny_model("llama").network),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")

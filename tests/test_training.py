@@ -28,9 +28,11 @@ import torch
 from safetensors.torch import save_model
 from pocketlm.model import training
 from pocketlm.model.source import load
+from pocketlm.steps import distil as module
 from pocketlm.steps.distil import Distil, distil
 
-teacher, student, folder, every = sys.argv[1:]
+teacher, student, folder, every, processes = sys.argv[1:]
+module.training_devices = lambda windows, *networks: (torch.device("cpu"),) * int(processes)
 torch.set_num_threads(1)
 training.CHECKPOINT_SECONDS = float(every)
 training.CHECKPOINT_SHARE = 0
@@ -49,9 +51,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tuple(tiny_folder("llama", tmp_path_factory.mktemp("model"), seed) for seed in (0, 1))
 
 
-def run(folders: tuple[Path, Path], folder: Path, kill_at: int | None = None) -> tuple[dict[str, Tensor], list[int]]:
+def run(
+    folders: tuple[Path, Path], folder: Path, kill_at: int | None = None, processes: int = 1
+) -> tuple[dict[str, Tensor], list[int]]:
     """Train in a process of its own, killed after a step where asked to; return the weights and the steps it did."""
-    command = [sys.executable, "-c", KILLED, *map(str, folders), str(folder), "0"]
+    command = [sys.executable, "-c", KILLED, *map(str, folders), str(folder), "0", str(processes)]
     steps = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -63,15 +67,18 @@ def run(folders: tuple[Path, Path], folder: Path, kill_at: int | None = None) ->
     return (load_file(folder / "made.safetensors") if kill_at is None else {}), steps
 
 
-def test_a_training_that_was_killed_ends_in_the_same_weights(folders: tuple[Path, Path], tmp_path: Path):
-    whole, steps = run(folders, tmp_path / "whole")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_was_killed_ends_in_the_same_weights(
+    folders: tuple[Path, Path], tmp_path: Path, processes: int
+):
+    whole, steps = run(folders, tmp_path / "whole", processes=processes)
     assert steps == list(range(1, 41))
     first = int(torch.randint(2, 20, ()))
     second = int(torch.randint(first + 2, 39, ()))
-    for kill_at in (first, second):
-        run(folders, tmp_path / "killed", kill_at)
+    for kill_at in (first, second)[processes - 1 :]:  # twice, or once where several processes take their time
+        run(folders, tmp_path / "killed", kill_at, processes)
         assert (tmp_path / "killed" / CHECKPOINT).exists()
-    resumed, rest = run(folders, tmp_path / "killed")
+    resumed, rest = run(folders, tmp_path / "killed", processes=processes)
     assert rest[0] >= second, "what was done before the kill is not done again"
     assert rest[-1] == 40
     for name, value in whole.items():

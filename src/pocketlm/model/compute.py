@@ -77,17 +77,16 @@ def fast_copy(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def on_training_device(*networks: nn.Module) -> Iterator[torch.device]:
-    """While open, networks are where they learn fastest: a GPU that CUDA reaches, if it has the memory, else the CPU.
+def moved_to(device: torch.device, *networks: nn.Module) -> Iterator[None]:
+    """While open, networks are on a device; behind it they are on the CPU.
 
     Raises:
-        OutOfResourcesError: The GPU's memory did not suffice after all.
+        OutOfResourcesError: The device's memory did not suffice after all.
     """
-    device = training_device(sum(parameter.numel() for network in networks for parameter in network.parameters()))
     try:
         for network in networks:
             network.to(device)
-        yield device
+        yield
     except torch.OutOfMemoryError as error:
         raise OutOfResourcesError(
             "The GPU has too little memory to train on. Close what else uses it, or train on the CPU by setting "
@@ -98,11 +97,19 @@ def on_training_device(*networks: nn.Module) -> Iterator[torch.device]:
             network.to("cpu")
 
 
-def training_device(parameters: int) -> torch.device:
-    """Return where networks of so many parameters, teacher and student together, are trained."""
+def training_devices(windows: int, *networks: nn.Module) -> tuple[torch.device, ...]:
+    """Return where networks learn fastest: GPUs that CUDA reaches and that have the memory, else the CPU.
+
+    Args:
+        windows: In a batch, which must come out even when they are shared out.
+        networks: Teacher and student, a copy of each for every device.
+    """
+    parameters = sum(parameter.numel() for network in networks for parameter in network.parameters())
     needed = TRAINING_BYTES * parameters + ACTIVATION_BYTES
-    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= needed
-    return torch.device("cuda" if fits else "cpu")
+    found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    fit = [index for index in found if torch.cuda.mem_get_info(index)[0] >= needed]
+    even = [count for count in range(len(fit) + 1) if count and windows % count == 0]
+    return tuple(torch.device("cuda", index) for index in fit[: max(even, default=0)]) or (torch.device("cpu"),)
 
 
 @contextmanager

@@ -84,6 +84,12 @@ class Lessons:
         return labels if self.own is None else labels.masked_fill(self.own.flatten()[after], -1)
 
 
+def positions(batch: Tensor | Lessons, loss: Loss = FORWARD_KL) -> int:
+    """Return how many positions of a batch are trained."""
+    predicting = batch.predicting(loss) if isinstance(batch, Lessons) else None
+    return batch.numel() if predicting is None else len(predicting)
+
+
 class Updates:
     """AdamW with the cosine schedule: what to call after each gradient. Gradients are freed.
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pocketlm.errors import PocketlmError
 from pocketlm.model.compute import reusing_memory
+from pocketlm.model.crew import ALONE, Crew
 from pocketlm.model.files import written_whole
 from pocketlm.model.learning import Updates
 
@@ -29,11 +31,12 @@ class Course:
     """What a training goes through.
 
     Attributes:
-        batches: From how many steps are done to the batches of those that follow.
+        batches: From how many steps are done to the batches of those that follow: in a crew, of its shares.
         steps: How many there are.
         evaluations: How often to measure, evenly spread, the last time at the end.
         patience: Evaluations without a new best after which it stops; 0 for never.
         folder: For checkpoints and the losses so far; a training that finds its own there goes on from it.
+        crew: Who trains.
     """
 
     batches: Callable[[int], Iterator[Any]]
@@ -41,6 +44,7 @@ class Course:
     evaluations: int
     patience: int = 0
     folder: Path | None = None
+    crew: Crew = ALONE
 
     def evaluated_at(self) -> set[int]:
         """Return the steps after which to measure."""
@@ -127,30 +131,34 @@ def train(
     Raises:
         PocketlmError: The loss is still not a number with the lowest learning rate, and nothing was learnt before.
     """
-    done, best = _found(course, update) or (Training(held_out_kl=[(0, held_out_kl())]), update.weights())
+    measured, crew = partial(course.crew.agree, held_out_kl), course.crew
+    done, best = _found(course, update) or (Training(held_out_kl=[(0, measured())]), update.weights())
     evaluated_at, due = course.evaluated_at(), time.monotonic() + CHECKPOINT_SECONDS
     before, began, read = done.seconds, time.monotonic(), 0
     with reusing_memory():
         while not _over(done, course):
             for batch in course.batches(len(done.losses)):
                 loss, step = learn(batch), len(done.losses) + 1
-                held_out = held_out_kl() if step in evaluated_at else 0.0
-                done.seconds, read = before + time.monotonic() - began, read + batch.numel()
+                held_out = measured() if step in evaluated_at else 0.0
+                tokens = batch.numel() * crew.size
+                done.seconds, read = before + time.monotonic() - began, read + tokens
                 if done.diverged(loss) or not math.isfinite(held_out):
                     _go_back(done, best, update, step, loss)
                     break
                 done.losses.append(loss)
-                done.tokens.append(batch.numel())
+                done.tokens.append(tokens)
                 if step in evaluated_at:
                     best = update.weights() if held_out < done.lowest else best
                     done.held_out_kl.append((step, held_out))
-                progress(step, course.steps, _pace(loss, read / (time.monotonic() - began), course.steps - step, batch))
-                if course.folder and time.monotonic() >= due:
+                progress(
+                    step, course.steps, _pace(loss, read / (time.monotonic() - began), course.steps - step, tokens)
+                )
+                if course.folder and crew.leads and time.monotonic() >= due:
                     due = _save(course.folder, done, best, update)
                 if _over(done, course):
                     break
     update.put_weights(best)
-    if course.folder:
+    if course.folder and crew.leads:
         course.folder.mkdir(parents=True, exist_ok=True)
         done.write_csv(course.folder / LOSSES)
     return done
@@ -176,8 +184,8 @@ def _go_back(done: Training, best: list[Tensor], update: Updates, step: int, los
     update.restart(best, back, 0.5)
 
 
-def _pace(loss: float, speed: float, steps_left: int, batch: Any) -> str:
-    seconds = steps_left * batch.numel() / speed
+def _pace(loss: float, speed: float, steps_left: int, tokens: int) -> str:
+    seconds = steps_left * tokens / speed
     left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
     return f"loss {loss:.3f}, {speed:,.0f} tokens/s, {left} left"
 

@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.compute import fast_copy, on_training_device
+from pocketlm.model.compute import fast_copy, moved_to, training_devices
+from pocketlm.model.crew import Crew, together
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss
+from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss, positions
 from pocketlm.model.matching import matching
 from pocketlm.model.on_policy import with_own_words
 from pocketlm.model.respelling import Respeller, original_of, taught_by
@@ -152,28 +153,28 @@ def distil(
     if isinstance(windows, Lessons) and windows.targets is not None:
         config.check_for_targets()
     windows = windows if isinstance(windows, Lessons) or isinstance(teacher, Respeller) else Lessons(windows)
-    with on_training_device(original_of(teacher).network, network) as device:
-        done = _trained(teacher, network, config, (windows, held_out.to(device)), progress, folder)
+    devices = training_devices(config.windows_per_step, original_of(teacher).network, network)
+    done = together(devices, _trained, teacher, network, config, (windows, held_out), folder, progress=progress)
     return student, _report(done, loss)
 
 
 def _trained(
+    crew: Crew,
     teacher: LanguageModel | Respeller,
     network: nn.Module,
     config: Distil,
     text: tuple[Tensor | Lessons, Tensor | Lessons],
-    progress: Callable[[int, int, str], None],
     folder: Path | None,
+    progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
 ) -> Training:
-    """Train where the network is."""
+    """Train as one of a crew, on its device."""
     windows, held_out = text
-    step, held_out_kl, projections = _teaching(teacher, network, config, windows, held_out)
     steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
 
     def lessons(start: int) -> Iterator[Lessons | Tensor]:
-        drawn = batches(windows, config.windows_per_step, steps, config.seed, start)
-        plain = (batch.to(network.device) for batch in drawn)
-        return with_own_words(network, plain, config.on_policy, config.seed, start) if config.on_policy else plain
+        plain = map(crew.share, batches(windows, config.windows_per_step, steps, config.seed, start))
+        seed = config.seed + crew.rank
+        return with_own_words(network, plain, config.on_policy, seed, start) if config.on_policy else plain
 
     course = Course(
         batches=lessons,
@@ -181,13 +182,18 @@ def _trained(
         evaluations=config.evaluations,
         patience=config.patience,
         folder=folder,
+        crew=crew,
     )
-    with learning_parts(network, config.adapters, config.seed) as trained:
+    with (
+        moved_to(crew.device, original_of(teacher).network, network),
+        learning_parts(network, config.adapters, config.seed) as trained,
+    ):
+        step, held_out_kl, projections = _teaching(teacher, network, config, windows, held_out.to(crew.device))
         groups = [{"params": each, "lr": config.learning_rate} for each in (trained, projections) if each]
         update = Updates(groups, steps, config.warm_up)
 
         def learn(batch: Tensor | Lessons) -> float:
-            value = step(batch)
+            value = crew.average(update.parameters, step(batch), positions(batch, config.objective))
             nn.utils.clip_grad_norm_(trained, 1.0)  # projections apart: they must not slow the student down
             update()
             return value

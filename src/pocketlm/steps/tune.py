@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.compute import on_training_device
+from pocketlm.model.compute import moved_to, training_devices
+from pocketlm.model.crew import Crew, together
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Updates, batches
 from pocketlm.model.respelling import Respeller, original_of, taught_by
@@ -70,56 +71,61 @@ def tune(
         raise BadInputError(
             "tune needs `tokens` and `windows_per_step` of at least 1, some text, and a quantized model"
         )
-    with on_training_device(original_of(teacher).network, student.network) as device:
-        stored, done = _tuned(teacher, student.network, packed, config, (windows, held_out.to(device)), progress)
+    devices = training_devices(config.windows_per_step, original_of(teacher).network, student.network)
+    text = windows, held_out
+    stored, done = together(devices, _tuned, teacher, student.network, packed, config, text, progress=progress)
     summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
     return student, stored, StepReport("tune", summary, done.details)
 
 
 def _tuned(
+    crew: Crew,
     teacher: LanguageModel | Respeller,
     network: nn.Module,
     packed: Mapping[str, Packed],
     config: Tune,
     text: tuple[Tensor, Tensor],
-    progress: Callable[[int, int, str], None],
+    progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
 ) -> tuple[dict[str, Packed], Training]:
-    """Train where the network is; return what is to be stored, and how it went."""
+    """Train as one of a crew, on its device; return what is to be stored, and how it went."""
     windows, held_out = text
     learners = {
         name: Learner(network.get_submodule(name.rpartition(".")[0]), unpack(tensor), config.train == "weights")
         for name, tensor in packed.items()
     }
-    norms = [value for name, value in network.named_parameters() if name not in packed and value.dim() == 1]
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in packed or parameter.dim() == 1)
     steps = max(1, config.tokens // (config.windows_per_step * windows.shape[1]))
-    groups = learning_groups(list(learners.values()), config.scale_rate, config.code_rate)
-    update = Updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
-    step, measure = taught_by(teacher, network, held_out)
-
-    def show() -> None:
-        for learner in learners.values():
-            learner.show()
-
-    def learn(batch: Tensor) -> float:
-        show()
-        loss = step(batch.to(held_out.device))
-        for learner in learners.values():
-            learner.take_gradient()
-        update()
-        return loss
-
-    def held_out_kl() -> float:
-        show()
-        return measure()
-
     course = Course(
-        batches=lambda start: batches(windows, config.windows_per_step, steps, config.seed, start),
+        batches=lambda start: map(crew.share, batches(windows, config.windows_per_step, steps, config.seed, start)),
         steps=steps,
         evaluations=config.evaluations,
+        crew=crew,
     )
-    done = train(course, update, learn, held_out_kl, progress)
-    show()
+    with moved_to(crew.device, original_of(teacher).network, network):
+        norms = [value for name, value in network.named_parameters() if name not in packed and value.dim() == 1]
+        groups = learning_groups(list(learners.values()), config.scale_rate, config.code_rate)
+        update = Updates([*groups, {"params": norms, "lr": config.scale_rate}], steps, config.warm_up)
+        step, measure = taught_by(teacher, network, held_out.to(crew.device))
+
+        def show() -> None:
+            for learner in learners.values():
+                learner.show()
+
+        def learn(batch: Tensor) -> float:
+            show()
+            loss = step(batch)
+            for learner in learners.values():
+                learner.take_gradient()
+            loss = crew.average(update.parameters, loss, batch.numel())
+            update()
+            return loss
+
+        def held_out_kl() -> float:
+            show()
+            return measure()
+
+        done = train(course, update, learn, held_out_kl, progress)
+        show()
     network.requires_grad_(True)
     return {name: pack(learner.quantized()) for name, learner in learners.items()}, done

@@ -4,6 +4,8 @@ A format never knows how its codes were chosen. Rounding, GPTQ and whatever come
 same three things: scales for a span of weights, the nearest code under them, and the bytes.
 """
 
+import copyreg
+
 from pocketlm.tensors.formats import ggml, integer, iquants, kquants
 from pocketlm.tensors.formats.block import Format, Packed, Quantized, effective, inverse_scale, pack, unpack
 from pocketlm.tensors.formats.fit import fit_scales, fit_steps, ratios, round_to_nearest
@@ -52,6 +54,9 @@ def find_format(name: str, columns: int) -> Format:
     """
     return FORMATS[name] if name in FORMATS else integer.integer_format(name, columns)
 
+
+# A process gives another one a format by its name: what it is made of are functions without one.
+copyreg.pickle(Format, lambda form: (find_format, (form.name, form.group)))
 
 __all__ = [
     "FORMATS",

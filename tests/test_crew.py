@@ -1,0 +1,102 @@
+"""Several processes train as one does: here on the CPU, where one would do."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.conftest import Tiny
+from torch import Tensor
+
+from pocketlm.errors import OutOfResourcesError, PocketlmError
+from pocketlm.model.crew import Crew, together
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.learning import Lessons
+from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.steps.tune import Tune, tune
+
+CPU = torch.device("cpu")
+WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=torch.Generator().manual_seed(0)) for rows in (8, 2))
+ANSWERS = Lessons(
+    WINDOWS, torch.arange(32).expand(8, 32).contiguous(), torch.arange(8)[:, None] * 30 < WINDOWS
+)  # of any length
+GROUPS = ("embedding", "query_key", "value", "attention_out", "ffn_in", "ffn_out")
+
+Apart = Callable[[Callable[[], LanguageModel]], list[dict[str, Tensor]]]
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Apart:
+    """Return what trains a model in one process and in two, and returns the weights of both."""
+
+    def trained(work: Callable[[], LanguageModel]) -> list[dict[str, Tensor]]:
+        made = []
+        for count in (1, 2):
+            for step in ("distil", "tune"):
+                monkeypatch.setattr(f"pocketlm.steps.{step}.training_devices", lambda *given, n=count: (CPU,) * n)
+            made.append({name: value.detach().clone() for name, value in work().network.named_parameters()})
+        return made
+
+    return trained
+
+
+def difference(one: dict[str, Tensor], two: dict[str, Tensor], start: LanguageModel) -> float:
+    """Return how far two trained models are from each other, in what the first one has moved."""
+    before = dict(start.network.named_parameters())
+    moved = sum((one[name] - before[name]).square().sum() for name in one).sqrt()
+    assert moved > 0.01
+    return (sum((one[name] - two[name]).square().sum() for name in one).sqrt() / moved).item()
+
+
+def test_two_processes_learn_what_one_does(tiny_model: Tiny, apart: Apart):
+    config = Distil(tokens=4 * 128, windows_per_step=4, learning_rate=1e-3, evaluations=2, cross_entropy=0.5)
+
+    def work() -> LanguageModel:
+        return distil(tiny_model("llama"), tiny_model("llama", seed=1), config, ANSWERS, HELD_OUT)[0]
+
+    assert difference(*apart(work), tiny_model("llama", seed=1)) < 0.02
+
+
+def test_two_processes_tune_what_one_does(tiny_model: Tiny, apart: Apart):
+    formats = dict.fromkeys(GROUPS, "Q4_0")
+    start, rows, _ = quantize(tiny_model("llama"), Quantize(formats=formats, method="rtn"), WINDOWS)
+    config = Tune(tokens=4 * 128, windows_per_step=4, evaluations=1, train="weights")
+
+    def work() -> LanguageModel:
+        return tune(tiny_model("llama"), tiny_model("llama"), rows, config, WINDOWS, HELD_OUT)[0]
+
+    assert difference(*apart(work), start) < 0.02
+
+
+def test_own_words_are_drawn_by_each(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pocketlm.steps.distil.training_devices", lambda *given: (CPU, CPU))
+    config = Distil(tokens=2 * 128, windows_per_step=4, evaluations=1, on_policy=0.5, hidden_states=1.0, adapters=2)
+    teacher, student = tiny_model("llama"), tiny_model("llama", seed=1)
+    _, report = distil(teacher, student, config, Lessons(WINDOWS), Lessons(HELD_OUT))
+    assert len(report.details["losses"]) == 2
+
+
+# ---- when something goes wrong ----
+
+
+def fails(crew: Crew, who: int) -> None:
+    if who == crew.rank:
+        os._exit(3)
+    crew.average([], 1.0, 1.0)
+
+
+def refuses(crew: Crew) -> None:
+    crew.average([], 1.0, 1.0)
+    raise PocketlmError("what every process finds")
+
+
+def test_the_end_of_another_process_is_told():
+    with pytest.raises(OutOfResourcesError, match="One of 2 processes"):
+        together((CPU, CPU), fails, 1)
+
+
+def test_what_all_refuse_is_said_once(capfd: pytest.CaptureFixture):
+    with pytest.raises(PocketlmError, match="what every process finds"):
+        together((CPU, CPU), refuses)
+    assert not capfd.readouterr().err
