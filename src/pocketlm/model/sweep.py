@@ -236,3 +236,11 @@ def final_hidden(network: nn.Module, windows: Tensor) -> Tensor:
             for batch in windows.split(WINDOWS_AT_ONCE)
         ]
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, tokens: list[int]) -> Tensor:
+    """Return the logits behind each token of one window, (tokens, vocabulary) float32."""
+    window = torch.tensor([tokens], device=network.device)
+    with fast_forward(window.device):
+        return network(input_ids=window, use_cache=False).logits[0].float()

@@ -274,14 +274,10 @@ def measure_on_text(
     Args:
         files: By role; the first is the reference.
         models: By role, for their tokenizers.
-        windows: (windows, length) token ids of the reference; halved, so that more tokens of another vocabulary
-            still fit the context.
+        windows: (windows, length) token ids of the reference.
         progress: Called after each text.
     """
-    context = windows.shape[1]
-    halves = windows.reshape(2 * len(windows), -1) if context % 2 == 0 else windows[:, : context // 2]
-    reference = next(iter(files))
-    texts = plain_pieces(halves, [model.tokenizer for model in models.values()], models[reference].tokenizer, context)
+    context, texts = windows.shape[1], texts_for(models, windows)
     with ExitStack() as stack:
         engines = {role: stack.enter_context(Engine(path, context=context)) for role, path in files.items()}
         readers = {
@@ -289,6 +285,16 @@ def measure_on_text(
             for role, engine in engines.items()
         }
         return compare_on_text(readers, texts, lambda i, n: progress("measuring quality in llama.cpp", i, n))
+
+
+def texts_for(models: dict[str, LanguageModel], windows: Tensor) -> list[str]:
+    """Return the text of windows of the first model's ids, (windows, length), for models of other vocabularies too.
+
+    Windows are halved, so that more tokens of another vocabulary still fit as much context.
+    """
+    context, tokenizers = windows.shape[1], [model.tokenizer for model in models.values()]
+    halves = windows.reshape(2 * len(windows), -1) if context % 2 == 0 else windows[:, : context // 2]
+    return plain_pieces(halves, tokenizers, tokenizers[0], context)
 
 
 def damage_by_stage(

@@ -1,24 +1,28 @@
-"""Candidates built for real: each is pruned, learns for a while, is quantized, exported and read in the engine.
+"""Candidates built for real: each is pruned, learns for a while, is quantized and exported, and its weights are read.
 
 What is expected of a plan adds up damages that were measured one by one, before anything healed. A trial is the thing
-itself, on validation text; the final file is measured again on text that no trial has seen.
+itself, on validation text, in torch with the weights that its file decodes to: the engine takes ten times as long with
+few bits. The final file is measured in the engine, on text that no trial has seen.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.quality import Comparison, Interval
+from pocketlm.measure.quality import Comparison, Interval, Reader, compare, compare_on_text
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.text import pack_windows
+from pocketlm.model.sweep import logits_of
+from pocketlm.model.text import encode_from_start, pack_windows
 from pocketlm.pipeline.cache import stage
-from pocketlm.pipeline.proof import measure_on_text, measure_quality, original_file
-from pocketlm.pipeline.stages import Progress, Texts, run_recipe
+from pocketlm.pipeline.proof import measure_models, original_file, texts_for
+from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict
 from pocketlm.plan.search import Plan
@@ -27,7 +31,9 @@ from pocketlm.plan.search import Plan
 # perplexity were within noise.
 RANKING_WINDOWS = 24
 LEARNING = ("distil", "tune")
-PROOF = 2  # times what reading one candidate takes: the proof of the final file, roughly
+PROOF_READINGS = (
+    36  # times what the engine takes to read one window in both files: the proof of the final file, roughly
+)
 MARGIN = 0.9  # of the time that is left is given to learning
 
 
@@ -116,7 +122,7 @@ def search(
     limit: Limit | None,
     progress: Progress,
 ) -> Search:
-    """Build the rivals of a decision, rank them by perplexity in the engine, and give the best one its full training.
+    """Build the rivals of a decision, rank them by perplexity, and give the best one its full training.
 
     Every trial is kept: a search that was killed loses at most the one in hand.
 
@@ -162,7 +168,7 @@ def search(
 
 
 def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_text: bool, progress: Progress) -> Trial:
-    """Build a candidate and read it in the engine beside the original, once.
+    """Build a candidate and read it beside the original, once.
 
     Args:
         model: The original.
@@ -178,22 +184,23 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
         made = run_recipe(model, recipe, texts, progress)
         write_gguf(made.model, made.packed, folder / name)
         began = time.monotonic()
-        files = {"original": original_file(model), "candidate": folder / name}
         length = texts.validation.windows.shape[1]
         windows = pack_windows(texts.documents["validation"], model.tokenizer, RANKING_WINDOWS, length)
-        if per_text:
-            found = measure_on_text(files, {"original": model, "candidate": made.model}, windows, progress)
-        else:
-            found = measure_quality(files, windows, progress)
+        models = {"original": model, "candidate": made.model}
+        found = _compared(models, windows, per_text, progress)
         reading, kl = time.monotonic() - began, found.qualities["candidate"].kl
+        files = {"original": original_file(model), "candidate": folder / name}
+        began = time.monotonic()
+        measure_models(files, models, windows[:1], silent)
+        in_engine = time.monotonic() - began
         took = {each.facts["step"]: each.seconds for each in made.stages}
         return {
             "losses": found.losses["candidate"].tolist(),
             "reference": found.losses["original"].tolist(),
             "kl": kl and kl.value,
             "learning": sum(took.get(step, 0.0) for step in LEARNING),
-            "seconds": sum(took.values()) + reading,
-            "ending": took["quantize"] + PROOF * reading,
+            "seconds": sum(took.values()) + reading + in_engine,
+            "ending": took["quantize"] + PROOF_READINGS * in_engine,
         }
 
     inputs = {"model": model.origin.sha256, "recipe": to_dict(recipe), "per_text": per_text}
@@ -213,6 +220,21 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
         seconds=facts["seconds"],
         ending=facts["ending"],
     )
+
+
+def _compared(models: dict[str, LanguageModel], windows: Tensor, per_text: bool, progress: Progress) -> Comparison:
+    """Compare models by the tokens of windows, (windows, length), or by the texts that these stand for."""
+
+    def reading(done: int, total: int) -> None:
+        progress("reading the candidate", done, total)
+
+    logits = {role: partial(logits_of, model.network) for role, model in models.items()}
+    if not per_text:
+        return compare(logits, windows, reading)
+    readers = {
+        role: Reader(partial(encode_from_start, model.tokenizer), logits[role]) for role, model in models.items()
+    }
+    return compare_on_text(readers, texts_for(models, windows), reading)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
