@@ -11,10 +11,10 @@ from pocketlm.model.text import Tokens
 # In forward passes of one window, timed on SmolLM2-135M on two cores with AVX2: every format's damage in every block,
 # the damage of pruning, choosing codes, of each candidate what is neither learning nor codes (pruning, reading it), and
 # the proof at the end, most of which is the engine reading text.
-FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 250, 140, 400
-# Of each window that codes are chosen from: six for what its tokens matter, then the original's, before the codes and
+FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 220, 140, 400
+# Of each window that codes are chosen from: three for what its tokens matter, then the original's, before the codes and
 # behind them.
-STATISTICS_PASSES = 9
+STATISTICS_PASSES = 6
 LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
 
 
