@@ -1,15 +1,17 @@
 """Several processes train as one does: here on the CPU, where one would do."""
 
-import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import Tiny
+from tests.crew_work import Missing, fails, refuses, refuses_with
 from torch import Tensor
 
 from pocketlm.errors import OutOfResourcesError, PocketlmError
-from pocketlm.model.crew import Crew, together
+from pocketlm.model.crew import together
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons
 from pocketlm.steps.distil import Distil, distil
@@ -80,23 +82,33 @@ def test_own_words_are_drawn_by_each(tiny_model: Tiny, monkeypatch: pytest.Monke
 # ---- when something goes wrong ----
 
 
-def fails(crew: Crew, who: int) -> None:
-    if who == crew.rank:
-        os._exit(3)
-    crew.average([], 1.0, 1.0)
+@pytest.mark.parametrize(
+    ("how", "said"), [("killed", "killed, for lack"), ("memory", "OutOfResourcesError: no memory")]
+)
+def test_the_end_of_another_process_is_told(how: str, said: str):
+    with pytest.raises(OutOfResourcesError, match=f"One of 2 processes .*{said}"):
+        together((CPU, CPU), fails, 1, how)
 
 
-def refuses(crew: Crew) -> None:
-    crew.average([], 1.0, 1.0)
-    raise PocketlmError("what every process finds")
+def test_a_defect_is_told_as_it_is_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="a defect"):
+        together((CPU, CPU), fails, 0, "defect")
+    assert not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == threads
 
 
-def test_the_end_of_another_process_is_told():
-    with pytest.raises(OutOfResourcesError, match="One of 2 processes"):
-        together((CPU, CPU), fails, 1)
-
-
-def test_what_all_refuse_is_said_once(capfd: pytest.CaptureFixture):
+def test_what_all_refuse_is_said_once(
+    capfd: pytest.CaptureFixture, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    odd = tmp_path_factory.mktemp("a folder with spaces")
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
     with pytest.raises(PocketlmError, match="what every process finds"):
         together((CPU, CPU), refuses)
     assert not capfd.readouterr().err
+
+
+def test_a_job_that_cannot_be_read_is_told():
+    with pytest.raises(OutOfResourcesError, match="ModuleNotFoundError: No module named 'nowhere'"):
+        together((CPU, CPU), refuses_with, Missing())

@@ -89,12 +89,12 @@ def test_draws_are_as_likely_as_the_student_finds_them(tiny_model: Tiny):
 @pytest.mark.parametrize(("share", "counts"), [(0.25, [1, 1, 1, 1]), (0.1, [0, 0, 1, 0]), (1.0, [4, 4, 4, 4])])
 def test_the_share_is_kept_over_steps_from_wherever_it_goes_on(share: float, counts: list[int], tiny_model: Tiny):
     network, batch = tiny_model("llama").network, Lessons(WINDOWS[:4])
-    whole = list(with_own_words(network, iter([batch] * 4), share, 5, 0))
+    whole = list(with_own_words(network, iter([batch] * 4), share, 5, range(4)))
     assert [0 if each.own is None else int(each.own.any(-1).sum()) for each in whole] == counts
     assert all(
         torch.equal(each.ids[: 4 - count], batch.ids[: 4 - count]) for each, count in zip(whole, counts, strict=True)
     )
-    rest = list(with_own_words(network, iter([batch] * 2), share, 5, 2))
+    rest = list(with_own_words(network, iter([batch] * 2), share, 5, range(2, 4)))
     assert all(torch.equal(one.ids, other.ids) for one, other in zip(whole[2:], rest, strict=True))
     if share != 0.1:
         assert not torch.equal(whole[0].ids, whole[1].ids), "every step has draws of its own"

@@ -117,6 +117,7 @@ def test_tuning_leaves_nothing_behind(tiny_model: Tiny, train: str, respells: bo
 def test_networks_come_back(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
     network, seen = tiny_model("llama").network, []
     monkeypatch.setattr(type(network), "to", lambda self, device: seen.append(torch.device(device)))
+    gpus(monkeypatch, 8)
     with moved_to(torch.device("cuda"), network):
         assert [device.type for device in seen] == ["cuda"]
     assert [device.type for device in seen] == ["cuda", "cpu"]
@@ -127,8 +128,15 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *gigabytes: int) -> None:
     monkeypatch.setattr(
         torch,
         "cuda",
-        SimpleNamespace(is_available=lambda: True, device_count=lambda: len(free), mem_get_info=free.__getitem__),
+        SimpleNamespace(
+            is_available=lambda: True,
+            device_count=lambda: len(free),
+            mem_get_info=free.__getitem__,
+            set_device=lambda device: None,
+            empty_cache=lambda: None,
+        ),
     )
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 
 
 def test_a_gpu_that_is_too_small_is_left_alone(monkeypatch: pytest.MonkeyPatch):

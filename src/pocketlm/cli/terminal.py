@@ -139,7 +139,7 @@ def result_lines(report: Report, out: Path) -> list[str]:
         for trial in report.trials
     ]
     return [
-        *(["candidates, built and read in llama.cpp on validation text:", *tried] if tried else []),
+        *(["candidates, built and read on validation text:", *tried] if tried else []),
         *(finding.sentence for finding in judge(report).values()),
         f"wrote {out}: open {out / 'report.html'}",
     ]

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
 from pocketlm.errors import OutOfResourcesError
@@ -83,6 +83,8 @@ def moved_to(device: torch.device, *networks: nn.Module) -> Iterator[None]:
     Raises:
         OutOfResourcesError: The device's memory did not suffice after all.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         for network in networks:
             network.to(device)
@@ -95,6 +97,8 @@ def moved_to(device: torch.device, *networks: nn.Module) -> Iterator[None]:
     finally:
         for network in networks:
             network.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # else the next training finds this one's memory taken
 
 
 def training_devices(windows: int, *networks: nn.Module) -> tuple[torch.device, ...]:
@@ -108,8 +112,9 @@ def training_devices(windows: int, *networks: nn.Module) -> tuple[torch.device, 
     needed = TRAINING_BYTES * parameters + ACTIVATION_BYTES
     found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     fit = [index for index in found if torch.cuda.mem_get_info(index)[0] >= needed]
-    even = [count for count in range(len(fit) + 1) if count and windows % count == 0]
-    return tuple(torch.device("cuda", index) for index in fit[: max(even, default=0)]) or (torch.device("cpu"),)
+    most = len(fit) if distributed.is_nccl_available() else min(len(fit), 1)
+    even = max((count for count in range(1, most + 1) if windows % count == 0), default=0)
+    return tuple(torch.device("cuda", index) for index in fit[:even]) or (torch.device("cpu"),)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Lessons:
         return labels if self.own is None else labels.masked_fill(self.own.flatten()[after], -1)
 
 
-def positions(batch: Tensor | Lessons, loss: Loss = FORWARD_KL) -> int:
+def positions(batch: Tensor | Lessons, loss: Loss) -> int:
     """Return how many positions of a batch are trained."""
     predicting = batch.predicting(loss) if isinstance(batch, Lessons) else None
     return batch.numel() if predicting is None else len(predicting)

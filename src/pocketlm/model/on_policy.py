@@ -8,7 +8,7 @@ are drawn anew. Only what is drawn is learnt, up to the end of a turn.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,28 +30,28 @@ class Piece:
 
 
 def with_own_words(
-    student: nn.Module, batches: Iterator[Lessons], share: float, seed: int, start: int
+    student: nn.Module, batches: Iterator[Lessons], share: float, seed: int, numbers: Iterable[int]
 ) -> Iterator[Lessons]:
     """Yield batches in which a share of the windows, the last ones, are in the student's own words.
 
-    Each is drawn when it is asked for, from the student as it is then; the seed, the step and the weights decide it.
+    Each is drawn when it is asked for, from the student as it is then; the seed, its number and the weights decide it.
 
     Args:
         student: Who writes.
         batches: Of text or examples.
-        share: 0 to 1; where it is no whole number of windows, steps differ by one.
+        share: 0 to 1; where it is no whole number of windows, batches differ by one.
         seed: Of the draws.
-        start: Step of the first batch.
+        numbers: Of the batches, in order: where several processes train, each has numbers of its own.
     """
-    for step, batch in enumerate(batches, start):
-        count = _until(step + 1, share, len(batch)) - _until(step, share, len(batch))
+    for number, batch in zip(numbers, batches, strict=False):
+        count = _until(number + 1, share, len(batch)) - _until(number, share, len(batch))
         kept = len(batch) - count
-        drawn = in_own_words(student, batch[kept:], seed * 1_000_003 + step) if count else batch[:0]
+        drawn = in_own_words(student, batch[kept:], seed * 1_000_003 + number) if count else batch[:0]
         yield joined(batch[:kept], drawn) if count else batch
 
 
-def _until(step: int, share: float, windows: int) -> int:
-    return math.floor(step * share * windows + 1e-9)
+def _until(number: int, share: float, windows: int) -> int:
+    return math.floor(number * share * windows + 1e-9)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def _continued(student: nn.Module, prompts: list[Tensor], pieces: list[Piece], s
     width = max(map(len, prompts))
     ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([nn.functional.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
         torch.manual_seed(seed)
         written = student.generate(
             ids,

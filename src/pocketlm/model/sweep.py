@@ -241,6 +241,5 @@ def final_hidden(network: nn.Module, windows: Tensor) -> Tensor:
 @torch.no_grad()
 def logits_of(network: nn.Module, tokens: list[int]) -> Tensor:
     """Return the logits behind each token of one window, (tokens, vocabulary) float32."""
-    window = torch.tensor([tokens], device=network.device)
-    with fast_forward(window.device):
-        return network(input_ids=window, use_cache=False).logits[0].float()
+    hidden = final_hidden(network, torch.tensor([tokens], device=network.device))[0]
+    return hidden @ network.lm_head.weight.float().T

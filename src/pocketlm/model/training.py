@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,12 @@ def train(
     Raises:
         PocketlmError: The loss is still not a number with the lowest learning rate, and nothing was learnt before.
     """
-    measured, crew = partial(course.crew.agree, held_out_kl), course.crew
+    crew = course.crew
+
+    def measured() -> float:
+        return crew.agree(held_out_kl)
+
+    crew.align(update.parameters)
     done, best = _found(course, update) or (Training(held_out_kl=[(0, measured())]), update.weights())
     evaluated_at, due = course.evaluated_at(), time.monotonic() + CHECKPOINT_SECONDS
     before, began, read = done.seconds, time.monotonic(), 0

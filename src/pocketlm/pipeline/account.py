@@ -58,7 +58,7 @@ def tried(planned: Planned) -> tuple[TrialRun, ...]:
         TrialRun(
             name=trial.plan.describe(),
             bytes=trial.bytes,
-            expected_kl=trial.plan.damage + planned.engine,
+            expected_kl=trial.plan.damage,
             kl=trial.kl,
             perplexity_ratio=Estimate(**vars(trial.ratio)),
             tokens=trial.tokens,

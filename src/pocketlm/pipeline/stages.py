@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 16  # documents that the model writes itself
 STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of pruning
-LEARNING_WINDOWS = 512  # of calibration text at most, to distil on
+LEARNING_WINDOWS = 2048  # of calibration text at most, to learn from: what `best` learns once, where there is that much
 VALIDATION_WINDOWS = 8
 TEST_WINDOWS = 12
 NORMS = "norms.safetensors"

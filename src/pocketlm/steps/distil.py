@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -173,8 +174,8 @@ def _trained(
 
     def lessons(start: int) -> Iterator[Lessons | Tensor]:
         plain = map(crew.share, batches(windows, config.windows_per_step, steps, config.seed, start))
-        seed = config.seed + crew.rank
-        return with_own_words(network, plain, config.on_policy, seed, start) if config.on_policy else plain
+        numbers = count(start * crew.size + crew.rank, crew.size)
+        return with_own_words(network, plain, config.on_policy, config.seed, numbers) if config.on_policy else plain
 
     course = Course(
         batches=lessons,

@@ -114,10 +114,9 @@ def _tuned(
 
         def learn(batch: Tensor) -> float:
             show()
-            loss = step(batch)
+            loss = crew.average(network.parameters(), step(batch), batch.numel())
             for learner in learners.values():
                 learner.take_gradient()
-            loss = crew.average(update.parameters, loss, batch.numel())
             update()
             return loss
 
