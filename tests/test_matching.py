@@ -131,7 +131,7 @@ def obvious_loss(
 def test_the_step_is_the_obvious_one_for_a_narrower_student(
     family: str, packed: bool, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(learning, "TOKENS_AT_ONCE", 32)  # one window at a time: gradients are summed up
+    monkeypatch.setitem(learning.TOKENS_AT_ONCE, "cpu", 32)  # one window at a time: gradients are summed up
     monkeypatch.setattr(learning, "CHECKPOINT_PARAMETERS", 0 if packed else 10**9)
     teacher, student = tiny_model(family).network, tiny_model(family, **narrower(family)).network
     places = torch.tensor([[*range(20), *range(12)], [*range(5), *range(27)]])

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import Tiny
 from torch import Tensor, nn
 
-from pocketlm.model.learning import distillation_step
+from pocketlm.model.learning import TOKENS_AT_ONCE, distillation_step
 from pocketlm.model.respelling import Respeller, respell, respelled_divergence, respelled_step
 from pocketlm.model.vocabulary import spellings
 from pocketlm.steps.distil import Distil, distil
@@ -89,6 +89,7 @@ def test_a_respelled_window_says_the_same(pair):
 @pytest.mark.parametrize("positions", [7, 1000])
 def test_the_divergence_and_its_gradient_are_the_obvious_ones(pair, positions, monkeypatch):
     monkeypatch.setattr("pocketlm.model.respelling.POSITIONS_AT_ONCE", positions)
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", positions)  # fewer than a window has: one at a time
     teacher, student, spelling = pair
     windows = windows_of(teacher)
     reference = copy.deepcopy(student.network).double()

@@ -25,7 +25,9 @@ from pocketlm.tensors.divergence import (
 )
 
 POSITIONS_AT_ONCE = 512  # logits of so many positions are in memory together, whatever the vocabulary
-TOKENS_AT_ONCE = 4096  # activations of so many tokens are; the gradients of longer batches are summed up
+# Activations of so many tokens are; the gradients of longer batches are summed up. A CPU is as fast with few: a step of
+# 4 x 512 tokens with a 135M teacher took 3.3 GB window by window and 5.0 GB all at once, in the same time.
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 FORWARD_KL = Loss()
 CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
 
@@ -88,6 +90,11 @@ def positions(batch: Tensor | Lessons, loss: Loss) -> int:
     """Return how many positions of a batch are trained."""
     predicting = batch.predicting(loss) if isinstance(batch, Lessons) else None
     return batch.numel() if predicting is None else len(predicting)
+
+
+def windows_at_once(ids: Tensor) -> int:
+    """Return how many windows, the rows of `ids`, are learnt from at once."""
+    return max(1, TOKENS_AT_ONCE.get(ids.device.type, 1) // ids.shape[1])
 
 
 class Updates:
@@ -211,7 +218,7 @@ def distillation_step(
             projections are given their gradients too.
     """
     lessons = batch if isinstance(batch, Lessons) else Lessons(batch)
-    at_once = max(1, TOKENS_AT_ONCE // lessons.ids.shape[1])
+    at_once = windows_at_once(lessons.ids)
     parts = [lessons[start : start + at_once] for start in range(0, len(lessons), at_once)]
     places = [part.predicting(loss) for part in parts]
     count = sum(part.numel() if each is None else len(each) for part, each in zip(parts, places, strict=True))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pocketlm.model.compute import as_forward, fast_copy, fast_forward
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, distillation_step, recomputing
+from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, distillation_step, recomputing, windows_at_once
 from pocketlm.model.sweep import final_hidden
 
 Spelling = Sequence[Sequence[int]]
@@ -119,27 +119,48 @@ def respelled_divergence(teacher: nn.Module, student: nn.Module, windows: Tensor
     for batch in windows.split(1):
         text = respell(batch, spelling)
         hidden = final_hidden(student, text.ids).flatten(0, 1)
-        total += _through_head(teacher, student, batch, hidden, text, spelling)[0] * len(text.labels)
+        total += _through_head(teacher, student, batch, hidden, text, spelling, 1)[0]
         count += len(text.labels)
     return total / count
 
 
 def respelled_step(teacher: nn.Module, student: nn.Module, windows: Tensor, spelling: Spelling) -> float:
     """Add the gradient of `respelled_divergence` on one batch to the student; return the divergence."""
-    text = respell(windows, spelling)
-    with recomputing(student), fast_forward(windows.device):
-        hidden = student.base_model(input_ids=text.ids, use_cache=False).last_hidden_state
-    loss, slope, slope_of_head = _through_head(teacher, student, windows, hidden.detach().flatten(0, 1), text, spelling)
-    add_gradient(student.lm_head.weight, slope_of_head)
-    hidden.backward(slope.view_as(hidden))
+    parts = windows.split(windows_at_once(windows))
+    texts = [respell(part, spelling) for part in parts]
+    count, loss = sum(len(text.labels) for text in texts), 0.0
+    for part, text in zip(parts, texts, strict=True):
+        with recomputing(student), fast_forward(windows.device):
+            hidden = student.base_model(input_ids=text.ids, use_cache=False).last_hidden_state
+        read = hidden.detach().flatten(0, 1)
+        value, slope, slope_of_head = _through_head(teacher, student, part, read, text, spelling, count)
+        add_gradient(student.lm_head.weight, slope_of_head)
+        hidden.backward(slope.view_as(hidden))
+        loss += value
     return loss
 
 
 @torch.no_grad()
 def _through_head(
-    teacher: nn.Module, student: nn.Module, windows: Tensor, hidden: Tensor, text: Respelled, spelling: Spelling
+    teacher: nn.Module,
+    student: nn.Module,
+    windows: Tensor,
+    hidden: Tensor,
+    text: Respelled,
+    spelling: Spelling,
+    count: int,
 ) -> tuple[float, Tensor, Tensor]:
-    """Return the mean divergence and its gradients by what the student's head reads, (positions, width), and by it."""
+    """Return the divergence summed over `count`, and its gradients by what the student's head reads, and by the head.
+
+    Args:
+        teacher: The original.
+        student: With fewer tokens.
+        windows: (windows, length) of the teacher's ids.
+        hidden: (positions, width) of what the student's head reads.
+        text: The same windows as the student reads them.
+        spelling: The student's ids for each of the teacher's.
+        count: What the sum is divided by.
+    """
     truth = final_hidden(teacher, windows).flatten(0, 1)
     first = torch.tensor([word[0] for word in spelling], device=hidden.device)
     reference, head = as_forward(teacher.lm_head.weight), as_forward(student.lm_head.weight)
@@ -157,7 +178,7 @@ def _through_head(
         inside = (heard < 0).nonzero().squeeze(1)
         target[inside, text.labels[chunk][inside]] = 1.0
         total += (torch.special.xlogy(target, target) - target * mine).sum().item()
-        by_logits = as_forward(mine.exp_().sub_(target).div_(len(text.labels)))
+        by_logits = as_forward(mine.exp_().sub_(target).div_(count))
         slope[text.places[chunk]] = (by_logits @ head).to(slope.dtype)
         slope_of_head += by_logits.T @ states
-    return total / len(text.labels), slope, slope_of_head
+    return total / count, slope, slope_of_head
