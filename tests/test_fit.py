@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import time
 import pytest
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
+
+from pocketlm.errors import BadInputError
+from pocketlm.pipeline.artefact import new_folder
 
 RECIPE = """
 steps:
@@ -174,6 +178,43 @@ def test_an_output_folder_that_exists_needs_force(llama, tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
 
 
+def test_force_replaces_results_alone(llama, tmp_path):
+    """Not what somebody else put there, not what is read, not where one stands."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    (tmp_path / "file").write_text("keep me")
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    made = tmp_path / "made"
+    shutil.copytree(llama, made / "model")
+    (made / "manifest.json").write_text("{}")
+    (made / "words.txt").write_text("words")
+    for out in (tmp_path / "notes", tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(BadInputError, match="not a folder that pocketlm wrote"), new_folder(out, force=True):
+            pass
+    for read in (made / "model", made / "words.txt", made):
+        with pytest.raises(BadInputError, match="which is read"), new_folder(made, True, ("demo", read)):
+            pass
+    done = pocketlm("quantize", "model", "--format", "q8_0", "-o", ".", "--force", cache=tmp_path / "cache", cwd=made)
+    assert done.returncode == 2, done.stderr
+    assert (made / "words.txt").read_text() == "words"
+    assert (tmp_path / "notes" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "keep me"
+    with new_folder(made, True) as folder:
+        (folder / "new").write_text("")
+    assert [path.name for path in made.iterdir()] == ["new"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_fails_leaves_the_old_result(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "manifest.json").write_text("{}")
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "made", True):
+        raise ZeroDivisionError
+    assert (tmp_path / "made" / "manifest.json").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInputError, match="Cannot write"), new_folder(tmp_path / "file" / "out", False):
+        pass
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -188,6 +229,14 @@ def test_an_output_folder_that_exists_needs_force(llama, tmp_path):
         (("bench", "EMPTY"), 2, "GGUF"),
         (("evaluate", "LLAMA", "--reference", "nothing-here"), 2, "There is no file or folder"),
         (("fit", "LLAMA", "--sise", "60%"), 2, "--size"),
+        (("fit", "LLAMA", "--sweep", "60%,abc"), 2, "Cannot read the size `abc`"),
+        (("quantize", "LLAMA", "--bits", "nan"), 2, "--bits"),
+        (("quantize", "LLAMA", "--format", "int4-g32", "--tune", "10s"), 2, "Tuning is for GGUF's formats"),
+        (("distill", "LLAMA", "--student", "depth=2", "--tokens", "0"), 2, "--tokens"),
+        (("distill", "LLAMA", "--student", "depth=2", "--learning-rate", "0"), 2, "learning rate"),
+        (("distill", "LLAMA", "--student", "depth=2", "--temperature", "nan"), 2, "temperature"),
+        (("inspect", "nowhere/model.gguf"), 2, "There is no file or folder"),
+        (("chat", "LLAMA"), 2, "There is no model.gguf"),
     ],
 )
 def test_bad_input_gets_one_message_and_its_code(arguments, code, said, llama, tmp_path):
@@ -199,6 +248,36 @@ def test_bad_input_gets_one_message_and_its_code(arguments, code, said, llama, t
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "pocketlm-out").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_stopped_says_so_and_leaves_nothing(llama, tmp_path, name):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command("quantize", llama, "--size", "60%", "-o", out),
+        env=environment(tmp_path / "cache"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / ".out.partial").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.strip().rpartition("\n")[2]) == (
+        130,
+        "error: Stopped. The same command goes on from here",
+    )
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["cache"])
+
+
+def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_path):
+    arguments = ("fit", llama, "--recipe", recipe, "--size", "40kB", "--data", text, "-o", tmp_path / "out")
+    done = pocketlm(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 3, done.stderr
+    assert "more than the budget of 40kB" in done.stderr
 
 
 def test_inspect_says_what_is_inside(llama, tmp_path):

@@ -37,7 +37,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     """
     remove_leftovers()
     limit = Limit(job.time, time.monotonic()) if job.time else None
-    with new_folder(job.out, job.force) as folder:
+    with new_folder(job.out, job.force, (job.model, *job.data, *job.tasks, job.recipe)) as folder:
         model, tasks = load_for(job), [read_task(path, TASK_ITEMS) for path in job.tasks]
         texts, planned = prepare(job, model, progress)
         announce(planned)

@@ -1,6 +1,7 @@
 """How the program ends when something goes wrong."""
 
 import errno
+import signal
 import sys
 import traceback
 
@@ -8,19 +9,23 @@ import typer
 
 from pocketlm.errors import OutOfResourcesError, PocketlmError
 
+INTERRUPTED = 130
+
 
 def run(app: typer.Typer) -> None:
     """Run a command line; whatever goes wrong becomes one message on standard error and an exit code."""
+    _heed_signals()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns an interruption into a code that it returns
+        if code == INTERRUPTED:
+            _stopped()
+        sys.exit(code)
     except PocketlmError as error:
         _fail(error, error.exit_code)
     except typer.Exit as end:
         sys.exit(end.exit_code)
-    except typer.Abort:
-        _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
-    except KeyboardInterrupt:
-        _fail(PocketlmError("Stopped. The same command goes on from here"), 130)
+    except (typer.Abort, KeyboardInterrupt):
+        _stopped()
     except (MemoryError, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno != errno.ENOSPC:
             _fail(PocketlmError(f"{problem.strerror}: {problem.filename or 'unknown file'}"), 1)
@@ -36,6 +41,17 @@ def run(app: typer.Typer) -> None:
             PocketlmError(f"Unexpected {type(error).__name__}: {error}. Run again with --debug and report it"),
             1,
         )
+
+
+def _heed_signals() -> None:
+    """Make a run that is told to end tidy up like one that is interrupted."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+
+
+def _stopped() -> None:
+    _fail(PocketlmError("Stopped. The same command goes on from here"), INTERRUPTED)
 
 
 def _fail(error: PocketlmError, code: int) -> None:

@@ -226,7 +226,7 @@ def distill(
     student: Annotated[
         str, typer.Option(help="A shape cut from the teacher (depth=12,ffn=768), or a model with its tokenizer.")
     ],
-    tokens: Annotated[int | None, typer.Option(help="To train on; the text is repeated where there is less.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="To train on; short text is repeated.", min=1)] = None,
     time: Annotated[str, typer.Option(help="Of training, such as 30m, where no --tokens are given.")] = "10m",
     loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl, jensen_shannon or skewed_kl.")] = "forward_kl",
     temperature: Annotated[float, typer.Option(help="Of both models' probabilities.")] = 1.0,
@@ -245,7 +245,7 @@ def distill(
     learning_rate: Annotated[
         float | None, typer.Option(help="3e-4 for a cut student or adapters, 1e-4 for a model of its own.")
     ] = None,
-    adapters: Annotated[int, typer.Option(help="Train adapters (LoRA) of this rank in place of the weights.")] = 0,
+    adapters: Annotated[int, typer.Option(help="Train adapters (LoRA) of this rank, not the weights.", min=0)] = 0,
     targets: Annotated[str, typer.Option(help="live, or from disk: sampled or top, under 64 bytes a token.")] = "live",
     task: Annotated[Path | None, typer.Option(help="Learn this .jsonl of `prompt` and `answer`, not text.")] = None,
     remote: Annotated[str | None, typer.Option(help="Learn a server's answers: http://localhost:8080/v1.")] = None,
@@ -270,7 +270,7 @@ def distill(
     cut = "=" in student or adapters
     how = api.Distil(
         tokens=tokens or 0,
-        learning_rate=learning_rate or (3e-4 if cut else 1e-4),
+        learning_rate=(3e-4 if cut else 1e-4) if learning_rate is None else learning_rate,
         warm_up=0.05,
         evaluations=8,
         loss=loss,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from pocketlm.errors import BadInputError
+
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or `demo`.")]
 Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt, .jsonl); may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -16,6 +18,8 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if 
 def gguf_file(name: str) -> Path:
     """Return the GGUF file that a name stands for: itself, the one in a folder made by `fit`, or the demo's."""
     path = Path(name)
+    if path.is_dir() and not (path / "model.gguf").is_file():
+        raise BadInputError(f"There is no model.gguf in {path}. Make one: pocketlm quantize {path} --format q8_0")
     if path.is_dir():
         return path / "model.gguf"
     if path.suffix == ".gguf":

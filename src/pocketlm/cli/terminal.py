@@ -162,7 +162,7 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
     for cut in made.cuts:
         quality = cut.quality
         cells = _cell(quality.perplexity), _cell(quality.bits_per_byte if per_byte else quality.kl)
-        lines.append(f"{cut.step:<17}{cut.parameters:>13,}  {cells[0]:<26}{cells[1]:<28}{cut.summary}")
+        lines.append(f"{cut.step:<17}{cut.parameters:>13,}  {cells[0]:<25} {cells[1]:<27} {cut.summary}")
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the original's tokens for all")
     removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
@@ -252,7 +252,7 @@ def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     lines = [head + "bits per byte" if per_byte else head]
     for name, quality in qualities.items():
         cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement, quality.bits_per_byte)
-        lines.append(f"{name:<16}" + "".join(f"{_cell(value):<26}" for value in cells).rstrip())
+        lines.append(f"{name:<16}" + "".join(f"{_cell(value):<25} " for value in cells).rstrip())
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
@@ -294,7 +294,7 @@ def _spread(figure: Figure, places: int) -> str:
 
 def doctor_lines(found: dict[str, Any]) -> list[str]:
     """Lay facts out, one per line."""
-    return [f"{name:<22}{value}" for name, value in found.items()]
+    return [f"{name:<24}{value}" for name, value in found.items()]
 
 
 def cache_lines(folder: str, kept: list[tuple[str, int]], emptied: bool) -> list[str]:

@@ -111,7 +111,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
     """
     remove_leftovers()
     _check(job)
-    with new_folder(job.out, job.force) as folder:
+    with new_folder(job.out, job.force, (job.teacher, job.student, *job.data, job.task)) as folder:
         teacher = load(job.teacher)
         shape = read_shape(job.student)
         if shape:

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import predicted_bytes, write_compressed_tensors
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
@@ -48,8 +49,10 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         BadInputError: The format is unknown, or its groups do not divide a row.
         MissingExtraError: compressed-tensors is not installed.
     """
+    if job.tune:
+        raise BadInputError(f"Tuning is for GGUF's formats, and {job.format} is none. Leave one of the two out")
     remove_leftovers()
-    with new_folder(job.out, job.force) as folder:
+    with new_folder(job.out, job.force, (job.model, *job.data)) as folder:
         model = load(job.model)
         sizes = sizes_of(model)
         own = {group: "F16" if group in ("embedding", "head") else job.format for group in sizes.group_names}

@@ -111,7 +111,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         BadInputError: A shape does not exist for the model, or there is nothing to do.
     """
     remove_leftovers()
-    with new_folder(job.out, job.force) as folder:
+    with new_folder(job.out, job.force, (job.model, *job.data)) as folder:
         model = load(job.model)
         check_shape(model, job)
         check_resources(model, job.out, trained=job.heal > 0)

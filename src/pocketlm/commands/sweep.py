@@ -9,9 +9,12 @@ from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.fit import fit
 from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.stages import Progress, silent
+from pocketlm.plan.budget import parse_size
 from pocketlm.report.content import Report
 from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
 from pocketlm.report.write import read_report, replace_text
+
+LARGE = 10**12  # bytes, of which any share that is a size is some
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def sweep(
     """
     if not sizes:
         raise BadInputError("A sweep needs sizes, such as --sweep 40MB,60MB,80MB")
+    for size in sizes:
+        parse_size(size, LARGE)  # what cannot be read is said before any is made
     reports: dict[str, Report] = {}
     refused: dict[str, str] = {}
     for size in sizes:

@@ -58,7 +58,7 @@ def read_task(path: Path, limit: int | None = None) -> Task:
         BadInputError: The file cannot be read, or a row is no such object; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInputError(f"Cannot read the task {path}: {problem}") from problem
     rows = [

@@ -37,7 +37,7 @@ def read_examples(path: Path, answered: bool = True) -> list[Example]:
         BadInputError: It cannot be read, or a line has not both.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"Cannot read {path}: {error}. Give a UTF-8 .jsonl file with --task") from error
     examples = []

@@ -50,7 +50,7 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
         return _load_folder(source, path, dtype)
     if path.is_file():
         return _load_gguf(source, path, dtype)
-    if _HUB_ID.fullmatch(source) and not path.parent.exists():
+    if _HUB_ID.fullmatch(source) and path.suffix != ".gguf" and not path.parent.exists():
         return _load_folder(source, _download(source), dtype, kind="hub")
     raise BadInputError(f"There is no file or folder `{source}`{_suggestion(path)}")
 
@@ -98,7 +98,7 @@ def demo_file() -> Path:
 def _suggestion(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, [*names, DEMO], n=1)
-    if not close:
+    if not close or close[0] == path.name:
         return f". A folder, a GGUF file, a hub id such as `organisation/name`, or `{DEMO}` can be loaded"
     return f": did you mean `{close[0] if close[0] == DEMO else path.parent / close[0]}`?"
 

@@ -183,7 +183,7 @@ def read_corpus(paths: list[Path]) -> Corpus:
 
 def _texts(path: Path) -> list[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInputError(
             f"{path} is not UTF-8 text: byte {error.start} cannot be read. Convert the file to UTF-8"

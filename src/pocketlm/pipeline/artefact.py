@@ -4,7 +4,7 @@ import datetime
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,30 +27,56 @@ from pocketlm.pipeline.stages import Compressed, Texts
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.report import content
+from pocketlm.report.write import MANIFEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
 @contextmanager
-def new_folder(out: Path, force: bool) -> Iterator[Path]:
+def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) -> Iterator[Path]:
     """Give a folder to fill that becomes `out` as a whole at the end, or leaves nothing.
 
+    Args:
+        out: The folder's name at the end.
+        force: Whether a result that has this name may be replaced.
+        reads: What the work reads: names of models that may be no paths, files.
+
     Raises:
-        BadInputError: `out` exists and `force` is not given.
+        BadInputError: `out` exists and `force` is not given, or it is nothing to replace, or cannot be written.
     """
-    if out.exists() and not force:
-        raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
-    partial = out.parent / f".{out.name}.partial"
+    if out.exists() or out.is_symlink():
+        _check_replaceable(out, force, reads)
+    partial, replaced = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BadInputError(f"Cannot write {out}: {error.strerror}. Give another folder with -o") from error
     try:
         yield partial
+        shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
+            out.rename(replaced)
         partial.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None]) -> None:
+    """Refuse to replace what is not a result of this program, and what the work needs itself."""
+    if not force:
+        raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
+    inside = [path for path in map(Path, filter(None, reads)) if path.resolve().is_relative_to(out.resolve())]
+    if inside:
+        raise BadInputError(f"{out} has {inside[0]} in it, which is read. Give another folder with -o")
+    made = (out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))
+    if out.is_symlink() or not made or Path.cwd().is_relative_to(out.resolve()):
+        raise BadInputError(
+            f"{out} is not a folder that pocketlm wrote, or you are in it: --force does not replace it. "
+            "Give another folder with -o"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pocketlm
-from pocketlm.errors import OutOfResourcesError
+from pocketlm.errors import BadInputError, OutOfResourcesError
 
 DONE = "done.json"
 STARTED = time.time()  # of this run
@@ -45,8 +45,15 @@ class Finished:
 
 
 def cache_folder() -> Path:
-    """Return where stages are kept: `$POCKETLM_CACHE`, else `~/.cache/pocketlm`."""
-    return Path(os.environ.get("POCKETLM_CACHE") or Path.home() / ".cache" / "pocketlm")
+    """Return where stages are kept: `$POCKETLM_CACHE`, else `~/.cache/pocketlm`.
+
+    Raises:
+        BadInputError: That is a file.
+    """
+    folder = Path(os.environ.get("POCKETLM_CACHE") or Path.home() / ".cache" / "pocketlm")
+    if folder.exists() and not folder.is_dir():
+        raise BadInputError(f"The cache {folder} is not a folder. Set POCKETLM_CACHE to one")
+    return folder
 
 
 @cache

@@ -136,7 +136,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
         size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
-        return texts, Planned(recipe, budget or Budget("the recipe's size", size), size, sizes, None)
+        return texts, Planned(recipe, _budget_of_recipe(budget, size), size, sizes, None)
     wanted = Wanted(
         budget=budget,
         costs=costs,
@@ -158,6 +158,20 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     decision = make_plan(model, wanted, texts, job.seed, progress)
     decision = improve(model, wanted, decision, texts, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
+
+
+def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
+    """Return the budget of a recipe whose file has `size` bytes: those where none was given.
+
+    Raises:
+        ImpossibleBudgetError: The file is larger than the budget.
+    """
+    if budget and size > budget.bytes:
+        raise ImpossibleBudgetError(
+            f"The recipe's file has {size:,} bytes, more than the budget of {budget.text} ({budget.bytes:,}). "
+            "Leave the budget out, or let `fit` make a recipe for it"
+        )
+    return budget or Budget("the recipe's size", size)
 
 
 def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, texts: Texts, progress: Progress) -> None:

@@ -1,5 +1,6 @@
 """Bytes of files that do not exist yet, for every shape and mix of formats that a plan may choose."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -212,7 +213,7 @@ def bits_budget(sizes: Sizes, bits: float) -> Budget:
     Raises:
         BadInputError: The number of bits is not positive.
     """
-    if bits <= 0:
+    if not 0 < bits < math.inf:
         raise BadInputError(f"--bits {bits:g} is nothing. Give bits per weight such as 4.25")
     weights = sum(prod(sizes.shapes[name]) for name in sizes.groups)
     rest = sizes.total_f16 - 2 * weights

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +226,11 @@ def chat_loop(
     """
     console = Console(highlight=False)
     interactive = sys.stdin.isatty()
+    questions = _questions(console, interactive)
+    # Where there is nothing to ask, no engine is started.
+    asked = [] if interactive else list(islice(questions, 1))
+    if not interactive and not asked:
+        return
     with serving(path, threads, context) as server:
         chatty = has_chat_template(Path(path))
         opening: list[Message] = [{"role": "system", "content": system}] if system and chatty else []
@@ -233,7 +239,7 @@ def chat_loop(
             console.print(f"[bold]{escape(Path(path).name)}[/] [dim]{_HELP}[/]")
         if not chatty:
             Console(stderr=True).print("[dim]This model has no chat template: it goes on with your text[/]")
-        for question in _questions(console, interactive):
+        for question in chain(asked, questions):
             if question == "/exit":
                 break
             if question == "/reset":

@@ -1,5 +1,6 @@
 """Recover what pruning lost: the smaller model learns the original's next-token probabilities."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -70,12 +71,16 @@ class Distil:
             BadInputError: A setting is out of its range.
         """
         loss = Loss(kind=self.loss, temperature=self.temperature, share=self.share, cross_entropy=self.cross_entropy)
-        if self.temperature <= 0 or not 0 <= self.cross_entropy <= 1 or not 0 <= loss.teacher_share < 1:
+        if not 0 < self.learning_rate < math.inf:
+            raise BadInputError(f"A learning rate of {self.learning_rate:g} teaches nothing. Give one such as 1e-4")
+        shares = 0 <= self.cross_entropy <= 1 and 0 <= loss.teacher_share < 1
+        if not 0 < self.temperature < math.inf or not shares:
             raise BadInputError(
                 "distil needs a `temperature` above 0, `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
                 f"given: {self.temperature}, {self.cross_entropy}, {self.share}"
             )
-        if min(self.hidden_states, self.relations) < 0 or not 0 <= self.on_policy <= 1:
+        weights = 0 <= self.hidden_states < math.inf and 0 <= self.relations < math.inf
+        if not weights or not 0 <= self.on_policy <= 1:
             raise BadInputError(
                 "distil needs `hidden_states` and `relations` of at least 0 and `on_policy` from 0 to 1; "
                 f"given: {self.hidden_states}, {self.relations}, {self.on_policy}"

@@ -125,7 +125,7 @@ def read_examples(path: Path) -> list[Example]:
         BadInputError: A line is no example, or there are fewer than two.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"Cannot read {path}: {error}") from error
     examples = []
