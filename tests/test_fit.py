@@ -250,27 +250,39 @@ def test_bad_input_gets_one_message_and_its_code(arguments, code, said, llama, t
     assert not (tmp_path / "pocketlm-out").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_that_is_stopped_says_so_and_leaves_nothing(llama, tmp_path, name):
-    out = tmp_path / "out"
+def stopped_by(number: signal.Signals, ignored: bool, llama, place) -> tuple[int, str]:
+    """Quantize, be sent a signal when the work has begun, and return the exit code and the last line."""
+
+    def start() -> None:  # a test that runs in the background would hand down that interrupts are ignored
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
     process = subprocess.Popen(
-        command("quantize", llama, "--size", "60%", "-o", out),
-        env=environment(tmp_path / "cache"),
+        command("quantize", llama, "--size", "60%", "-o", place / "out"),
+        env=environment(place / "cache"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=start,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / ".out.partial").exists() and process.poll() is None:
+    while not (place / ".out.partial").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said.strip().rpartition("\n")[2]) == (
-        130,
-        "error: Stopped. The same command goes on from here",
-    )
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    return process.returncode, said.strip().rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_stopped_says_so_and_leaves_nothing(llama, tmp_path, name):
+    code, said = stopped_by(getattr(signal, name), False, llama, tmp_path)
+    assert (code, said) == (130, "error: Stopped. The same command goes on from here")
     assert [path.name for path in tmp_path.iterdir()] in ([], ["cache"])
+
+
+def test_what_nohup_ignores_stops_nothing(llama, tmp_path):
+    assert stopped_by(signal.SIGHUP, True, llama, tmp_path)[0] == 0
+    assert (tmp_path / "out" / "model.gguf").is_file()
 
 
 def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_path):

@@ -44,10 +44,11 @@ def run(app: typer.Typer) -> None:
 
 
 def _heed_signals() -> None:
-    """Make a run that is told to end tidy up like one that is interrupted."""
+    """Make a run that is told to end tidy up like one that is interrupted; what nohup ignores stays ignored."""
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _stopped() -> None:
