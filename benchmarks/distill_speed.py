@@ -109,6 +109,8 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     """Run both in turns, write."""
     args = arguments()
+    # Each run starts where this file is.
+    args.teacher, args.student = (str(Path(name).resolve()) for name in (args.teacher, args.student))
     lessons = lessons_of(args)
     ids, labels = rows_of(lessons)
     per_step = round(len(ids) / len(lessons) * args.batch)
