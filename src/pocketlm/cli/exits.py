@@ -18,14 +18,14 @@ def run(app: typer.Typer) -> None:
     try:
         code = app(standalone_mode=False)  # typer turns an interruption into a code that it returns
         if code == INTERRUPTED:
-            _stopped()
+            raise KeyboardInterrupt
         sys.exit(code)
     except PocketlmError as error:
         _fail(error, error.exit_code)
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _stopped()
+        _fail(PocketlmError("Stopped. The same command goes on from here"), INTERRUPTED)
     except (MemoryError, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno != errno.ENOSPC:
             _fail(PocketlmError(f"{problem.strerror}: {problem.filename or 'unknown file'}"), 1)
@@ -49,10 +49,6 @@ def _heed_signals() -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-
-
-def _stopped() -> None:
-    _fail(PocketlmError("Stopped. The same command goes on from here"), INTERRUPTED)
 
 
 def _fail(error: PocketlmError, code: int) -> None:

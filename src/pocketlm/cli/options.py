@@ -18,10 +18,11 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if 
 def gguf_file(name: str) -> Path:
     """Return the GGUF file that a name stands for: itself, the one in a folder made by `fit`, or the demo's."""
     path = Path(name)
-    if path.is_dir() and not (path / "model.gguf").is_file():
-        raise BadInputError(f"There is no model.gguf in {path}. Make one: pocketlm quantize {path} --format q8_0")
     if path.is_dir():
-        return path / "model.gguf"
+        inside = path / "model.gguf"
+        if not inside.is_file():
+            raise BadInputError(f"There is no model.gguf in {path}. Make one: pocketlm quantize {path} --format q8_0")
+        return inside
     if path.suffix == ".gguf":
         return path
     from pocketlm.model.source import DEMO, demo_file

@@ -68,7 +68,8 @@ def _check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None
     """Refuse to replace what is not a result of this program, and what the work needs itself."""
     if not force:
         raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
-    inside = [path for path in map(Path, filter(None, reads)) if path.resolve().is_relative_to(out.resolve())]
+    read = [Path(name).expanduser() for name in reads if name]
+    inside = [path for path in read if path.resolve().is_relative_to(out.resolve())]
     if inside:
         raise BadInputError(f"{out} has {inside[0]} in it, which is read. Give another folder with -o")
     made = (out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))

@@ -1,6 +1,6 @@
 """The proof of a run: the exported file beside the original and the obvious simpler choice, in the real engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from pocketlm.errors import OutOfResourcesError, VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
 from pocketlm.measure.device import FileSpeed, measure_speed
-from pocketlm.measure.quality import Comparison, Reader, compare, compare_on_text
+from pocketlm.measure.quality import Comparison, Logits, Reader, compare, compare_on_text
 from pocketlm.measure.task_files import Task
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.judge import divergence_of, judge
@@ -277,24 +277,32 @@ def measure_on_text(
         windows: (windows, length) token ids of the reference.
         progress: Called after each text.
     """
-    context, texts = windows.shape[1], texts_for(models, windows)
     with ExitStack() as stack:
-        engines = {role: stack.enter_context(Engine(path, context=context)) for role, path in files.items()}
-        readers = {
-            role: Reader(partial(encode_from_start, models[role].tokenizer), engine.logits)
-            for role, engine in engines.items()
-        }
-        return compare_on_text(readers, texts, lambda i, n: progress("measuring quality in llama.cpp", i, n))
+        engines = {role: stack.enter_context(Engine(path, context=windows.shape[1])) for role, path in files.items()}
+        logits = {role: engine.logits for role, engine in engines.items()}
+        return compare_texts(logits, models, windows, lambda i, n: progress("measuring quality in llama.cpp", i, n))
 
 
-def texts_for(models: dict[str, LanguageModel], windows: Tensor) -> list[str]:
-    """Return the text of windows of the first model's ids, (windows, length), for models of other vocabularies too.
+def compare_texts(
+    logits: dict[str, Logits],
+    models: dict[str, LanguageModel],
+    windows: Tensor,
+    progress: Callable[[int, int], None],
+) -> Comparison:
+    """Compare models of different vocabularies on the text of windows.
 
-    Windows are halved, so that more tokens of another vocabulary still fit as much context.
+    Args:
+        logits: By role; the first is the reference.
+        models: By role, for their tokenizers.
+        windows: (windows, length) token ids of the reference; halved, so that more tokens of another vocabulary
+            still fit the context.
+        progress: Called after each text.
     """
-    context, tokenizers = windows.shape[1], [model.tokenizer for model in models.values()]
+    context, tokenizers = windows.shape[1], {role: models[role].tokenizer for role in logits}
     halves = windows.reshape(2 * len(windows), -1) if context % 2 == 0 else windows[:, : context // 2]
-    return plain_pieces(halves, tokenizers, tokenizers[0], context)
+    texts = plain_pieces(halves, list(tokenizers.values()), tokenizers[next(iter(logits))], context)
+    readers = {role: Reader(partial(encode_from_start, tokenizers[role]), read) for role, read in logits.items()}
+    return compare_on_text(readers, texts, progress)
 
 
 def damage_by_stage(

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.quality import Comparison, Interval, Reader, compare, compare_on_text
+from pocketlm.measure.quality import Comparison, Interval, compare
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import logits_of
-from pocketlm.model.text import encode_from_start, pack_windows
+from pocketlm.model.text import pack_windows
 from pocketlm.pipeline.cache import stage
-from pocketlm.pipeline.proof import measure_models, original_file, texts_for
+from pocketlm.pipeline.proof import compare_texts, measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict
@@ -228,12 +228,7 @@ def _compared(models: dict[str, LanguageModel], windows: Tensor, per_text: bool,
         progress("reading the candidate", done, total)
 
     logits = {role: partial(logits_of, model.network) for role, model in models.items()}
-    if not per_text:
-        return compare(logits, windows, reading)
-    readers = {
-        role: Reader(partial(encode_from_start, model.tokenizer), logits[role]) for role, model in models.items()
-    }
-    return compare_on_text(readers, texts_for(models, windows), reading)
+    return compare_texts(logits, models, windows, reading) if per_text else compare(logits, windows, reading)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

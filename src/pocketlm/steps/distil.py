@@ -174,7 +174,7 @@ def _trained(
     progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
 ) -> Training:
     """Train as one of a crew, on its device."""
-    windows, held_out = text
+    (windows, held_out), objective = text, config.objective
     steps = max(1, config.tokens // (config.windows_per_step * (windows.numel() // len(windows))))
 
     def lessons(start: int) -> Iterator[Lessons | Tensor]:
@@ -199,7 +199,7 @@ def _trained(
         update = Updates(groups, steps, config.warm_up)
 
         def learn(batch: Tensor | Lessons) -> float:
-            value = crew.average(update.parameters, step(batch), positions(batch, config.objective))
+            value = crew.average(update.parameters, step(batch), positions(batch, objective))
             nn.utils.clip_grad_norm_(trained, 1.0)  # projections apart: they must not slow the student down
             update()
             return value
