@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from pocketlm.model.compute import as_forward, fast_copy, fast_forward
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.learning import POSITIONS_AT_ONCE, add_gradient, distillation_step, recomputing, windows_at_once
+from pocketlm.model.learning import add_gradient, distillation_step, recomputing, windows_at_once
 from pocketlm.model.sweep import final_hidden
+
+POSITIONS_AT_ONCE = 512  # logits of so many positions are in memory together, of both vocabularies
 
 Spelling = Sequence[Sequence[int]]
 """The student's ids for each of the teacher's, at least one."""
