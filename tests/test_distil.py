@@ -246,12 +246,16 @@ def test_adapters_learn_and_are_merged_into_the_stock_shape(family: str, tiny_mo
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"temperature": 0.0}, {"cross_entropy": 1.5}, {"loss": "jensen_shannon", "share": 1.0}],
+    ("settings", "words"),
+    [
+        ({"temperature": 0.0}, "distil needs a `temperature` above 0, given: 0"),
+        ({"cross_entropy": 1.5}, "distil needs `cross_entropy` from 0 to 1"),
+        ({"loss": "jensen_shannon", "share": 1.0}, "`share` from 0 to less than 1; given: 0.0, 1.0"),
+    ],
     ids=str,
 )
-def test_settings_out_of_range_are_refused_before_any_work(settings: dict, tiny_model: Tiny):
-    with pytest.raises(BadInputError, match="distil needs a `temperature` above 0"):
+def test_settings_out_of_range_are_refused_before_any_work(settings: dict, words: str, tiny_model: Tiny):
+    with pytest.raises(BadInputError, match=words):
         distil(tiny_model("llama"), tiny_model("llama"), Distil(tokens=256, **settings), WINDOWS, HELD_OUT)
 
 

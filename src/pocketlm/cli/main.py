@@ -180,8 +180,8 @@ def prune(
         str | None, typer.Option(help="Cut in a pattern: 2:4 keeps 2 connections of every 4 neighbours.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How connections are chosen: sparsegpt, wanda_absorbed, wanda or magnitude.")
-    ] = "sparsegpt",
+        str | None, typer.Option(help="How connections are chosen: sparsegpt, wanda_absorbed, wanda or magnitude.")
+    ] = None,
     heal: Annotated[str, typer.Option(help="Time for distillation afterwards, such as 10m.")] = "0",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     data: Data = None,

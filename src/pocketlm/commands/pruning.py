@@ -32,7 +32,7 @@ from pocketlm.report.choices import choices_page
 from pocketlm.report.write import write_manifest
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
-from pocketlm.steps.prune_width import PruneWidth, checked
+from pocketlm.steps.prune_width import PruneWidth, checked, present_widths
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.sparsify import Sparsify, check_sparsity
 from pocketlm.steps.trim_vocabulary import TrimVocabulary
@@ -58,7 +58,7 @@ class Prune:
     vocab: int | None = None  # tokens that are left
     sparsity: float | None = None  # share of the blocks' connections that go
     pattern: str | None = None  # of which n in every m neighbours stay, such as 2:4
-    method: str = "sparsegpt"  # how connections are chosen: also wanda, magnitude
+    method: str | None = None  # how connections are chosen: sparsegpt if not given
     heal: float = 0.0  # seconds of distillation afterwards
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the model's samples and Python's help topics where empty
@@ -149,20 +149,29 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
         )
-    if job.sparsity is not None or job.pattern:
-        check_sparsity(model, Sparsify(sparsity=job.sparsity, pattern=job.pattern, method=job.method))
-    checked(model.network, _widths(job))
+    sparse = job.sparsity is not None or job.pattern
+    if sparse:
+        check_sparsity(model, _sparsify(job))
+    elif job.method:
+        raise BadInputError("--method is how connections are chosen: give --sparsity or --pattern too, or leave it out")
     for option, width in (("--ffn", job.ffn), ("--hidden", job.hidden)):
-        if width is not None and width % MULTIPLE:
+        if width is not None and (width < MULTIPLE or width % MULTIPLE):
             near = width // MULTIPLE * MULTIPLE
-            fits = f"{near} or {near + MULTIPLE}" if near else str(MULTIPLE)
+            fits = f"{near} or {near + MULTIPLE}" if near > 0 else str(MULTIPLE)
             raise BadInputError(
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
+    unchanged = checked(model.network, _widths(job)) == present_widths(model.network) and job.depth in (None, blocks)
+    if unchanged and not sparse and job.vocab is None:
+        raise BadInputError("Nothing to prune: the model has that shape already. `pocketlm inspect` shows it")
 
 
 def _widths(job: Prune) -> PruneWidth:
     return PruneWidth(**{name: getattr(job, name) for name in WIDTHS})
+
+
+def _sparsify(job: Prune) -> Sparsify:
+    return Sparsify(sparsity=job.sparsity, pattern=job.pattern, method=job.method or "sparsegpt")
 
 
 def _option(part: str) -> str:
@@ -204,7 +213,7 @@ def _decide(
             steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
         sparse = job.sparsity is not None or job.pattern is not None
         if sparse:  # last: healing would fill the zeros again
-            steps.append(Sparsify(sparsity=job.sparsity, pattern=job.pattern, method=job.method))
+            steps.append(_sparsify(job))
         steps.append(Quantize(formats={"*": "F16"}, keep_zeros=sparse))
         return {"recipe": to_dict(Recipe(steps=tuple(steps), seed=job.seed)), "damage": damage}
 

@@ -73,11 +73,12 @@ class Distil:
         loss = Loss(kind=self.loss, temperature=self.temperature, share=self.share, cross_entropy=self.cross_entropy)
         if not 0 < self.learning_rate < math.inf:
             raise BadInputError(f"A learning rate of {self.learning_rate:g} teaches nothing. Give one such as 1e-4")
-        shares = 0 <= self.cross_entropy <= 1 and 0 <= loss.teacher_share < 1
-        if not 0 < self.temperature < math.inf or not shares:
+        if not 0 < self.temperature < math.inf:
+            raise BadInputError(f"distil needs a `temperature` above 0, given: {self.temperature:g}. 1 is usual")
+        if not 0 <= self.cross_entropy <= 1 or not 0 <= loss.teacher_share < 1:
             raise BadInputError(
-                "distil needs a `temperature` above 0, `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
-                f"given: {self.temperature}, {self.cross_entropy}, {self.share}"
+                "distil needs `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
+                f"given: {self.cross_entropy}, {self.share}"
             )
         weights = 0 <= self.hidden_states < math.inf and 0 <= self.relations < math.inf
         if not weights or not 0 <= self.on_policy <= 1:

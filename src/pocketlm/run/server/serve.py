@@ -87,7 +87,8 @@ async def _serve(job: Serve) -> None:
     service = Service(models, job.api_key, job.host in _LOOPBACK, job.escalation)
     stop, hurry = _signals()
     try:
-        await asyncio.gather(*(model.start() for model in models))
+        for model in models:  # one after the other: where one fails, none is left half started
+            await model.start()
         runner = web.AppRunner(application(service), access_log=None, handler_cancellation=True)
         await runner.setup()
         site = web.SockSite(runner, listener, backlog=1024)
