@@ -83,9 +83,12 @@ def test_the_gradient_of_latent_weights_passes_straight_through(form: Format):
 
 @every_form
 def test_latent_weights_start_in_the_cells_of_their_codes(form: Format):
+    """Whatever the codes are: GPTQ's are often not the nearest."""
     learner = learner_of(form, codes_too=True)
-    same = (learner.quantized().codes == learner.start.codes).float().mean()
-    assert same == 1 if form.consecutive and not form.codebook else same > 0.9
+    other = learner.start.codes.long() + torch.randint(-1, 2, learner.start.codes.shape, generator=GENERATOR)
+    moved = replace(learner.start, codes=other.clamp(0, len(form.levels) - 1).to(torch.uint8))
+    learner = Learner(learner.module, moved if form.vector == 1 else learner.start, codes_too=True)
+    assert torch.equal(learner.quantized().codes, learner.start.codes)
     assert torch.equal(learner.quantized().scales, learner.start.scales)
 
 

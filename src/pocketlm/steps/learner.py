@@ -9,7 +9,7 @@ from pocketlm.model.anatomy import is_transposed, overwrite_weight, read_weight
 from pocketlm.tensors.elimination import coefficients
 from pocketlm.tensors.formats import Quantized, effective, ratios
 
-ROUNDING_SLACK = 0.45  # of the gap between two levels: how near to a code's border a latent weight may start
+ROUNDING_SLACK = 0.9  # of the way from a level to the border of its cell: how far off a latent weight may start
 
 
 class Learner:
@@ -29,10 +29,12 @@ class Learner:
     @torch.no_grad()
     def _latent(self) -> Tensor:
         """Return the weights in gaps between levels, moved inside the cell of the code they have."""
-        level = self.start.format.table()[self.start.codes.long()]
-        wanted = self._ratios(read_weight(self.module).cpu().float())
-        slack = ROUNDING_SLACK * self.gap
-        return (level + (wanted - level).clamp(-slack, slack)) / self.gap
+        levels, codes = self.start.format.table(), self.start.codes.long()
+        half = levels.diff() / 2
+        below, above = torch.cat([half[:1], half]), torch.cat([half, half[-1:]])
+        away = self._ratios(read_weight(self.module).cpu().float()) - levels[codes]
+        away = away.clamp(-ROUNDING_SLACK * below[codes], ROUNDING_SLACK * above[codes])
+        return (levels[codes] + away) / self.gap
 
     def _ratios(self, weight: Tensor) -> Tensor:
         form = self.start.format
