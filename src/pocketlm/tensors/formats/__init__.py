@@ -55,8 +55,9 @@ def find_format(name: str, columns: int) -> Format:
     return FORMATS[name] if name in FORMATS else integer.integer_format(name, columns)
 
 
-# A process gives another one a format by its name: what it is made of are functions without one.
-copyreg.pickle(Format, lambda form: (find_format, (form.name, form.group)))
+# A process gives another one a format by its name: what it is made of are functions without one. Where rows matter, in
+# integer formats, a block is a row.
+copyreg.pickle(Format, lambda form: (find_format, (form.name, form.block)))
 
 __all__ = [
     "FORMATS",
