@@ -22,7 +22,7 @@ from pocketlm.tensors.elimination import (
     refit_scales,
     ridge,
 )
-from pocketlm.tensors.formats import FORMATS, Format, Quantized, pack, round_to_nearest, unpack
+from pocketlm.tensors.formats import FORMATS, Format, Quantized, find_format, pack, round_to_nearest, unpack
 from pocketlm.tensors.formats.integer import integer_format
 
 COLUMNS = 256  # every format's block divides them
@@ -352,9 +352,9 @@ def test_where_descent_ends_no_other_code_is_better(name: str):
         assert (changed >= least[:, None] * (1 - 1e-5)).all()
 
 
-@pytest.mark.parametrize("name", ["Q2_0", "Q4_0", "Q3_K"])
+@pytest.mark.parametrize("name", ["Q2_0", "Q4_0", "Q3_K", "int4-g32", "int4-g32-asym"])
 def test_descent_keeps_zeros(name: str):
-    form, weight, gram = FORMATS[name], weights(6, COLUMNS), gram_of(inputs(500, COLUMNS))
+    form, weight, gram = find_format(name, COLUMNS), weights(6, COLUMNS), gram_of(inputs(500, COLUMNS))
     assert form.has_zero
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.5
     found = gptq(weight * mask, gram, form, mask=mask, descents=2)

@@ -8,6 +8,7 @@ from tests.conftest import Tiny
 from tests.tiny import FAMILIES
 from torch import Tensor, nn
 
+from pocketlm.errors import BadInputError
 from pocketlm.model.anatomy import FAMILIES as ANATOMIES
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, scale_space
 from pocketlm.steps.prepare import Prepare, prepare
@@ -74,6 +75,19 @@ def test_spaces_whose_readers_stay_16_bit_are_left_alone(tiny_model: Tiny):
     assert set(report.details["scale_range"]) == {"mlp_hidden"}
     assert changed
     assert all("down_proj" in name or "up_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("formats", "words"),
+    [
+        ({"ffn_in": "Q4_K"}, "Q4_K needs rows that divide by 256"),
+        ({"ffn_inn": "Q4_0"}, "`ffn_inn` is neither a group nor does any tensor's name match it"),
+        ({"ffn_in": "Q9"}, "Unknown format `Q9` for `ffn_in`"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused_before_the_work(formats: dict[str, str], words: str, tiny_model: Tiny):
+    with pytest.raises(BadInputError, match=words):
+        prepare(tiny_model("llama"), Prepare(formats=formats), WINDOWS)
 
 
 def loud(columns: int, strength: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from pocketlm.model.anatomy import anatomy_of, read_weight, scale_space
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import sweep
-from pocketlm.steps.quantize import format_name
+from pocketlm.steps.quantize import check_formats, format_name, tensors_of
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.formats import find_format
 from pocketlm.tensors.scaling import activation_scale
@@ -37,7 +37,11 @@ def prepare(
         config: The formats.
         windows: (windows, length) token ids to take statistics on.
         progress: Called after each block with how many are done and how many there are.
+
+    Raises:
+        BadInputError: A format is unknown or does not fit a tensor's row length, or a key matches nothing.
     """
+    check_formats(tensors_of(model), config.formats, whole=False)
     network, anatomy = model.network, anatomy_of(model.network)
     spread: dict[str, list[float]] = {}
     for layer in sweep(network, windows, spaces=tuple(space for space, _ in anatomy.scaled_by)):

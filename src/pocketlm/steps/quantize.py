@@ -15,7 +15,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import HEAD, Importance, Layer, sweep
 from pocketlm.steps.learned_rounding import learn_rounding
 from pocketlm.steps.report import StepReport
-from pocketlm.tensors.elimination import DESCENTS, gptq, output_errors, ridge
+from pocketlm.tensors.elimination import DESCENTS, gptq, relative_error, ridge
 from pocketlm.tensors.formats import FORMATS, Format, Packed, Quantized, find_format, is_known, pack, round_to_nearest
 
 # The tied embedding is also read row by row, where every column counts alike: so much of the mean diagonal of the
@@ -84,11 +84,11 @@ def quantize(
     Raises:
         BadInputError: A format is unknown or does not fit a tensor's row length.
     """
-    check_formats(_tensors(model), config.formats)
+    check_formats(tensors_of(model), config.formats)
     if all(form == "F16" for form in config.formats.values()):
         return model, {}, StepReport("quantize", "every matrix stays in 16 bits", {})
     if config.keep_zeros:
-        _check_zeros(_tensors(model), config)
+        _check_zeros(tensors_of(model), config)
     tied = model.network.config.tie_word_embeddings
     packed: dict[str, Packed] = {}
     errors: dict[str, list[float]] = {}
@@ -104,7 +104,7 @@ def quantize(
             chosen = {edge: learned[layer.module.get_submodule(edge.path)] for edge in chosen}
         for edge, part in chosen.items():
             decoded = part.decode()
-            error = _relative_error(before[edge], decoded, gram_of(layer, edge, model.network))
+            error = _sampled_error(before[edge], decoded, gram_of(layer, edge, model.network))
             errors.setdefault(_group(edge, tied), []).append(error)
             packed[_name(layer, edge, model)] = pack(part)
             overwrite_weight(layer.module.get_submodule(edge.path), decoded)
@@ -153,7 +153,7 @@ def edges_by_group(layer: Layer, network: torch.nn.Module) -> dict[str, list[Edg
     return groups
 
 
-def _tensors(model: LanguageModel) -> dict[str, tuple[str, int]]:
+def tensors_of(model: LanguageModel) -> dict[str, tuple[str, int]]:
     """Return the group and the row length of every matrix that can be quantized, by parameter name."""
     network = model.network
     tied = network.config.tie_word_embeddings
@@ -163,18 +163,22 @@ def _tensors(model: LanguageModel) -> dict[str, tuple[str, int]]:
     return found if tied else found | {f"{HEAD.path}.weight": (HEAD.group, network.config.hidden_size)}
 
 
-def check_formats(tensors: Mapping[str, tuple[str, int]], formats: Mapping[str, str]) -> None:
+def check_formats(tensors: Mapping[str, tuple[str, int]], formats: Mapping[str, str], whole: bool = True) -> None:
     """Refuse formats before the work, not when the sweep comes to the tensor that they do not fit.
 
     Args:
         tensors: Group and row length by parameter name.
         formats: As in `Quantize`.
+        whole: Whether every tensor needs one.
 
     Raises:
-        BadInputError: A tensor has no format, or one that is unknown or does not fit; a key matches nothing.
+        BadInputError: A tensor needs a format and has none, or has one that is unknown or does not fit, or a key
+            matches nothing.
     """
     for name, (group, columns) in tensors.items():
         form = format_name(formats, name, group)
+        if form is None and not whole:
+            continue
         if form is None:
             raise BadInputError(
                 f"The recipe gives no format for `{group}`. Add it under `formats` ({', '.join(FORMATS)})"
@@ -263,14 +267,12 @@ def _quantize_lookup(
     chosen = round_to_nearest(module.weight.detach(), find_format(form, module.weight.shape[1]))
     decoded = chosen.decode()
     identity = torch.eye(module.weight.shape[1], device=module.weight.device)
-    errors["embedding"] = [_relative_error(module.weight.detach(), decoded, identity)]
+    errors["embedding"] = [_sampled_error(module.weight.detach(), decoded, identity)]
     packed[embedding_name(model)] = pack(chosen)
     overwrite_weight(module, decoded)
 
 
-def _relative_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:
+def _sampled_error(weight: Tensor, decoded: Tensor, gram: Tensor) -> float:
     """Return the share of the output that is error, from a sample of the rows."""
     rows = slice(None, None, max(1, len(weight) // ERROR_ROWS))
-    weight = weight[rows].float()
-    whole = output_errors(weight, torch.zeros_like(weight), gram).sum()
-    return (output_errors(weight, decoded[rows], gram).sum() / whole.clamp_min(1e-30)).item()
+    return relative_error(weight[rows].float(), decoded[rows], gram)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
@@ -12,7 +11,7 @@ from pocketlm.model.anatomy import Edge, linears_of, overwrite_weight, read_weig
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import Layer, sweep
 from pocketlm.steps.report import StepReport
-from pocketlm.tensors.elimination import output_errors
+from pocketlm.tensors.elimination import relative_error
 from pocketlm.tensors.sparsity import METHODS, Sparsity, outlier_share, owl, sparsity_of
 
 ALLOCATIONS = ("uniform", "owl")
@@ -63,7 +62,7 @@ def sparsify(
         cut_block(layer, replace(sparsity, share=shares[layer.index]), config.method)
         after = {edge: read_weight(linear) for edge, linear in layer.linears()}
         zeros.append(share_of_zeros(after.values()))
-        errors.append(_relative_error(layer, before, after))
+        errors.append(_mean_error(layer, before, after))
         progress(layer.index + 1, blocks)
     share = share_of_zeros(read_weight(linear) for _, linear in linears_of(model.network).values())
     where = f"in the pattern {config.pattern}" if config.pattern else "anywhere"
@@ -125,11 +124,7 @@ def _outliers(layer: Layer) -> float:
     )
 
 
-def _relative_error(layer: Layer, before: dict[Edge, Tensor], after: dict[Edge, Tensor]) -> float:
+def _mean_error(layer: Layer, before: dict[Edge, Tensor], after: dict[Edge, Tensor]) -> float:
     """Return the share of the output that is error, the mean over a block's matrices."""
-    shares = []
-    for edge, weight in before.items():
-        gram = layer.gram[edge.reads]
-        whole = output_errors(weight, torch.zeros_like(weight), gram).sum()
-        shares.append((output_errors(weight, after[edge], gram).sum() / whole.clamp_min(1e-30)).item())
+    shares = [relative_error(weight, after[edge], layer.gram[edge.reads]) for edge, weight in before.items()]
     return sum(shares) / len(shares)

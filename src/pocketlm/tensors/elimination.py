@@ -248,13 +248,13 @@ def descend(
             old, slope = now[places], pull[inner]
             # The best numbers, were there no grid.
             wanted = old + (slope / corner if form.vector == 1 else torch.linalg.solve(corner, slope))
+            if mask is not None:
+                wanted = wanted.where(mask[:, places].T, 0)
             ratio = (wanted if b is None else wanted - b[places]) * inverse[places]
             if form.vector == 1:
                 level = form.snap(ratio)
             else:
                 level = form.snap(ratio.T.contiguous(), corner.diagonal().expand(len(weight), -1)).T
-            if mask is not None:
-                level = level.where(mask[:, places].T, 0)
             new = level * a[places] if b is None else level * a[places] + b[places]
             if form.vector > 1:  # a codebook's nearest vector is found without the interplay of its columns
                 before, after = (((part - wanted) * (corner @ (part - wanted))).sum(0) for part in (old, new))
@@ -352,3 +352,9 @@ def output_errors(weight: Tensor, cheap: Tensor, gram: Tensor) -> Tensor:
     """Return ‖(w - w')X‖² of each row, (rows,), from the Gram matrix alone."""
     change = weight.float() - cheap.float()
     return ((change @ gram) * change).sum(1)
+
+
+def relative_error(weight: Tensor, cheap: Tensor, gram: Tensor) -> float:
+    """Return the share of a matrix's output that is error, ‖(w - w')X‖² / ‖wX‖²."""
+    whole = output_errors(weight, torch.zeros_like(weight), gram).sum()
+    return (output_errors(weight, cheap, gram).sum() / whole.clamp_min(1e-30)).item()
