@@ -26,6 +26,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import check_free, write_folder
 from pocketlm.model.anatomy import linears_of
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.tensors.formats.ggml import pack_bits, unpack_bits
 from pocketlm.tensors.formats.integer import DTYPE
 
 ENDS = ("compressed", "bitmask", "row_offsets", "shape")
@@ -91,10 +92,9 @@ def squeeze(weight: Tensor) -> dict[str, Tensor]:
     """Return the tensors that stand for a matrix, (rows, columns), by the last part of their names."""
     there = weight != 0
     counts = there.sum(1)
-    bits = pad(there.to(torch.uint8), (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))
     return {
         "compressed": weight[there],
-        "bitmask": (bits << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8),
+        "bitmask": pack_bits(pad(there, (0, -weight.shape[1] % 8))),
         "row_offsets": counts.cumsum(0) - counts,
         "shape": torch.tensor(weight.shape),
     }
@@ -103,7 +103,7 @@ def squeeze(weight: Tensor) -> dict[str, Tensor]:
 def expand(parts: Mapping[str, Tensor]) -> Tensor:
     """Return the matrix that `squeeze` made `parts` of."""
     rows, columns = parts["shape"].tolist()
-    there = (parts["bitmask"][:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, :columns].bool()
+    there = unpack_bits(parts["bitmask"])[:, :columns].bool()
     weight = torch.zeros(rows, columns, dtype=parts["compressed"].dtype)
     weight[there] = parts["compressed"]
     return weight

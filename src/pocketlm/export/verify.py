@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pocketlm.model.anatomy import is_transposed
 from pocketlm.model.gguf_layout import from_gguf, gguf_part, to_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import read_tensors
@@ -59,7 +60,8 @@ def check_weights(
             row = engine_decode(packed[name].format.name, bytes(packed[name].rows[0].numpy()), packed[name].shape[1])
             if not torch.equal(row, expected[0]):
                 wrong.append(f"{name} (engine)")
-            expected = expected.T if expected.shape != parameter.shape or _is_conv1d(model, name) else expected
+            module = model.network.get_submodule(name.rpartition(".")[0])
+            expected = expected.T if is_transposed(module) else expected
         else:
             expected = _through_file(model, name, parameter.detach().float())
         if name not in found or not torch.equal(found[name], expected):
@@ -73,10 +75,6 @@ def _through_file(model: LanguageModel, name: str, parameter: Tensor) -> Tensor:
     config, (_, change) = model.network.config, gguf_part(model.family, name)
     stored = to_gguf(parameter, change, config)
     return from_gguf(stored.half().float() if stored.dim() > 1 else stored, change, config)
-
-
-def _is_conv1d(model: LanguageModel, name: str) -> bool:
-    return type(model.network.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
 
 
 @torch.no_grad()
