@@ -249,8 +249,10 @@ def test_adapters_learn_and_are_merged_into_the_stock_shape(family: str, tiny_mo
     ("settings", "words"),
     [
         ({"temperature": 0.0}, "distil needs a `temperature` above 0, given: 0"),
-        ({"cross_entropy": 1.5}, "distil needs `cross_entropy` from 0 to 1"),
-        ({"loss": "jensen_shannon", "share": 1.0}, "`share` from 0 to less than 1; given: 0.0, 1.0"),
+        ({"cross_entropy": 1.5}, "distil needs a `cross_entropy` from 0 to 1"),
+        ({"loss": "jensen_shannon", "share": 1.0}, "`jensen_shannon` needs a `share` between 0 and 1, given: 1.0"),
+        ({"loss": "skewed_kl", "share": 0.0}, "`skewed_kl` needs a `share` between 0 and 1, given: 0.0"),
+        ({"evaluations": 0}, "`evaluations` of at least 1"),
     ],
     ids=str,
 )

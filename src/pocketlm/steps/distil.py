@@ -22,7 +22,7 @@ from pocketlm.model.respelling import Respeller, original_of, taught_by
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
-from pocketlm.tensors.divergence import Kind, Loss
+from pocketlm.tensors.divergence import SHARES, Kind, Loss
 
 # Tokenizers with the same tokens may still cut words, numbers, spaces or other scripts differently.
 PROBE = "It's 2026: 12,345.67 naïve CAFÉS,  two\tspaces\n\n  def f(x): return x**2  # 日本語 😀 don't"
@@ -75,11 +75,10 @@ class Distil:
             raise BadInputError(f"A learning rate of {self.learning_rate:g} teaches nothing. Give one such as 1e-4")
         if not 0 < self.temperature < math.inf:
             raise BadInputError(f"distil needs a `temperature` above 0, given: {self.temperature:g}. 1 is usual")
-        if not 0 <= self.cross_entropy <= 1 or not 0 <= loss.teacher_share < 1:
-            raise BadInputError(
-                "distil needs `cross_entropy` from 0 to 1 and `share` from 0 to less than 1; "
-                f"given: {self.cross_entropy}, {self.share}"
-            )
+        if not 0 <= self.cross_entropy <= 1:
+            raise BadInputError(f"distil needs a `cross_entropy` from 0 to 1, given: {self.cross_entropy}")
+        if loss.kind in SHARES and not 0 < loss.teacher_share < 1:
+            raise BadInputError(f"`{loss.kind}` needs a `share` between 0 and 1, given: {self.share}")
         weights = 0 <= self.hidden_states < math.inf and 0 <= self.relations < math.inf
         if not weights or not 0 <= self.on_policy <= 1:
             raise BadInputError(
@@ -155,8 +154,8 @@ def distil(
             "Across two vocabularies distil has forward KL at temperature 1 alone. "
             "Leave out its `loss`, `hidden_states`, `relations` and `on_policy`"
         )
-    if min(config.tokens, config.windows_per_step, len(windows), len(held_out)) < 1:
-        raise BadInputError("distil needs `tokens` and `windows_per_step` of at least 1, and some text")
+    if min(config.tokens, config.windows_per_step, config.evaluations, len(windows), len(held_out)) < 1:
+        raise BadInputError("distil needs `tokens`, `windows_per_step` and `evaluations` of at least 1, and some text")
     if isinstance(windows, Lessons) and windows.targets is not None:
         config.check_for_targets()
     windows = windows if isinstance(windows, Lessons) or isinstance(teacher, Respeller) else Lessons(windows)

@@ -20,8 +20,8 @@ def learn_rounding(
     """Return codes and scales with a lower error of the block's output than those to start from.
 
     As in SignRound (https://arxiv.org/abs/2309.05516) rounding passes gradients straight through, the loss is the mean
-    squared error of the block's output (to the original model's where the sweep has that), and the iterate with the
-    lowest loss is kept; here the start is GPTQ's codes, and the iterates are compared on all windows.
+    squared error of the block's output (to the original model's where the sweep has that). The start is GPTQ's codes;
+    kept is what has the lowest loss on all windows of the start, the middle and the end.
 
     Args:
         layer: A block with the weights it had; its weights are changed.

@@ -98,7 +98,7 @@ def prune_width(
     present = present_widths(network)
     wanted = checked(network, config)
     if wanted == present:
-        return model, _report(present, wanted, [{"energy_kept": 1.0}] * network.config.num_hidden_layers)
+        return model, StepReport("prune_width", "nothing to narrow: all widths are there already", {})
     if wanted.hidden == present.hidden:
         chosen = _narrow_inside(network, wanted, windows, progress)
     else:

@@ -28,7 +28,7 @@ class Tune:
     train: Literal["scales", "weights"] = "scales"
     """`scales` (and norms), as in DWQ; `weights` learns the codes too, as in quantization-aware training."""
     scale_rate: float = 1e-3
-    """Learning rate of scales and norms, relative to their size."""
+    """Learning rate of scales, relative to their size, and of norms and biases as they are."""
     code_rate: float = 0.02
     """Learning rate of latent weights, in gaps between two levels."""
     windows_per_step: int = 4
@@ -67,9 +67,10 @@ def tune(
         BadInputError: There is no text, or nothing is quantized.
         PocketlmError: The loss is not a number.
     """
-    if min(config.tokens, config.windows_per_step, len(windows), len(held_out), len(packed)) < 1:
+    settings = config.tokens, config.windows_per_step, config.evaluations
+    if min(*settings, len(windows), len(held_out), len(packed)) < 1:
         raise BadInputError(
-            "tune needs `tokens` and `windows_per_step` of at least 1, some text, and a quantized model"
+            "tune needs `tokens`, `windows_per_step` and `evaluations` of at least 1, some text, and a quantized model"
         )
     devices = training_devices(config.windows_per_step, original_of(teacher).network, student.network)
     text = windows, held_out
