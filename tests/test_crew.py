@@ -66,7 +66,7 @@ def test_two_processes_tune_what_one_does(tiny_model: Tiny, apart: Apart):
     config = Tune(tokens=4 * 128, windows_per_step=4, evaluations=1, train="weights")
 
     def work() -> LanguageModel:
-        return tune(tiny_model("llama"), tiny_model("llama"), rows, config, WINDOWS, HELD_OUT)[0]
+        return tune(tiny_model("llama"), tiny_model("llama"), rows, config, (WINDOWS, HELD_OUT))[0]
 
     assert difference(*apart(work), start) < 0.02
 

@@ -106,7 +106,7 @@ def test_tuning_leaves_nothing_behind(tiny_model: Tiny, train: str, respells: bo
     request.getfixturevalue("other_device")
     config = Tune(tokens=256, windows_per_step=2, evaluations=1, train=train)
     asked = Respeller(teacher, spelling) if respells else teacher
-    made, stored, _ = tune(asked, student, rows, config, WINDOWS, HELD_OUT)
+    made, stored, _ = tune(asked, student, rows, config, (WINDOWS, HELD_OUT))
     assert {parameter.device.type for parameter in made.network.parameters()} == {"meta"}
     assert {packed.rows.device.type for packed in stored.values()} == {"cpu"}
 

@@ -137,7 +137,7 @@ def test_what_is_stored_of_a_model_with_fewer_tokens_is_tuned_towards_the_origin
     rounded, packed, _ = quantize(student, Quantize(formats=formats, method="rtn"), torch.zeros(1, 8, dtype=torch.long))
     before = respelled_divergence(teacher.network, rounded.network, held_out, spelling)
     config = Tune(tokens=40 * words.numel(), windows_per_step=3, scale_rate=3e-3, evaluations=2)
-    tuned, stored, report = tune(Respeller(teacher, spelling), whole, packed, config, words, held_out)
+    tuned, stored, report = tune(Respeller(teacher, spelling), whole, packed, config, (words, held_out))
     after = respelled_divergence(teacher.network, tuned.network, held_out, spelling)
     assert after < 0.95 * before
     assert report.details["held_out_kl"][0][1] == pytest.approx(before, rel=1e-3)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(family: str, kin
     config = Tune(tokens=30 * 4 * 32, train=kind, scale_rate=3e-3, evaluations=3)
     calls: list[tuple[int, int]] = []
     student, stored, report = tune(
-        teacher, student, packed, config, WINDOWS, HELD_OUT, lambda done, total, _: calls.append((done, total))
+        teacher, student, packed, config, (WINDOWS, HELD_OUT), lambda done, total, _: calls.append((done, total))
     )
     after = divergence_of(student.network, HELD_OUT, opinion)
     curve = dict(report.details["held_out_kl"])
@@ -155,17 +156,47 @@ def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(family: str, kin
     assert all(torch.equal(value, original[name]) for name, value in teacher.network.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["scales", "weights"])
-def test_tuning_that_does_not_help_is_undone(kind: str, tiny_model: Tiny):
+@pytest.mark.parametrize(("kind", "name"), [("scales", "Q8_0"), ("weights", "Q8_0"), ("weights", "IQ4_NL")])
+def test_tuning_that_does_not_help_is_undone(kind: str, name: str, tiny_model: Tiny):
     teacher = tiny_model("llama")
-    rounded, packed = quantized(tiny_model("llama"), "Q8_0")
+    rounded, packed = quantized(tiny_model("llama"), name)
     student, before = tiny_model("llama"), rounded.network.state_dict()
     config = Tune(tokens=4 * 4 * 32, train=kind, scale_rate=0.5, code_rate=20.0, evaluations=2)
-    student, stored, report = tune(teacher, student, packed, config, WINDOWS, HELD_OUT)
+    student, stored, report = tune(teacher, student, packed, config, (WINDOWS, HELD_OUT))
     curve = dict(report.details["held_out_kl"])
     assert min(curve.values()) == curve[0]
     assert same_bytes(stored, packed)
     assert all(torch.equal(value, before[name]) for name, value in student.network.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["scales", "weights"])
+def test_a_tuning_that_was_stopped_ends_in_the_same_bytes(
+    kind: str, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pocketlm.model.training.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pocketlm.model.training.CHECKPOINT_SHARE", 0)
+    _, packed = quantized(tiny_model("llama"), "Q2_0")
+    done: list[int] = []
+
+    def tuned(folder: Path, stop_after: int | None = None) -> tuple[dict[str, Tensor], dict[str, Packed]]:
+        def progress(step: int, total: int, pace: str) -> None:
+            done.append(step)
+            if step == stop_after:
+                raise KeyboardInterrupt
+
+        config = Tune(tokens=8 * 4 * 32, train=kind, scale_rate=3e-3, evaluations=2)
+        text = WINDOWS, HELD_OUT
+        student, stored, _ = tune(tiny_model("llama"), tiny_model("llama"), packed, config, text, progress, folder)
+        return student.network.state_dict(), stored
+
+    whole, stored = tuned(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path / "stopped", stop_after=6)
+    done.clear()
+    again, stored_again = tuned(tmp_path / "stopped")
+    assert done[0] == 6, "what was done before the stop is not done again"
+    assert same_bytes(stored, stored_again)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_norms_are_restored_with_the_best_state(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
@@ -182,8 +213,7 @@ def test_norms_are_restored_with_the_best_state(tiny_model: Tiny, monkeypatch: p
         student,
         packed,
         config,
-        WINDOWS,
-        HELD_OUT,
+        (WINDOWS, HELD_OUT),
         lambda *_: seen.append(student.network.get_parameter(norm).detach().clone()),
     )
     curve = dict(report.details["held_out_kl"])
@@ -200,7 +230,7 @@ def test_a_seed_decides_the_bytes(tiny_model: Tiny):
         torch.rand(seed + 3)  # what else draws random numbers does not matter
         student, packed = quantized(tiny_model("llama"), "Q4_0")
         config = Tune(tokens=6 * 2 * 32, windows_per_step=2, scale_rate=3e-3, evaluations=3, seed=seed)
-        return tune(tiny_model("llama"), student, packed, config, WINDOWS, HELD_OUT)[1]
+        return tune(tiny_model("llama"), student, packed, config, (WINDOWS, HELD_OUT))[1]
 
     first, again, other = tuned(1), tuned(1), tuned(2)
     assert same_bytes(first, again)
@@ -215,7 +245,7 @@ def test_nothing_to_tune_is_refused(tiny_model: Tiny):
         (Tune(tokens=64), packed, WINDOWS[:0]),
     ):
         with pytest.raises(BadInputError, match="tune needs"):
-            tune(tiny_model("llama"), student, stored, config, windows, HELD_OUT)
+            tune(tiny_model("llama"), student, stored, config, (windows, HELD_OUT))
 
 
 # ---- learned rounding ----

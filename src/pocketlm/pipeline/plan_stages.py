@@ -62,8 +62,8 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
 def measure_damages(model: LanguageModel, wanted: Wanted, texts: Texts, progress: Progress) -> Damages:
     """Return what each thing that a plan may do costs, measured once per model and text, whatever the budget.
 
-    Of pruning where nearly free formats do not meet the budget. A smaller budget's path of dropped blocks begins with
-    that of a larger one, so the longer one serves.
+    Of pruning where nearly free formats do not meet the budget. How many blocks may be dropped decides how many are
+    tried in each round, so that each such number has a path of its own, whatever was measured before.
     """
     of_text = _of_text(model, texts)
     sizes, both = sizes_of(model), (texts.calibration, texts.validation)
@@ -73,8 +73,7 @@ def measure_damages(model: LanguageModel, wanted: Wanted, texts: Texts, progress
         return Damages((), {}, formats)
     widths = stage("damage-width", of_text, lambda folder: measure_widths(model, *both, progress)).facts
     most, enough = depth_wanted(sizes, wanted, formats)
-    keys = [of_text | {"most": count, "enough": enough} for count in range(most, sizes.original.blocks + 1)]
-    key = next((key for key in keys if is_finished("damage-depth", key)), keys[0])
+    key = of_text | {"most": most, "enough": enough}
     path = stage("damage-depth", key, lambda folder: measure_depth(model, both[1], most, enough, progress)).facts
     return Damages(
         depth=tuple((block, kl) for block, kl in path),

@@ -108,7 +108,7 @@ def gather_texts(
             samples = sample_documents(model, SAMPLES, seed)
         (folder / "samples.json").write_text(json.dumps(samples))
         windows = _windows(_documents(corpus, samples), model.tokenizer, length, learning)
-        for part in ("validation", "test"):
+        for part in ("calibration", "validation", "test"):
             check_length(corpus, part, windows[part], length)
         save_file(windows, folder / "windows.safetensors")
         return {
@@ -323,9 +323,9 @@ def _tune(
         student,
         read_packed(before.folder),
         step,
-        teacher.texts.calibration.windows,
-        teacher.texts.validation.windows,
+        (teacher.texts.calibration.windows, teacher.texts.validation.windows),
         lambda i, n, pace: progress(f"tuning ({pace})", i, n),
+        unfinished(folder),
     )
     write_packed(packed, folder)
     norms = {name: value.detach() for name, value in model.network.named_parameters() if value.dim() == 1}

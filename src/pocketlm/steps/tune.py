@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
@@ -43,9 +44,9 @@ def tune(
     student: LanguageModel,
     packed: Mapping[str, Packed],
     config: Tune,
-    windows: Tensor,
-    held_out: Tensor,
+    text: tuple[Tensor, Tensor],
     progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
+    folder: Path | None = None,
 ) -> tuple[LanguageModel, dict[str, Packed], StepReport]:
     """Train scales and norms, or the codes too, on KL(teacher ‖ student) over full next-token distributions.
 
@@ -54,42 +55,42 @@ def tune(
     kept, and the start is one of the candidates: tuning never makes the file worse on that text.
 
     Args:
-        teacher: The original; not changed. A `Respeller` where the student has fewer tokens; `windows` and `held_out`
-            are the teacher's ids.
+        teacher: The original; not changed. A `Respeller` where the student has fewer tokens; `text` is the teacher's
+            ids.
         student: The unquantized weights of what is tuned, or the decoded ones; changed in place.
         packed: What is stored now, by parameter name.
         config: What learns, for how long and how fast.
-        windows: (windows, length) token ids to learn from.
-        held_out: (windows, length) token ids to choose the state by.
+        text: (windows, length) token ids to learn from, and to choose the state by.
         progress: Called after each step with steps done, steps in all, and the loss, speed and time left in words.
+        folder: For checkpoints; a run that was killed goes on from what it finds there.
 
     Raises:
         BadInputError: There is no text, or nothing is quantized.
         PocketlmError: The loss is not a number.
     """
     settings = config.tokens, config.windows_per_step, config.evaluations
-    if min(*settings, len(windows), len(held_out), len(packed)) < 1:
+    if min(*settings, *map(len, text), len(packed)) < 1:
         raise BadInputError(
             "tune needs `tokens`, `windows_per_step` and `evaluations` of at least 1, some text, and a quantized model"
         )
     devices = training_devices(config.windows_per_step, original_of(teacher).network, student.network)
-    text = windows, held_out
-    stored, done = together(devices, _tuned, teacher, student.network, packed, config, text, progress=progress)
+    models = teacher, student.network
+    stored, done = together(devices, _tuned, models, packed, config, text, folder, progress=progress)
     summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
     return student, stored, StepReport("tune", summary, done.details)
 
 
 def _tuned(
     crew: Crew,
-    teacher: LanguageModel | Respeller,
-    network: nn.Module,
+    models: tuple[LanguageModel | Respeller, nn.Module],
     packed: Mapping[str, Packed],
     config: Tune,
     text: tuple[Tensor, Tensor],
+    folder: Path | None,
     progress: Callable[[int, int, str], None] = lambda done, total, pace: None,
 ) -> tuple[dict[str, Packed], Training]:
     """Train as one of a crew, on its device; return what is to be stored, and how it went."""
-    windows, held_out = text
+    (teacher, network), (windows, held_out) = models, text
     learners = {
         name: Learner(network.get_submodule(name.rpartition(".")[0]), unpack(tensor), config.train == "weights")
         for name, tensor in packed.items()
@@ -101,6 +102,7 @@ def _tuned(
         batches=lambda start: map(crew.share, batches(windows, config.windows_per_step, steps, config.seed, start)),
         steps=steps,
         evaluations=config.evaluations,
+        folder=folder,
         crew=crew,
     )
     with moved_to(crew.device, original_of(teacher).network, network):
