@@ -12,7 +12,8 @@ import pytest
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 
-from pocketlm.errors import BadInputError
+from pocketlm.errors import BadInputError, VerificationError
+from pocketlm.export.verify import check_bytes
 from pocketlm.pipeline.artefact import new_folder
 
 RECIPE = """
@@ -290,6 +291,21 @@ def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_pat
     done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 3, done.stderr
     assert "more than the budget of 40kB" in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m")])
+def test_a_recipe_takes_no_limits_that_it_would_ignore(option, llama, recipe, tmp_path):
+    done = pocketlm("fit", llama, "--recipe", recipe, *option, "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "A recipe says all that is done" in done.stderr
+
+
+def test_a_file_with_other_bytes_than_predicted_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(100))
+    check_bytes(path, 100)
+    with pytest.raises(VerificationError, match="has 100 bytes where 99 were predicted"):
+        check_bytes(path, 99)
 
 
 def test_inspect_says_what_is_inside(llama, tmp_path):

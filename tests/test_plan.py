@@ -487,12 +487,13 @@ def test_fixed_formats_are_kept_whatever_they_cost(sizes: Sizes):
     damages = random_damages(sizes, 6)
     damages = replace(damages, depth=(), width={})
     _, most = budget_range(sizes)
-    fixed = {"embedding": "Q2_0", "model.layers.0.mlp.*": "Q8_0", "ffn_out": "Q5_1"}
+    fixed = {"model.layers.0.mlp.*": "Q8_0", "embedding": "Q2_0", "ffn_out": "Q5_1"}
     plan = choose(sizes, damages, Budget("b", most), fixed)
     chosen = {unit: name for unit, (name, *_) in plan.units.items()}
     assert chosen["embedding"] == "Q2_0"
     assert chosen["0.ffn_in"] == "Q8_0"
     assert [chosen[f"{i}.ffn_out"] for i in range(3)] == ["Q5_1"] * 3, "of several that match the last one counts"
+    assert recipe_bytes(sizes, Recipe(steps=(Quantize(formats=plan.formats),))) == plan.bytes
     free = choose(sizes, damages, Budget("b", most))
     for unit, (_, size, damage) in plan.units.items():
         if unit not in ("embedding", "0.ffn_in") and not unit.endswith("ffn_out"):

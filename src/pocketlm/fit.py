@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pocketlm.export.gguf import write_gguf
+from pocketlm.export.verify import check_bytes
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.account import run_facts
@@ -45,6 +46,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         compressed = run_recipe(model, planned.recipe, texts, progress)
         exported = folder / "model.gguf"
         write_gguf(compressed.model, compressed.packed, exported)
+        check_bytes(exported, planned.predicted_bytes)
         plain = _plain(job, model, planned, texts, progress)
         proof = prove(model, compressed, exported, texts, plain, progress, tasks)
         shutil.copytree(compressed.folder, folder / "hf")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pocketlm.errors import VerificationError
 from pocketlm.model.anatomy import is_transposed
 from pocketlm.model.gguf_layout import from_gguf, gguf_part, to_gguf
 from pocketlm.model.language_model import LanguageModel
@@ -34,6 +35,20 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+def check_bytes(path: Path, predicted: int) -> None:
+    """Refuse a file that has not the bytes that were predicted: a budget stands on them.
+
+    Raises:
+        VerificationError: It has more or fewer.
+    """
+    actual = path.stat().st_size
+    if actual != predicted:
+        raise VerificationError(
+            f"The exported file has {actual:,} bytes where {predicted:,} were predicted. No output was written; "
+            "please report this with the recipe and the output of `pocketlm doctor`"
+        )
 
 
 def check_weights(

@@ -153,6 +153,7 @@ def choose(
         ImpossibleBudgetError: Nothing fits.
     """
     shapes = candidate_shapes(sizes, len(damages.depth)) if shapes is None else shapes
+    fixed = dict(fixed or {})
     narrowest = min(damages.width, default=sizes.original.ffn)  # beyond what was measured nothing is known
     best: tuple[float, Shape] | None = None
     for shape in shapes:
@@ -176,7 +177,8 @@ def choose(
     return Plan(
         shape=shape,
         drop=_dropped(sizes, damages, shape),
-        formats=as_formats(sizes, shape, chosen) | dict(fixed or {}),
+        # What a person fixed comes last, in its order: the last key that matches a tensor counts.
+        formats={key: form for key, form in as_formats(sizes, shape, chosen).items() if key not in fixed} | fixed,
         bytes=base + sum(option.bytes for option in chosen.values()),
         damage=shape_damage(sizes, damages, shape) + sum(option.damage for option in chosen.values()),
         units={unit: (option.format, option.bytes, option.damage) for unit, option in chosen.items()},
