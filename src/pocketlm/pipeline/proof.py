@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pocketlm.errors import OutOfResourcesError, VerificationError
@@ -31,7 +30,6 @@ from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
 from pocketlm.run.speed import WORKER
 from pocketlm.steps.quantize import Quantize, quantize
-from pocketlm.tensors.divergence import kl_divergence
 
 PROMPTS = (
     "What is the capital of France?",
@@ -337,12 +335,13 @@ def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:
 
     Types whose blocks do not divide the heads' width are left out: the engine refuses them.
     """
-    logits = {}
-    for name in CACHE_TYPES:
-        with suppress(OutOfResourcesError), Engine(path, context=windows.shape[1], cache=name) as engine:
-            logits[name] = torch.stack([engine.logits(window.tolist()) for window in windows])
-    truth = logits.pop("f16")
-    return {name: kl_divergence(truth, other).mean().item() for name, other in logits.items()}
+    with ExitStack() as stack:
+        engines = {}
+        for name in CACHE_TYPES:
+            with suppress(OutOfResourcesError):
+                engines[name] = stack.enter_context(Engine(path, context=windows.shape[1], cache=name))
+        found = compare({name: engine.logits for name, engine in engines.items()}, windows)
+    return {name: quality.kl.value for name, quality in found.qualities.items() if quality.kl}
 
 
 def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> dict[str, FileSpeed]:
