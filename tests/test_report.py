@@ -20,6 +20,7 @@ from pocketlm.report.content import (
     Change,
     Check,
     Estimate,
+    LimitFacts,
     MeasuredFile,
     ModelFacts,
     PartSize,
@@ -548,6 +549,23 @@ def test_budget_missed_by_one_byte_is_missed(report):
     assert "misses the budget of 70MB by 1 byte." in finding.sentence
     exact = replace(report, budget=BudgetFacts("70MB", 70_000_000, 69_000_000, 70_000_000))
     assert judge(exact)["budget"].word == "budget met"
+
+
+def test_limits_besides_bytes_are_judged_by_what_was_measured(report):
+    quality = LimitFacts("quality 0.95", "0.931 (0.920 to 0.940)", met=False)
+    memory = LimitFacts("200 MB of memory at 2,048 tokens of context", "121 MB", met=True)
+    asked = BudgetFacts("200MB of memory, quality 0.95", None, 69_000_000, 70_000_000, (memory, quality))
+    missed = judge(replace(report, budget=asked))["budget"]
+    assert (missed.tone, missed.word) == ("bad", "budget missed")
+    assert missed.aside == "0.931 (0.920 to 0.940), not quality 0.95"
+    assert "misses the budget of 200MB of memory, quality 0.95. Of 200 MB of memory at" in missed.sentence
+    kept = judge(replace(report, budget=replace(asked, limits=(memory,))))["budget"]
+    assert kept.word == "budget met"
+    assert "spare" not in kept.sentence, "no size was asked for"
+    both = judge(replace(report, budget=BudgetFacts("70MB, x", 70_000_000, 1, 71_000_000, (memory, quality))))["budget"]
+    assert both.aside == "1.00 MB over 70MB, x; 0.931 (0.920 to 0.940), not quality 0.95"
+    page = html_page(replace(report, budget=asked))
+    assert "budget 200MB" not in page, "a line for bytes that nobody asked for"
 
 
 PLAIN_FITS = BudgetFacts("71MB", 71_000_000, 69_874_112, 69_911_808)

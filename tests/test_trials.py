@@ -80,6 +80,10 @@ def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):
     assert min(plan.damage for plan in several.rivals) == several.plan.damage == one.plan.damage
     assert all(plan.bytes <= budget.bytes for plan in several.rivals)
     assert len(decided("balanced").rivals) == 3
+    floor = min(plan.damage for plan in several.rivals) * 1.2
+    asked = Wanted(budget=Budget("b", sizes.total_f16), effort=PRESETS["best"], most_damage=floor)
+    kept = decide(model, asked, damages, (text, text), [], 0, silent)
+    assert all(plan.damage <= floor for plan in kept.rivals), "a floor of quality is one for every candidate"
     wanted = Wanted(budget=budget, effort=PRESETS["balanced"])
     steps = [[step.step for step in recipe_of(plan, wanted, 99, 0, 0, 64).steps] for plan in several.rivals[:2]]
     assert steps[0] == ["quantize", "tune"]

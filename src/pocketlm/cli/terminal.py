@@ -74,8 +74,9 @@ class Screen:
 
 def plan_lines(planned: Planned) -> list[str]:
     """Say what a run will do."""
+    most = f": {planned.budget.bytes:,} bytes" if planned.budget.sized else ""
     lines = [
-        f"budget     {planned.budget.text}: {planned.budget.bytes:,} bytes",
+        f"budget     {planned.budget.text}{most}",
         f"predicted  {planned.predicted_bytes:,} bytes ({say_bytes(planned.predicted_bytes)}, powers of 1000)",
     ]
     if planned.footprint:

@@ -7,16 +7,19 @@ from pocketlm.pipeline.artefact import Run, sensitivity_of
 from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.proof import Proof
 from pocketlm.pipeline.trials import Search, alone_of
-from pocketlm.plan.budget import parse_accuracy, parse_quality, say_bytes
+from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, say_bytes
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import to_yaml
-from pocketlm.report.content import BudgetFacts, Estimate, TrialRun
+from pocketlm.report.content import BudgetFacts, Estimate, LimitFacts, TrialRun
 
 
 def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
     """Return what a report needs to know of a run besides its figures."""
     actual = exported.stat().st_size
-    budget = BudgetFacts(planned.budget.text, planned.budget.bytes, planned.predicted_bytes, actual)
+    running = measure_file(exported, planned.budget.context) if planned.footprint else None
+    asked = planned.budget.bytes if planned.budget.sized else None
+    limits = _limits(job, planned.budget, proof, running)
+    budget = BudgetFacts(planned.budget.text, asked, planned.predicted_bytes, actual, limits)
     kept = [group for group in planned.sizes.group_names if planned.sizes.allowed(group) == ["F16"]]
     notes = [f"{group} stays F16: its rows do not divide by 32" for group in kept]
     if not planned.sizes.anatomy.uniform_blocks:
@@ -26,29 +29,39 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
             f"llama.cpp rounds activations to 8 bits: that alone costs {planned.engine:.4f} nats per token, measured "
             "on a Q8_0 file of the original"
         )
-    reached = proof.quality.qualities["compressed"].kl
-    if job.quality and planned.plan and reached:
+    if job.quality and planned.plan:
         expected = math.exp(-planned.plan.damage - planned.engine)
-        notes.append(
-            f"Quality asked for, as exp(-KL): at least {parse_quality(job.quality):g}; expected {expected:.3f}, "
-            f"measured {math.exp(-reached.value):.3f} ({math.exp(-reached.high):.3f} to {math.exp(-reached.low):.3f})"
-        )
-    if job.accuracy:
-        (result,) = proof.tasks
-        found = getattr(result.scores["model"], result.measure)
-        notes.append(
-            f"Accuracy asked for on {result.task}: at least {parse_accuracy(job.accuracy):g}; the file has "
-            f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
-        )
+        notes.append(f"Quality, as exp(-KL): {expected:.3f} was expected of the plan")
     if planned.search:
         notes.append(_search_note(planned.search))
-    if planned.footprint:
-        notes.append(_running_note(planned, measure_file(exported, planned.budget.context)))
+    if running:
+        notes.append(_running_note(planned, running))
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
     settings |= {"tune seconds": job.tune, "method": job.method, "pruning allowed": job.prune}
     settings |= {"preset": job.preset, "time": job.time}
     parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
     return Run(job.command, settings, job.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts)
+
+
+def _limits(job: Fit, budget: Budget, proof: Proof, running: Footprint | None) -> tuple[LimitFacts, ...]:
+    """Return what was asked for besides bytes, each beside what was measured of the file."""
+    limits = []
+    if running and budget.memory:
+        text = f"{say_bytes(budget.memory)} of memory at {budget.context:,} tokens of context"
+        limits.append(LimitFacts(text, say_bytes(running.memory), running.memory <= budget.memory))
+    if running and budget.speed:
+        limits.append(LimitFacts(f"{budget.speed:g} tokens/s", f"{running.speed:.1f}", running.speed >= budget.speed))
+    kl = proof.quality.qualities["compressed"].kl
+    if job.quality and kl:
+        floor = parse_quality(job.quality)
+        value, low, high = (math.exp(-each) for each in (kl.value, kl.high, kl.low))
+        limits.append(LimitFacts(f"quality {floor:g}", f"{value:.3f} ({low:.3f} to {high:.3f})", value >= floor))
+    if job.accuracy:
+        (result,), floor = proof.tasks, parse_accuracy(job.accuracy)
+        found = getattr(result.scores["model"], result.measure)
+        measured = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+        limits.append(LimitFacts(f"accuracy {floor:g} on {result.task}", measured, found.value >= floor))
+    return tuple(limits)
 
 
 def tried(planned: Planned) -> tuple[TrialRun, ...]:

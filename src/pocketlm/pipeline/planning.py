@@ -114,10 +114,7 @@ def _trains(job: Fit) -> bool:
 def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
     """Return the text of a run and its recipe: a person's, or the best for the budget."""
     sizes = sizes_of(model)
-    if job.time and (effort_of(job.preset).candidates == 1 or job.recipe or job.heal is not None):
-        raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
-    if job.accuracy and len(job.tasks) != 1:
-        raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
+    check_job(job)
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     if job.format:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
@@ -144,7 +141,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         fixed=dict(job.fixed),
         method=job.method,
         effort=effort_of(job.preset),
-        vocabulary=bool(job.data) and costs is None,
+        vocabulary=bool(job.data) and costs is None and not job.quality,  # a KL needs the same tokens
         heal_seconds=job.heal,
         tune_seconds=job.tune,
     )
@@ -158,6 +155,24 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     decision = make_plan(model, wanted, texts, job.seed, progress)
     decision = improve(model, wanted, decision, texts, progress)
     return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
+
+
+def check_job(job: Fit) -> None:
+    """Refuse options that do not go together, before any work.
+
+    Raises:
+        BadInputError: Some do not, or the preset is unknown.
+    """
+    effort = effort_of(job.preset)
+    if job.time and (effort.candidates == 1 or job.recipe or job.heal is not None):
+        raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
+    if job.recipe and (job.ram or job.speed or job.quality or job.accuracy or job.heal is not None):
+        raise BadInputError(
+            "A recipe says all that is done: --ram, --speed, --quality, --accuracy and --heal would change nothing. "
+            "Leave them out, or the recipe"
+        )
+    if job.accuracy and len(job.tasks) != 1:
+        raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
 
 
 def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
@@ -224,4 +239,5 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
         memory=memory and memory.bytes,
         speed=parse_speed(job.speed) if job.speed else None,
         context=job.context,
+        sized=size is not None,
     )

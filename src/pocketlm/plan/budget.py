@@ -20,6 +20,7 @@ class Budget:
         memory: Bytes that the model may add to a process while it runs; None for any.
         speed: Tokens per second that it must generate on this machine; None for any.
         context: Tokens of context that `memory` is for.
+        sized: Whether bytes were asked for; else they are those of the largest file.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Budget:
     memory: int | None = None
     speed: float | None = None
     context: int = 2048
+    sized: bool = True
 
 
 def parse_size(text: str, whole: int) -> Budget:

@@ -194,6 +194,8 @@ def decide(
         damages = _with_vocabularies(model, damages, documents, validation.first(JUDGING_WINDOWS), progress)
         plans += _trimmed(model, damages, wanted, documents)
     plans.sort(key=lambda plan: plan.damage)
+    if wanted.most_damage is not None:
+        plans = [plan for plan in plans if plan.damage <= wanted.most_damage] or plans[:1]
     alone = [plan for plan in plans if not plan.prunes]
     others = [plan for plan in plans if plan.prunes]
     rivals = (*alone, *others[: wanted.effort.candidates - len(alone)])

@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 from pocketlm.report.content import Estimate
 
 
-def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float, limit_label: str) -> Markup:
-    """Draw bars made of parts on one scale, with a line at `limit`.
+def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float | None, limit_label: str) -> Markup:
+    """Draw bars made of parts on one scale, with a line at `limit` where there is one.
 
     Args:
         rows: Label on the left, label on the right, and the values of the parts.
@@ -21,7 +21,7 @@ def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float, limi
         limit_label: What the line is called.
     """
     longest = max(sum(values) for _, _, values in rows)
-    scale = 100 / max(longest, limit, 1e-9)
+    scale = 100 / max(longest, limit or 0.0, 1e-9)
     drawn = []
     for index, (left, right, values) in enumerate(rows):
         top = 56 * index
@@ -31,10 +31,11 @@ def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float, limi
             drawn.append(_rectangle(start * scale, value * scale, top + 24, 20, f"part-{part}"))
             start += value
     bottom = 56 * len(rows) - 4
-    x = limit * scale
-    side = "end" if x > 50 else "start"
-    drawn.append(f'<line class="limit" x1="{x:.3f}%" x2="{x:.3f}%" y1="20" y2="{bottom}"/>')
-    drawn.append(_small(x, side, bottom + 14, limit_label))
+    if limit is not None:
+        x = limit * scale
+        side = "end" if x > 50 else "start"
+        drawn.append(f'<line class="limit" x1="{x:.3f}%" x2="{x:.3f}%" y1="20" y2="{bottom}"/>')
+        drawn.append(_small(x, side, bottom + 14, limit_label))
     return _picture(drawn, bottom + 20, "Bytes of each part, before and after")
 
 

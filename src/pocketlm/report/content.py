@@ -64,17 +64,28 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class LimitFacts:
+    """A limit besides bytes, and what was measured of the file."""
+
+    text: str  # as asked for: "200MB of memory at 2,048 tokens of context", "quality 0.95"
+    measured: str  # in words: "121 MB", "0.957 (0.941 to 0.968)"
+    met: bool
+
+
+@dataclass(frozen=True)
 class BudgetFacts:
-    """What was asked for, predicted and reached; `met` follows from the bytes."""
+    """What was asked for, predicted and reached; `met` follows from bytes and limits."""
 
     text: str  # as typed: "70MB"
-    bytes: int
+    bytes: int | None  # None where no size was asked for
     predicted_bytes: int
     actual_bytes: int
+    limits: tuple[LimitFacts, ...] = ()
     met: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "met", self.actual_bytes <= self.bytes)
+        fits = self.bytes is None or self.actual_bytes <= self.bytes
+        object.__setattr__(self, "met", fits and all(limit.met for limit in self.limits))
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,19 @@ def faster(ours: Rate, other: Rate) -> Outcome:
 
 
 def _budget(report: Report) -> Finding:
-    budget = report.budget
-    gap = abs(budget.bytes - budget.actual_bytes)
+    budget, figure = report.budget, size(report.budget.actual_bytes)
+    gap = None if budget.bytes is None else budget.bytes - budget.actual_bytes
+    measured = "".join(f" Of {limit.text}, measured: {limit.measured}." for limit in budget.limits)
     if budget.met:
-        room = f"with {size(gap)} to spare" if gap else "to the byte"
-        sentence = f"The file takes {size(budget.actual_bytes)} and fits the budget of {budget.text}, {room}."
-        return Finding("budget", "good", size(budget.actual_bytes), "budget met", f"of {budget.text}", sentence)
-    sentence = f"The file takes {size(budget.actual_bytes)} and misses the budget of {budget.text} by {size(gap)}."
-    aside = f"{size(gap)} over {budget.text}"
-    return Finding("budget", "bad", size(budget.actual_bytes), "budget missed", aside, sentence)
+        room = "" if gap is None else f", with {size(gap)} to spare" if gap else ", to the byte"
+        sentence = f"The file takes {figure} and fits the budget of {budget.text}{room}.{measured}"
+        return Finding("budget", "good", figure, "budget met", f"of {budget.text}", sentence)
+    over = gap is not None and gap < 0
+    by = f" by {size(-gap)}" if over else ""
+    missed = [f"{size(-gap)} over {budget.text}"] if over else []
+    missed += [f"{limit.measured}, not {limit.text}" for limit in budget.limits if not limit.met]
+    sentence = f"The file takes {figure} and misses the budget of {budget.text}{by}.{measured}"
+    return Finding("budget", "bad", figure, "budget missed", "; ".join(missed), sentence)
 
 
 def _quality(report: Report) -> Finding | None:
@@ -145,7 +149,8 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
     if not compared:
         return None
     extra = product.bytes / plain.bytes - 1
-    tone, word, ending = _weigh({outcome for _, outcome, _, _ in compared}, extra, plain.bytes <= report.budget.bytes)
+    fits = report.budget.bytes is None or plain.bytes <= report.budget.bytes
+    tone, word, ending = _weigh({outcome for _, outcome, _, _ in compared}, extra, fits)
     values = ", ".join(
         f"{what} {middle(ours)} against {middle(theirs)} ({outcome})" for what, outcome, ours, theirs in compared
     )
