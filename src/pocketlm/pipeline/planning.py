@@ -119,9 +119,9 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     if job.accuracy and len(job.tasks) != 1:
         raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
+    check_fixed(sizes, dict(job.fixed))
     if job.format:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
-    check_fixed(sizes, dict(job.fixed))
     costs = None
     if budget and not recipe:
         check_budget(sizes, budget, job.prune)
