@@ -1,5 +1,7 @@
 """The server as OpenAI's client, a careless client and an operator find it."""
 
+import asyncio
+import errno
 import json
 import math
 import os
@@ -27,6 +29,8 @@ from tests.tiny import tiny_folder
 
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
+from pocketlm.run.server.engine_process import EngineSettings
+from pocketlm.run.server.local import LocalModel
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 LAMP = {
@@ -523,6 +527,38 @@ def test_an_engine_that_dies_is_started_again(folder, model, tmp_path):
         (engine,) = children(server.process)
         server.process.kill()  # even then the engine does not stay behind
         wait_until(lambda: not Path(f"/proc/{engine}/exe").exists())
+
+
+@looks_into_proc
+def test_whatever_keeps_an_engine_from_starting_it_is_tried_again(model, monkeypatch, capfd):
+    """The machine has no memory for a process, then something else speaks in the engine's place and goes on living."""
+    start, talk = asyncio.create_subprocess_exec, "import sys; print('hello', flush=True); sys.stdin.read()"
+    trouble = iter([OSError(errno.ENOMEM, "Cannot allocate memory"), (sys.executable, "-c", talk)])
+
+    async def troubled(*words, **options):
+        match next(trouble, words):
+            case OSError() as error:
+                raise error
+            case other:
+                return await start(*other, **options)
+
+    async def until_it_is_up():
+        local = LocalModel(EngineSettings(str(model), "small", key="", slots=1, context=256, threads=1), queue=0)
+        try:
+            await local.start()
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", troubled)
+            local._process.kill()
+            while local.starts < 3 or not local.ready:
+                assert not local._watching.done()
+                await asyncio.sleep(0.05)
+            return await local.answer("/v1/completions", {"prompt": "x", "max_tokens": 2})
+        finally:
+            await local.stop()
+
+    assert asyncio.run(asyncio.wait_for(until_it_is_up(), 180))["choices"]
+    said = capfd.readouterr().err
+    assert "the engine does not start: [Errno 12] Cannot allocate memory. It is tried again" in said
+    assert "the engine does not start: Expecting value" in said
 
 
 NOTE_CONNECTIONS = """

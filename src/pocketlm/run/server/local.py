@@ -79,16 +79,16 @@ class LocalModel:
         try:
             self._process.stdin.write(json.dumps(asdict(self._settings)).encode() + b"\n")
             said = await self._process.stdout.readline()
+            if not said:
+                code = await self._process.wait()
+                raise PocketlmError(f"The engine died with {code} while it loaded {self._settings.path}")
+            if "error" in (found := json.loads(said)):
+                await self._process.wait()
+                raise BadInputError(found["error"])
+            self.ready = Ready(**found)
         except BaseException:
             await self._end()
             raise
-        if not said:
-            code = await self._process.wait()
-            raise PocketlmError(f"The engine died with {code} while it loaded {self._settings.path}")
-        if "error" in (found := json.loads(said)):
-            await self._process.wait()
-            raise BadInputError(found["error"])
-        self.ready = Ready(**found)
 
     async def _end(self) -> None:
         self.ready = None
@@ -113,6 +113,8 @@ class LocalModel:
                 await self._launch()
             except PocketlmError as error:
                 sys.stderr.write(f"pocketlm: {error}\n")
+            except (OSError, ValueError, TypeError) as error:  # no memory for a process, or a line that is none of ours
+                sys.stderr.write(f"pocketlm: the engine does not start: {error}. It is tried again\n")
 
     @asynccontextmanager
     async def post(self, path: str, body: dict) -> AsyncIterator[aiohttp.ClientResponse]:
