@@ -497,6 +497,21 @@ def test_told_to_end_the_server_finishes_what_it_accepted(folder, model):
             ask(client)
 
 
+@looks_into_proc
+def test_told_twice_to_end_the_server_does_not_wait(folder, model):
+    with serving(model, cache=folder) as server:
+        (engine,) = children(server.process)
+        os.kill(engine, signal.SIGSTOP)  # the answer would never end
+        with asked_by_hand(server, {"messages": HELLO}):
+            wait_until(lambda: server.metric("running") == 1)
+            server.process.send_signal(signal.SIGINT)
+            wait_until(lambda: ends(server))
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(1)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(40) == 0  # seconds; the engine takes 5 of them before it is killed
+
+
 def ends(server):
     """Whether a server takes no new connection any more, or says that it is ending."""
     try:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pocketlm.run.server.app import Service
     from pocketlm.run.server.escalation import Escalation
 
+_LAST_WORDS = 2.0  # seconds to send what is written when all answers are done, or were cut off by a second signal
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -89,7 +90,8 @@ async def _serve(job: Serve) -> None:
     try:
         for model in models:  # one after the other: where one fails, none is left half started
             await model.start()
-        runner = web.AppRunner(application(service), access_log=None, handler_cancellation=True)
+        app = application(service)
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS)
         await runner.setup()
         site = web.SockSite(runner, listener, backlog=1024)
         await site.start()
