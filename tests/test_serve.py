@@ -27,10 +27,12 @@ from tests.command_line import command, environment, pocketlm
 from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
 from tests.tiny import tiny_folder
 
+from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
+from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 LAMP = {
@@ -681,6 +683,20 @@ def test_threads_cache_and_batch_are_chosen_by_measuring(folder, model):
     assert [line.split()[0] for line in said.splitlines()] == ["threads", "cache", "batch"]
     assert re.search(r"^cache .*: (q8_0|f16)$", said, re.MULTILINE)
     assert re.search(r"^batch .*: (128|512|2048)$", said, re.MULTILINE)
+
+
+def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monkeypatch):
+    start = LocalModel.start
+
+    async def start_and_die(local):
+        await start(local)
+        local._process.kill()
+
+    monkeypatch.setattr(LocalModel, "start", start_and_die)
+    settings = EngineSettings(str(model), "small", key="", context=256, threads=1)
+    for measuring in (tuned(settings, print), drafted(settings, model, print)):
+        with pytest.raises(PocketlmError, match=r"Measuring .*small\.gguf failed: the engine died"):
+            asyncio.run(measuring)
 
 
 @pytest.mark.slow
