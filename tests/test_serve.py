@@ -32,6 +32,7 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
+from pocketlm.run.server.requests import Chat, parse
 from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -349,6 +350,20 @@ def refused(response):
 @pytest.mark.parametrize("body", WRONG, ids=[body[:60].decode("ascii", "replace") for body in WRONG])
 def test_malformed_requests_are_refused_in_openais_shape(server, body):
     refused(server.post("/v1/chat/completions", content=body))
+
+
+def test_what_openais_client_has_read_may_be_sent_back(client):
+    first = ask(client)
+    said = first.choices[0].message.model_dump()
+    assert said.keys() >= {"refusal", "annotations", "audio", "function_call"}
+    messages = [*HELLO, said, *HELLO]
+    empty = {"reasoning_effort": None, "functions": None, "prediction": None, "modalities": ["text"]}
+    answer = ask(client, messages=messages, extra_body=empty)
+    assert answer.usage.prompt_tokens > first.usage.prompt_tokens
+    again = ask(client, messages=[*HELLO, said | {"annotations": []}, *HELLO])
+    assert again.choices[0].message == answer.choices[0].message
+    schema = {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}  # empty, and known
+    assert parse(Chat, json.dumps(VALID | {"response_format": schema}).encode()).response_format.json_schema
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))

@@ -1,7 +1,7 @@
 """What clients may ask, checked before the engine sees it.
 
 The fields are those of OpenAI's API and some of llama.cpp's samplers. What is not known is refused by name: a
-field that is silently dropped is a wrong answer.
+field that is silently dropped is a wrong answer. An empty one asks for nothing.
 """
 
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -19,7 +19,7 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _WITHOUT_EFFECT = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
-_NOT_THE_ENGINES = ("model", "stream_options", "n", "best_of", "echo", "suffix", "max_completion_tokens")
+_NOT_THE_ENGINES = ("model", "stream_options", "n", "best_of", "echo", "suffix", "max_completion_tokens", "modalities")
 
 
 class _Strict(BaseModel):
@@ -28,8 +28,15 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _forget(cls, asked: Any) -> Any:
-        without = asked.keys() & _WITHOUT_EFFECT if isinstance(asked, dict) else ()
-        return {name: asked[name] for name in asked if name not in without} if without else asked
+        if not isinstance(asked, dict):
+            return asked
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        # OpenAI's client sends back what it has read, with all that is empty there: annotations, audio, function_call.
+        return {
+            name: value
+            for name, value in asked.items()
+            if name in known or not (name in _WITHOUT_EFFECT or value in (None, "", [], {}))
+        }
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -182,6 +189,7 @@ class Chat(Request):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
