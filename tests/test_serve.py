@@ -32,6 +32,7 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
+from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, parse
 from pocketlm.run.server.tuning import drafted, tuned
 
@@ -350,6 +351,36 @@ def refused(response):
 @pytest.mark.parametrize("body", WRONG, ids=[body[:60].decode("ascii", "replace") for body in WRONG])
 def test_malformed_requests_are_refused_in_openais_shape(server, body):
     refused(server.post("/v1/chat/completions", content=body))
+
+
+PART = {"type": "image_url", "image_url": {"url": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"messages": [{"role": "user", "content": [PART]}]}, "messages.0.content.0.type", "Input should be 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": "x", "audio": {"id": "1"}}]},
+            "messages.1.audio",
+            "argument",
+        ),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
+        ({"stop": ["x", 5]}, "stop.1", "valid string"),
+        ({"logit_bias": {"word": 1}}, "logit_bias.word", "match pattern"),
+        ({"tool_choice": "frob"}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name", "valid string"),
+        ({"modalities": ["text", "audio"]}, "modalities.1", "Input should be 'text'"),
+        ({"frobnicate": 0}, "frobnicate", "argument"),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_was_meant_there(change, param, said):
+    with pytest.raises(RefusalError) as caught:
+        parse(Chat, json.dumps(VALID | change).encode())
+    assert caught.value.param == param
+    assert said in caught.value.message
 
 
 def test_what_openais_client_has_read_may_be_sent_back(client):

@@ -7,7 +7,7 @@ field that is silently dropped is a wrong answer. An empty one asks for nothing.
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from pocketlm.run.server.refusals import RefusalError
 
@@ -284,15 +284,34 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, body) from None
 
 
-def _refusal(error: ValidationError) -> RefusalError:
-    """Say what is wrong first; of a union, the alternatives say it each in its own words."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
-    if first["type"] == "extra_forbidden":
-        return RefusalError(400, f"Unrecognized request argument supplied: {field}", param=field)
-    if not field:
-        return RefusalError(400, f"The request is not what this route takes: {first['msg']}")
-    return RefusalError(400, f"Invalid value for `{field}`: {first['msg']}", param=field)
+def _refusal(error: ValidationError, body: bytes) -> RefusalError:
+    """Say what is wrong; of a union, what the alternative says that fits the input best."""
+    errors = error.errors(include_url=False, include_context=False)[:100]  # of so many, any is as good
+    if not errors[0]["loc"]:  # perhaps no JSON at all
+        return RefusalError(400, f"The request is not what this route takes: {errors[0]['msg']}")
+    asked = from_json(body)
+    said, field = max(((each, _field(each, asked)) for each in errors), key=lambda pair: _fits(*pair))
+    name = ".".join(field)
+    if said["type"] == "extra_forbidden":
+        return RefusalError(400, f"Unrecognized request argument supplied: {name}", param=name)
+    return RefusalError(400, f"Invalid value for `{name}`: {said['msg']}", param=name)
+
+
+def _field(error: ErrorDetails, asked: Any) -> list[str]:
+    """Return where in a request an error is, without the names of the alternatives that pydantic has tried."""
+    field = []
+    for part in error["loc"]:
+        if (isinstance(asked, dict) and part in asked) or (isinstance(asked, list) and isinstance(part, int)):
+            field.append(str(part))
+            asked = asked[part]
+    return [*field, str(error["loc"][-1])] if error["type"] == "missing" else field
+
+
+def _fits(error: ErrorDetails, field: list[str]) -> tuple[bool, int]:
+    """Rank an error by how well its alternative fits: its kind is right, and so is all on the way to the error."""
+    kind, given = error["type"], error["input"]
+    other_kind = kind.endswith("_type") or (kind == "literal_error" and not isinstance(given, str))
+    return not other_kind, len(field)
