@@ -155,7 +155,7 @@ def test_bench_measures_every_length_and_count_of_threads(tmp_path):
     asked = ["--prompt=8", "--prompt=16", "--threads=1", "--threads=2", "--generate=4", "--repeat=1", "--json"]
     done = pocketlm("bench", model, *asked, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["speeds"]
     assert [(each["threads"], each["prompt"]) for each in found] == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert all(each["files"][0]["decode"]["mean"] > 0 for each in found)
     narrow = pocketlm("bench", model, "--cache", "q8_0", cache=tmp_path)

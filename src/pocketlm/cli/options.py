@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +46,6 @@ def fixed_formats(texts: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, format_name(form)) for name, form in pairs)
 
 
-def print_result(lines: list[str], data: object, json_output: bool) -> None:
+def print_result(lines: list[str], data: dict[str, Any], json_output: bool) -> None:
     """Print a result for a person, or as one JSON object."""
     print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))
