@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_the_table_has_deviations_energy_and_ratios(files):
     assert first.endswith("not available")
     assert second.endswith(" 2.000 ± 0.000")
     assert ratio == "b reads 5.00 ± 1.41 times and writes 5.00 ± 1.41 times as fast as a"
+
+
+def test_folders_that_fit_made_are_told_apart(files, tmp_path):
+    folders = [tmp_path / "p70" / "model.gguf", tmp_path / "p60" / "model.gguf"]
+    for file, inside in zip(files, folders, strict=True):
+        inside.parent.mkdir()
+        file.rename(inside)
+    speeds = measure_speed(folders, (sys.executable, "-c", KNOWN_WORKER), threads=1, generate=4, rounds=1)
+    _, _, first, second, ratio = speed_lines(speeds)
+    assert (first.split()[0], second.split()[0]) == ("p70", "p60")
+    assert re.fullmatch(r"p60 reads .* as fast as p70", ratio)
 
 
 def test_a_figure_is_mean_deviation_and_median():

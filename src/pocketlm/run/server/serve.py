@@ -113,9 +113,9 @@ async def _serve(job: Serve) -> None:
 
 
 def _engines(job: Serve) -> list[EngineSettings]:
-    names = [_name(job.path)]
+    names = [model_name(job.path)]
     if job.compare:
-        name = _name(job.compare)
+        name = model_name(job.compare)
         names.append(f"{name}-original" if name == names[0] else name)
     paths = filter(None, (job.path, job.compare))
     return [
@@ -139,7 +139,7 @@ async def _measured(job: Serve, engines: list[EngineSettings]) -> list[EngineSet
     return engines
 
 
-def _name(path: Path) -> str:
+def model_name(path: Path) -> str:
     """Name a model after its file, or after the folder that `fit` made for it."""
     return path.absolute().parent.name if path.name == "model.gguf" else path.stem
 
