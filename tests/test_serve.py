@@ -115,9 +115,11 @@ def paused(server):
 looks_into_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
 
-def test_the_models_are_listed_and_chosen_by_name(client):
+def test_the_models_are_listed_and_chosen_by_name(client, other_model):
     assert [model.id for model in client.models.list()] == ["small", "large"]
-    assert client.models.retrieve("large").id == "large"
+    large = client.models.retrieve("large")
+    assert large.id == "large"
+    assert large.meta == {"size": other_model.stat().st_size}  # llama.cpp's name for it, which the page reads
     answers = {name: ask(client, model=name) for name in ("small", "large", "")}
     assert answers["small"].model == "small"
     assert answers["large"].model == "large"
