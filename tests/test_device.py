@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_the_table_has_deviations_energy_and_ratios(files):
     assert first.endswith("not available")
     assert second.endswith(" 2.000 ± 0.000")
     assert ratio == "b reads 5.00 ± 1.41 times and writes 5.00 ± 1.41 times as fast as a"
+
+
+def test_folders_that_fit_made_are_told_apart(files, tmp_path):
+    folders = [tmp_path / "p70" / "model.gguf", tmp_path / "p60" / "model.gguf"]
+    for file, inside in zip(files, folders, strict=True):
+        inside.parent.mkdir()
+        file.rename(inside)
+    speeds = measure_speed(folders, (sys.executable, "-c", KNOWN_WORKER), threads=1, generate=4, rounds=1)
+    _, _, first, second, ratio = speed_lines(speeds)
+    assert (first.split()[0], second.split()[0]) == ("p70", "p60")
+    assert re.fullmatch(r"p60 reads .* as fast as p70", ratio)
 
 
 def test_a_figure_is_mean_deviation_and_median():
@@ -155,7 +167,7 @@ def test_bench_measures_every_length_and_count_of_threads(tmp_path):
     asked = ["--prompt=8", "--prompt=16", "--threads=1", "--threads=2", "--generate=4", "--repeat=1", "--json"]
     done = pocketlm("bench", model, *asked, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["speeds"]
     assert [(each["threads"], each["prompt"]) for each in found] == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert all(each["files"][0]["decode"]["mean"] > 0 for each in found)
     narrow = pocketlm("bench", model, "--cache", "q8_0", cache=tmp_path)

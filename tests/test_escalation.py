@@ -1,6 +1,8 @@
 """Escalation between two real servers, and the threshold that calibrates it."""
 
 import json
+import math
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from tests.tiny import tiny_tokenizer
 
 from pocketlm.errors import BadInputError
 from pocketlm.run.server.answers import confidence
-from pocketlm.run.server.calibration import Judged, choose, is_right, read_examples, wilson
+from pocketlm.run.server.calibration import Judged, choose, is_right, lines, read_examples, wilson
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -204,6 +206,19 @@ def test_a_target_that_the_larger_model_misses_is_not_reached():
     assert found.larger_accuracy == 0.7
 
 
+@given(st.floats(0.1, 1), st.integers(1, 4))
+def test_the_printed_threshold_is_the_chosen_one_and_no_longer_than_it_must_be(low, steps):
+    high = low
+    for _ in range(steps):
+        high = math.nextafter(high, 2)
+    judged = [Judged({"mean": level, "min": level}, level == high, None) for level in (low, high)]
+    found = choose(judged, 1)
+    (printed,) = re.findall(r"^  --threshold (\S+)", "\n".join(lines(found)), re.MULTILINE)
+    assert low < float(printed) <= high
+    apart = [Judged({"mean": level, "min": level}, level > 0.98, None) for level in (0.97123456, 0.98765432)]
+    assert choose(apart, 1).chosen.threshold == 0.98
+
+
 def test_wilsons_interval():
     assert wilson(95, 100) == pytest.approx((0.8883, 0.9785), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
@@ -259,6 +274,13 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
     assert found["examples"] == 24
     assert found["local_accuracy"] == pytest.approx(2 / 3, abs=0.01)
     assert found["chosen"]["accuracy"] >= 0.9
-    assert f"--threshold {found['chosen']['threshold']:.6g} --confidence {found['measure']}" in done.stdout
+    assert f"--threshold {found['chosen']['threshold']} --confidence {found['measure']}" in done.stdout
     refused = pocketlm("calibrate", small, tmp_path / "none.jsonl", "-o", out, cache=folder)
     assert refused.returncode == 2
+
+
+def test_where_the_calibration_cannot_be_written_no_question_is_asked(folder, small, tmp_path):
+    for out in (tmp_path, tmp_path / "missing" / "calibration.json"):
+        refused = pocketlm("calibrate", small, tmp_path / "none.jsonl", "-o", out, cache=folder)
+        assert refused.returncode == 2
+        assert f"Cannot write {out}" in refused.stderr

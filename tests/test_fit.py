@@ -286,6 +286,32 @@ def test_what_nohup_ignores_stops_nothing(llama, tmp_path):
     assert (tmp_path / "out" / "model.gguf").is_file()
 
 
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        ("__import__('torch').empty(10**15)", 5, "Out of memory. Close other programs"),
+        ("bytes(10**18)", 5, "Out of memory. Close other programs"),
+        ("throw(OSError(errno.ENOMEM, 'Cannot allocate memory'))", 5, "Out of memory. Close other programs"),
+        ("throw(OSError(errno.ENOSPC, 'No space left on device', 'file'))", 5, "The disk is full. Free some space"),
+        ("throw(OSError('said by a library'))", 1, "error: said by a library\n"),
+        ("open('nowhere/file')", 1, "error: No such file or directory: nowhere/file\n"),
+        ("throw(ValueError('what?'))", 1, "Unexpected ValueError: what?. Run again with --debug"),
+    ],
+)
+def test_errors_that_were_not_made_for_a_person_are_worded(problem, code, said):
+    program = f"""
+import errno
+from pocketlm.cli.exits import run
+def throw(error):
+    raise error
+run(lambda **_: {problem})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_path):
     arguments = ("fit", llama, "--recipe", recipe, "--size", "40kB", "--data", text, "-o", tmp_path / "out")
     done = pocketlm(*arguments, cache=tmp_path / "cache")

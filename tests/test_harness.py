@@ -45,12 +45,12 @@ def test_the_harness_and_our_own_scores_agree(tmp_path):
     tasks = ("--harness", tmp_path / "pocketlm_choices.yaml", "--harness", tmp_path / "pocketlm_written.yaml")
     done = pocketlm(*both, *tasks, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    theirs = {(score["task"], score["metric"]): score for score in json.loads(done.stdout)}
+    theirs = {(score["task"], score["metric"]): score for score in json.loads(done.stdout)["tasks"]}
     assert set(theirs) == {
         ("pocketlm_choices", "acc"), ("pocketlm_choices", "acc_norm"), ("pocketlm_written", "exact_match"),
     }  # fmt: skip
     done = pocketlm(*both, "--task", tmp_path / "choices.jsonl", cache=tmp_path / "cache")
-    (ours,) = json.loads(done.stdout)
+    (ours,) = json.loads(done.stdout)["tasks"]
     for metric in ("acc", "acc_norm"):
         score = theirs["pocketlm_choices", metric]
         assert score["scores"]["model"]["value"] == pytest.approx(ours["scores"]["model"][metric]["value"])

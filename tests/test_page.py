@@ -195,6 +195,7 @@ def test_a_comparison_asks_both_and_each_remembers_its_own_answers(visit, addres
         assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
         assert letters(body["messages"][1]["content"]) == letters(said[0])
         assert body["seed"] == 2
+    assert f"small, {DEMO.stat().st_size / 1e6:.3g} MB" in someone.page.locator(".named").first.text_content()
     ours, original = (someone.answers(role).nth(1).bounding_box() for role in ("optimised", "original"))
     assert ours["y"] == original["y"]
     assert ours["x"] + ours["width"] < original["x"]

@@ -59,6 +59,9 @@ GOALS = "Give one of --size (such as 60MB), --bits (such as 4.25) and --format (
         (("--size", "60%", "--tensor", "embeding=q8_0"), "`embeding` is neither a group nor does any tensor's name"),
         (("--size", "60%", "--tensor", "value=q9_9"), "Q9_9"),
         (("--size", "60%", "--tensor", "value=q4_k"), "Q4_K"),
+        (("--format", "q4_0", "--tensor", "value=INT8-G32"), "int8-g32 is a format of compressed-tensors folders"),
+        (("--format", "int4-g32", "--tensor", "value=q8_0"), "Unknown integer format `Q8_0`"),
+        (("--format", "int4-g32", "--tune", "1m"), "Tuning is for GGUF's formats"),
     ],
 )
 def test_bad_input_gets_one_line_and_its_code(arguments, said, llama, text, tmp_path):
@@ -118,6 +121,18 @@ def test_one_format_for_all_needs_no_measurement(llama, text, tmp_path):
     assert set(step["formats"].values()) == {"Q4_0", "Q8_0"}
     assert data["plan"] is None
     assert data["budget_bytes"] == data["predicted_bytes"]
+
+
+def test_a_dry_run_of_an_integer_format_writes_nothing_and_any_case_will_do(llama, text, tmp_path):
+    arguments = (llama, "--format", "INT4-G32", "--tensor", "ffn_out=Int8-g32", "--data", text, "-o", tmp_path / "out")
+    done = run(*arguments, "--dry-run", "--json", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    (step,) = data["recipe"]["steps"]
+    assert step["formats"]["ffn_out"] == "int8-g32"
+    assert set(step["formats"].values()) == {"F16", "int4-g32", "int8-g32"}
+    assert data["predicted_bytes"] > 0
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The server as OpenAI's client, a careless client and an operator find it."""
 
+import asyncio
+import errno
 import json
 import math
 import os
@@ -25,8 +27,14 @@ from tests.command_line import command, environment, pocketlm
 from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
 from tests.tiny import tiny_folder
 
+from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
+from pocketlm.run.server.engine_process import EngineSettings
+from pocketlm.run.server.local import LocalModel
+from pocketlm.run.server.refusals import RefusalError
+from pocketlm.run.server.requests import Chat, parse
+from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 LAMP = {
@@ -107,9 +115,11 @@ def paused(server):
 looks_into_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
 
-def test_the_models_are_listed_and_chosen_by_name(client):
+def test_the_models_are_listed_and_chosen_by_name(client, other_model):
     assert [model.id for model in client.models.list()] == ["small", "large"]
-    assert client.models.retrieve("large").id == "large"
+    large = client.models.retrieve("large")
+    assert large.id == "large"
+    assert large.meta == {"size": other_model.stat().st_size}  # llama.cpp's name for it, which the page reads
     answers = {name: ask(client, model=name) for name in ("small", "large", "")}
     assert answers["small"].model == "small"
     assert answers["large"].model == "large"
@@ -345,6 +355,50 @@ def test_malformed_requests_are_refused_in_openais_shape(server, body):
     refused(server.post("/v1/chat/completions", content=body))
 
 
+PART = {"type": "image_url", "image_url": {"url": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"messages": [{"role": "user", "content": [PART]}]}, "messages.0.content.0.type", "Input should be 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": "x", "audio": {"id": "1"}}]},
+            "messages.1.audio",
+            "argument",
+        ),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
+        ({"stop": ["x", 5]}, "stop.1", "valid string"),
+        ({"logit_bias": {"word": 1}}, "logit_bias.word", "match pattern"),
+        ({"tool_choice": "frob"}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name", "valid string"),
+        ({"modalities": ["text", "audio"]}, "modalities.1", "Input should be 'text'"),
+        ({"frobnicate": 0}, "frobnicate", "argument"),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_was_meant_there(change, param, said):
+    with pytest.raises(RefusalError) as caught:
+        parse(Chat, json.dumps(VALID | change).encode())
+    assert caught.value.param == param
+    assert said in caught.value.message
+
+
+def test_what_openais_client_has_read_may_be_sent_back(client):
+    first = ask(client)
+    said = first.choices[0].message.model_dump()
+    assert said.keys() >= {"refusal", "annotations", "audio", "function_call"}
+    messages = [*HELLO, said, *HELLO]
+    empty = {"reasoning_effort": None, "functions": None, "prediction": None, "modalities": ["text"]}
+    answer = ask(client, messages=messages, extra_body=empty)
+    assert answer.usage.prompt_tokens > first.usage.prompt_tokens
+    again = ask(client, messages=[*HELLO, said | {"annotations": []}, *HELLO])
+    assert again.choices[0].message == answer.choices[0].message
+    schema = {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}  # empty, and known
+    assert parse(Chat, json.dumps(VALID | {"response_format": schema}).encode()).response_format.json_schema
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     route=st.sampled_from(["chat/completions", "completions", "embeddings"]),
@@ -493,6 +547,21 @@ def test_told_to_end_the_server_finishes_what_it_accepted(folder, model):
             ask(client)
 
 
+@looks_into_proc
+def test_told_twice_to_end_the_server_does_not_wait(folder, model):
+    with serving(model, cache=folder) as server:
+        (engine,) = children(server.process)
+        os.kill(engine, signal.SIGSTOP)  # the answer would never end
+        with asked_by_hand(server, {"messages": HELLO}):
+            wait_until(lambda: server.metric("running") == 1)
+            server.process.send_signal(signal.SIGINT)
+            wait_until(lambda: ends(server))
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(1)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(40) == 0  # seconds; the engine takes 5 of them before it is killed
+
+
 def ends(server):
     """Whether a server takes no new connection any more, or says that it is ending."""
     try:
@@ -523,6 +592,38 @@ def test_an_engine_that_dies_is_started_again(folder, model, tmp_path):
         (engine,) = children(server.process)
         server.process.kill()  # even then the engine does not stay behind
         wait_until(lambda: not Path(f"/proc/{engine}/exe").exists())
+
+
+@looks_into_proc
+def test_whatever_keeps_an_engine_from_starting_it_is_tried_again(model, monkeypatch, capfd):
+    """The machine has no memory for a process, then something else speaks in the engine's place and goes on living."""
+    start, talk = asyncio.create_subprocess_exec, "import sys; print('hello', flush=True); sys.stdin.read()"
+    trouble = iter([OSError(errno.ENOMEM, "Cannot allocate memory"), (sys.executable, "-c", talk)])
+
+    async def troubled(*words, **options):
+        match next(trouble, words):
+            case OSError() as error:
+                raise error
+            case other:
+                return await start(*other, **options)
+
+    async def until_it_is_up():
+        local = LocalModel(EngineSettings(str(model), "small", key="", slots=1, context=256, threads=1), queue=0)
+        try:
+            await local.start()
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", troubled)
+            local._process.kill()
+            while local.starts < 3 or not local.ready:
+                assert not local._watching.done()
+                await asyncio.sleep(0.05)
+            return await local.answer("/v1/completions", {"prompt": "x", "max_tokens": 2})
+        finally:
+            await local.stop()
+
+    assert asyncio.run(asyncio.wait_for(until_it_is_up(), 180))["choices"]
+    said = capfd.readouterr().err
+    assert "the engine does not start: [Errno 12] Cannot allocate memory. It is tried again" in said
+    assert "the engine does not start: Expecting value" in said
 
 
 NOTE_CONNECTIONS = """
@@ -630,6 +731,20 @@ def test_threads_cache_and_batch_are_chosen_by_measuring(folder, model):
     assert [line.split()[0] for line in said.splitlines()] == ["threads", "cache", "batch"]
     assert re.search(r"^cache .*: (q8_0|f16)$", said, re.MULTILINE)
     assert re.search(r"^batch .*: (128|512|2048)$", said, re.MULTILINE)
+
+
+def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monkeypatch):
+    start = LocalModel.start
+
+    async def start_and_die(local):
+        await start(local)
+        local._process.kill()
+
+    monkeypatch.setattr(LocalModel, "start", start_and_die)
+    settings = EngineSettings(str(model), "small", key="", context=256, threads=1)
+    for measuring in (tuned(settings, print), drafted(settings, model, print)):
+        with pytest.raises(PocketlmError, match=r"Measuring .*small\.gguf failed: the engine died"):
+            asyncio.run(measuring)
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ def test_tasks_of_every_kind_as_a_person_scores_them(tmp_path, tiny_model):
     tasks = [part for name in ("choices", "labels", "written") for part in ("--task", tmp_path / f"{name}.jsonl")]
     done = pocketlm("evaluate", folder, "--reference", folder, *tasks, "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = json.loads(done.stdout)["tasks"]
     assert [(found["kind"], found["measure"]) for found in results] == [
         ("choices", "acc_norm"), ("labels", "acc"), ("written", "acc"),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ print(report.product.perplexity_ratio)
 
 from pocketlm.commands.distillation import Distillation, distill
 from pocketlm.commands.inspection import bench, doctor, evaluate, evaluate_harness, evaluate_tasks, inspect
-from pocketlm.commands.integers import quantize_integers
+from pocketlm.commands.integers import plan_integers, quantize_integers
 from pocketlm.commands.pruning import Prune, prune
 from pocketlm.commands.sweep import sweep
 from pocketlm.fit import fit, plan
@@ -35,6 +35,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "plan_integers",
     "prune",
     "quantize_integers",
     "save",

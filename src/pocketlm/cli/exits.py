@@ -26,21 +26,27 @@ def run(app: typer.Typer) -> None:
         sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail(PocketlmError("Stopped. The same command goes on from here"), INTERRUPTED)
-    except (MemoryError, OSError) as problem:
-        if isinstance(problem, OSError) and problem.errno != errno.ENOSPC:
-            _fail(PocketlmError(f"{problem.strerror}: {problem.filename or 'unknown file'}"), 1)
-        full = isinstance(problem, OSError)
-        what = "The disk is full. Free some space" if full else "Out of memory. Close other programs"
-        error = OutOfResourcesError(f"{what}, and give the same command again: finished stages are kept")
-        _fail(error, error.exit_code)
     except Exception as error:
         if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        _fail(
-            PocketlmError(f"Unexpected {type(error).__name__}: {error}. Run again with --debug and report it"),
-            1,
-        )
+        said = _worded(error)
+        _fail(said, said.exit_code)
+
+
+def _worded(error: Exception) -> PocketlmError:
+    """Return what a person is told of an error that was not made for one."""
+    number = error.errno if isinstance(error, OSError) else None
+    what = "The disk is full. Free some space" if number == errno.ENOSPC else ""
+    # torch has no kind of its own for a CPU's memory: it is a RuntimeError that names its allocator.
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "DefaultCPUAllocator" in str(error):
+        what = "Out of memory. Close other programs"
+    if what:
+        return OutOfResourcesError(f"{what}, and give the same command again: finished stages are kept")
+    if isinstance(error, OSError):
+        said = error.strerror or str(error)
+        return PocketlmError(f"{said}: {error.filename}" if error.filename else said)
+    return PocketlmError(f"Unexpected {type(error).__name__}: {error}. Run again with --debug and report it")
 
 
 def _heed_signals() -> None:

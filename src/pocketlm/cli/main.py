@@ -10,7 +10,7 @@ import typer
 
 from pocketlm.cli import measuring, serving
 from pocketlm.cli.exits import run
-from pocketlm.cli.options import Data, Debug, Json, Model, Threads
+from pocketlm.cli.options import Data, Debug, Json, Model, Threads, fixed_formats, format_name
 from pocketlm.cli.options import gguf_file as _gguf
 from pocketlm.cli.options import print_result as _print
 from pocketlm.errors import BadInputError
@@ -146,9 +146,9 @@ def quantize(
         model=model,
         size=size,
         bits=bits,
-        format=format,
+        format=None if format is None else format_name(format),
         out=out,
-        fixed=_pairs(tensor or []),
+        fixed=fixed_formats(tensor or []),
         method=method,
         tune=parse_time(tune),
         prune=False,
@@ -352,20 +352,18 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
     from pocketlm.report.content import to_dict
     from pocketlm.tensors.formats.integer import NAMES
 
-    if job.format in NAMES:
-        with Screen() as screen:
-            made = api.quantize_integers(job, screen.progress)
-        _print(integer_lines(made, job.out), asdict(made), json_output)
-        return
+    integers = job.format in NAMES
     with Screen() as screen:
         if dry_run:
-            planned = api.plan(job, screen.progress)
+            planned = api.plan_integers(job) if integers else api.plan(job, screen.progress)
+            lines, data = plan_lines(planned), planned.as_data()
+        elif integers:
+            made = api.quantize_integers(job, screen.progress)
+            lines, data = integer_lines(made, job.out), asdict(made)
         else:
             report = api.fit(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
-    if dry_run:
-        _print(plan_lines(planned), planned.as_data(), json_output)
-    else:
-        _print(result_lines(report, job.out), to_dict(report), json_output)
+            lines, data = result_lines(report, job.out), to_dict(report)
+    _print(lines, data, json_output)
 
 
 def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
@@ -383,15 +381,6 @@ def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise BadInputError(f"Unknown {option} `{value}`. Known: {', '.join(known)}")
-
-
-def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """Read NAME=FORMAT options."""
-    pairs = [text.partition("=")[::2] for text in texts]
-    for text, (name, form) in zip(texts, pairs, strict=True):
-        if not name or not form:
-            raise BadInputError(f"Cannot read `{text}`. Write it like embedding=Q8_0 or 'model.layers.0.*=Q5_0'")
-    return tuple((name, form.upper()) for name, form in pairs)
 
 
 def main() -> None:

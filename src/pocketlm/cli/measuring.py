@@ -49,10 +49,10 @@ def evaluate(
     with Screen() as screen:
         if task:
             results = api.evaluate_tasks(model, reference, task, limit, screen.progress)
-            lines, found = task_lines(results), [asdict(result) for result in results]
+            lines, found = task_lines(results), {"tasks": [asdict(result) for result in results]}
         elif harness:
             scores = api.evaluate_harness(model, reference, harness, limit)
-            lines, found = harness_lines(scores), [asdict(score) for score in scores]
+            lines, found = harness_lines(scores), {"tasks": [asdict(score) for score in scores]}
         else:
             qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
             lines, found = quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}
@@ -105,7 +105,7 @@ def bench(
     paths = [gguf_file(str(file)) for file in files]
     measured = api.bench(paths, threads or (), prompt or (512,), generate, repeat, cache)
     lines = [line for speeds in measured for line in (*speed_lines(speeds), "")]
-    print_result(lines[:-1], [asdict(speeds) for speeds in measured], json_output)
+    print_result(lines[:-1], {"speeds": [asdict(speeds) for speeds in measured]}, json_output)
 
 
 def doctor(json_output: Json = False, debug: Debug = False) -> None:

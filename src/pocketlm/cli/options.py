@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,22 @@ def gguf_file(name: str) -> Path:
     return demo_file() if name == DEMO else path
 
 
-def print_result(lines: list[str], data: object, json_output: bool) -> None:
+def format_name(text: str) -> str:
+    """Return a format's name as its kind writes it (Q4_0 in GGUF, int4-g32 elsewhere), whatever case a person used."""
+    from pocketlm.tensors.formats.integer import NAMES
+
+    return text.lower() if text.lower() in NAMES else text.upper()
+
+
+def fixed_formats(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """Read NAME=FORMAT options."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    for text, (name, form) in zip(texts, pairs, strict=True):
+        if not name or not form:
+            raise BadInputError(f"Cannot read `{text}`. Write it like embedding=Q8_0 or 'model.layers.0.*=Q5_0'")
+    return tuple((name, format_name(form)) for name, form in pairs)
+
+
+def print_result(lines: list[str], data: dict[str, Any], json_output: bool) -> None:
     """Print a result for a person, or as one JSON object."""
     print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))

@@ -1,6 +1,7 @@
 """The commands of serving; `pocketlm.cli.main` has the others."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,17 +99,21 @@ def calibrate(
 
     check_installed()
     from pocketlm.cli.terminal import Screen
+    from pocketlm.report.write import replace_text
     from pocketlm.run.server.calibration import calibrate as run
     from pocketlm.run.server.calibration import lines
     from pocketlm.run.server.engine_process import EngineSettings
 
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):  # before hours of answers
+        raise BadInputError(
+            f"Cannot write {out}: its folder cannot be written, or it is one. Give another file with -o"
+        )
     threshold = 0.0 if escalate_to or escalate_model else None
     larger = _escalation(escalate_to, escalate_model, threshold, "mean", timeout=120)
     settings = EngineSettings(str(gguf_file(file)), file, key="", slots=slots, context=context, threads=threads)
     with Screen() as screen:
         found = run(settings, data, target_accuracy, larger, screen.progress)
-    written = json.dumps(asdict(found), indent=1)
-    out.write_text(written + "\n", encoding="utf-8")
+    replace_text(out, json.dumps(asdict(found), indent=1) + "\n")
     print_result([*lines(found), "", f"wrote {out}"], asdict(found), json_output)
 
 

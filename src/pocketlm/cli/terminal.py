@@ -22,6 +22,7 @@ from pocketlm.plan.recipe import to_yaml
 from pocketlm.plan.search import Plan
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
+from pocketlm.run.server.serve import model_name
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -270,7 +271,8 @@ def speed_lines(speeds: Speeds) -> list[str]:
         f"{speeds.engine}, {speeds.threads} threads, {speeds.prompt} tokens read, {speeds.generate} generated",
         f"{'file':<32}" + "".join(f"{head:>16}" for head in heads),
     ]
-    for file in speeds.files:
+    names = [model_name(file.path) for file in speeds.files]
+    for name, file in zip(names, speeds.files, strict=True):
         cells = (
             f"{file.file_bytes:,}",
             _spread(file.prefill, 1),
@@ -280,12 +282,11 @@ def speed_lines(speeds: Speeds) -> list[str]:
             say_bytes(file.memory_bytes.mean),
             _spread(file.joules_per_token, 3) if file.joules_per_token else "not available",
         )
-        lines.append(f"{file.path.name:<32}" + "".join(f"{cell:>16}" for cell in cells))
-    first, *others = speeds.files
+        lines.append(f"{name:<32}" + "".join(f"{cell:>16}" for cell in cells))
     return lines + [
-        f"{file.path.name} reads {_spread(file.prefill_ratio, 2)} times and writes {_spread(file.decode_ratio, 2)} "
-        f"times as fast as {first.path.name}"
-        for file in others
+        f"{name} reads {_spread(file.prefill_ratio, 2)} times and writes {_spread(file.decode_ratio, 2)} "
+        f"times as fast as {names[0]}"
+        for name, file in zip(names[1:], speeds.files[1:], strict=True)
     ]
 
 

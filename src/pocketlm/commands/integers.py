@@ -12,17 +12,19 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import predicted_bytes, write_compressed_tensors
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
+from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.pipeline.artefact import new_folder
 from pocketlm.pipeline.cache import remove_leftovers
-from pocketlm.pipeline.planning import Fit
+from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_quality, original_file
 from pocketlm.pipeline.stages import Progress, gather_texts, run_recipe, silent
+from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe, to_yaml
 from pocketlm.plan.sizes import sizes_of
 from pocketlm.report.write import write_manifest
-from pocketlm.steps.quantize import Quantize, format_name
+from pocketlm.steps.quantize import Quantize, check_formats, format_name
 
 
 @dataclass(frozen=True)
@@ -49,28 +51,43 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         BadInputError: The format is unknown, or its groups do not divide a row.
         MissingExtraError: compressed-tensors is not installed.
     """
-    if job.tune:
-        raise BadInputError(f"Tuning is for GGUF's formats, and {job.format} is none. Leave one of the two out")
     remove_leftovers()
     with new_folder(job.out, job.force, (job.model, *job.data)) as folder:
         model = load(job.model)
-        sizes = sizes_of(model)
-        own = {group: "F16" if group in ("embedding", "head") else job.format for group in sizes.group_names}
-        step = Quantize(formats=own | dict(job.fixed), method=job.method)
-        recipe = Recipe(steps=(step,), seed=job.seed)
-        names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
-        predicted = predicted_bytes(sizes.shapes, {name: form for name, form in names.items() if form != "F16"})
+        planned = _plan(job, model)
         check_resources(model, job.out, trained=False)
         texts = gather_texts(model, list(job.data), job.seed, progress)
-        compressed = run_recipe(model, recipe, texts, progress)
+        compressed = run_recipe(model, planned.recipe, texts, progress)
         write_compressed_tensors(compressed.model, compressed.packed, folder / "model")
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             decoded = Path(beside) / "decoded.gguf"
             write_gguf(compressed.model, {}, decoded)
             files = {"original": original_file(model), "compressed": decoded}
             quality = measure_quality(files, texts.test.windows, progress).qualities
-        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        (folder / "recipe.yaml").write_text(to_yaml(planned.recipe))
         (folder / "quality.json").write_text(json.dumps({name: asdict(each) for name, each in quality.items()}))
         actual = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         write_manifest(folder)
-    return IntegerFolder(predicted, actual, quality)
+    return IntegerFolder(planned.predicted_bytes, actual, quality)
+
+
+def plan_integers(job: Fit) -> Planned:
+    """Decide what `quantize_integers` would do and how many bytes its tensors would have; nothing is written.
+
+    Raises:
+        BadInputError: As `quantize_integers`.
+    """
+    return _plan(job, load(job.model))
+
+
+def _plan(job: Fit, model: LanguageModel) -> Planned:
+    if job.tune:
+        raise BadInputError(f"Tuning is for GGUF's formats, and {job.format} is none. Leave one of the two out")
+    sizes = sizes_of(model)
+    own = {group: "F16" if group in ("embedding", "head") else job.format for group in sizes.group_names}
+    step = Quantize(formats=own | dict(job.fixed), method=job.method)
+    check_formats(sizes.tensors(sizes.original), step.formats)
+    names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
+    predicted = predicted_bytes(sizes.shapes, {name: form for name, form in names.items() if form != "F16"})
+    recipe = Recipe(steps=(step,), seed=job.seed)
+    return Planned(recipe, Budget("the recipe's size", predicted), predicted, sizes, None)

@@ -116,9 +116,9 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     sizes = sizes_of(model)
     check_job(job)
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
+    check_fixed(sizes, dict(job.fixed))
     if job.format:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
-    check_fixed(sizes, dict(job.fixed))
     costs = None
     if budget and not recipe:
         check_budget(sizes, budget, job.prune)

@@ -17,6 +17,7 @@ from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import SPACE, PruneWidth
 from pocketlm.steps.quantize import Quantize, check_formats, embedding_name, format_name
 from pocketlm.tensors.formats import FORMATS
+from pocketlm.tensors.formats.integer import NAMES
 
 DROP_AT_MOST = 8  # blocks; measuring what the removal of one more would cost takes several forward passes
 MIDDLE_BITS = 4.5  # from here on formats are nearly free; below, what they cost grows fast
@@ -202,8 +203,13 @@ def check_fixed(sizes: Sizes, fixed: Mapping[str, str]) -> None:
     """Refuse formats that a person fixed before anything is measured.
 
     Raises:
-        BadInputError: A pattern matches nothing, a format is unknown or does not fit.
+        BadInputError: A pattern matches nothing, a format is unknown, does not fit, or is none of GGUF's.
     """
+    if foreign := set(fixed.values()) & set(NAMES):
+        raise BadInputError(
+            f"{min(foreign)} is a format of compressed-tensors folders, and this writes a GGUF file. "
+            f"Give --format {min(foreign)}, or for this part one of F16, {', '.join(FORMATS)}"
+        )
     check_formats(sizes.tensors(sizes.original), dict.fromkeys(sizes.group_names, "F16") | dict(fixed))
 
 

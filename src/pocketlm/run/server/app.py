@@ -176,8 +176,9 @@ async def _metrics(request: web.Request) -> web.Response:
 
 
 def _described(model: LocalModel, service: Service) -> dict:
+    known = {"id": model.name, "object": "model", "created": service.began, "owned_by": "pocketlm"}
     context = {"context_length": model.ready.context} if model.ready else {}
-    return {"id": model.name, "object": "model", "created": service.began, "owned_by": "pocketlm"} | context
+    return known | {"meta": {"size": model.size}} | context
 
 
 async def _models(request: web.Request) -> web.Response:

@@ -243,9 +243,15 @@ def choose(judged: Sequence[Judged], target: float) -> Calibration:
 def _curve(judged: Sequence[Judged], measure: Measure) -> tuple[Point, ...]:
     """Return a point per distinct confidence, from nothing escalated to everything."""
     levels = sorted({one.confidence[measure] for one in judged})
-    between = [max((low + high) / 2, math.nextafter(low, 2)) for low, high in pairwise(levels)]
+    between = [_between(low, high) for low, high in pairwise(levels)]
     # A threshold of 1 would keep an answer whose every token was certain.
     return tuple(_point(judged, measure, threshold) for threshold in (0.0, *between, math.nextafter(levels[-1], 2)))
+
+
+def _between(low: float, high: float) -> float:
+    """Return the threshold of fewest decimals that keeps `high` and not `low`: a person copies it in full."""
+    middle = (low + high) / 2
+    return next((short for places in range(1, 17) if low < (short := round(middle, places)) <= high), high)
 
 
 def _point(judged: Sequence[Judged], measure: Measure, threshold: float) -> Point:
@@ -296,11 +302,11 @@ def lines(found: Calibration) -> list[str]:
     if found.chosen is None:
         return [*out, "", f"No threshold reaches {found.target:.1%}: the larger model is not right often enough"]
     out += ["", f"{found.target:.1%} is reached with {found.chosen.escalated:.1%} escalated:"]
-    out.append(f"  --threshold {found.chosen.threshold:.6g} --confidence {found.measure}")
+    out.append(f"  --threshold {found.chosen.threshold} --confidence {found.measure}")
     if found.sure and found.sure != found.chosen:
         out.append(
             f"To be sure of it on other questions too (lower end of the interval), {found.sure.escalated:.1%}: "
-            f"--threshold {found.sure.threshold:.6g} --confidence {found.measure}"
+            f"--threshold {found.sure.threshold} --confidence {found.measure}"
         )
     return out
 

@@ -8,6 +8,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import aiohttp
 
@@ -31,6 +32,7 @@ class LocalModel:
         line: Who waits for it.
         ready: What the engine said when it was up; None while it is not.
         starts: How often the engine was started.
+        size: Bytes of the file.
     """
 
     def __init__(self, settings: EngineSettings, queue: int) -> None:
@@ -38,7 +40,7 @@ class LocalModel:
         self._settings = replace(settings, key=secrets.token_urlsafe(32))
         self.name, self.line = settings.name, Line(settings.slots, queue)
         self.ready: Ready | None = None
-        self.starts = 0
+        self.starts = self.size = 0
         self._embedding = asyncio.Lock()
         self._process: Process | None = None
         self._watching: asyncio.Task | None = None
@@ -51,6 +53,7 @@ class LocalModel:
             PocketlmError: The engine died while it tried.
         """
         await self._launch()
+        self.size = Path(self._settings.path).stat().st_size
         self._session = self.session()
         self._watching = asyncio.create_task(self._watch())
 
@@ -79,16 +82,16 @@ class LocalModel:
         try:
             self._process.stdin.write(json.dumps(asdict(self._settings)).encode() + b"\n")
             said = await self._process.stdout.readline()
+            if not said:
+                code = await self._process.wait()
+                raise PocketlmError(f"The engine died with {code} while it loaded {self._settings.path}")
+            if "error" in (found := json.loads(said)):
+                await self._process.wait()
+                raise BadInputError(found["error"])
+            self.ready = Ready(**found)
         except BaseException:
             await self._end()
             raise
-        if not said:
-            code = await self._process.wait()
-            raise PocketlmError(f"The engine died with {code} while it loaded {self._settings.path}")
-        if "error" in (found := json.loads(said)):
-            await self._process.wait()
-            raise BadInputError(found["error"])
-        self.ready = Ready(**found)
 
     async def _end(self) -> None:
         self.ready = None
@@ -113,6 +116,8 @@ class LocalModel:
                 await self._launch()
             except PocketlmError as error:
                 sys.stderr.write(f"pocketlm: {error}\n")
+            except (OSError, ValueError, TypeError) as error:  # no memory for a process, or a line that is none of ours
+                sys.stderr.write(f"pocketlm: the engine does not start: {error}. It is tried again\n")
 
     @asynccontextmanager
     async def post(self, path: str, body: dict) -> AsyncIterator[aiohttp.ClientResponse]:

@@ -1,13 +1,13 @@
 """What clients may ask, checked before the engine sees it.
 
 The fields are those of OpenAI's API and some of llama.cpp's samplers. What is not known is refused by name: a
-field that is silently dropped is a wrong answer.
+field that is silently dropped is a wrong answer. An empty one asks for nothing.
 """
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from pocketlm.run.server.refusals import RefusalError
 
@@ -19,7 +19,7 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _WITHOUT_EFFECT = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
-_NOT_THE_ENGINES = ("model", "stream_options", "n", "best_of", "echo", "suffix", "max_completion_tokens")
+_NOT_THE_ENGINES = ("model", "stream_options", "n", "best_of", "echo", "suffix", "max_completion_tokens", "modalities")
 
 
 class _Strict(BaseModel):
@@ -28,8 +28,15 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _forget(cls, asked: Any) -> Any:
-        without = asked.keys() & _WITHOUT_EFFECT if isinstance(asked, dict) else ()
-        return {name: asked[name] for name in asked if name not in without} if without else asked
+        if not isinstance(asked, dict):
+            return asked
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        # OpenAI's client sends back what it has read, with all that is empty there: annotations, audio, function_call.
+        return {
+            name: value
+            for name, value in asked.items()
+            if name in known or not (name in _WITHOUT_EFFECT or value in (None, "", [], {}))
+        }
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -182,6 +189,7 @@ class Chat(Request):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -276,15 +284,34 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, body) from None
 
 
-def _refusal(error: ValidationError) -> RefusalError:
-    """Say what is wrong first; of a union, the alternatives say it each in its own words."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
-    if first["type"] == "extra_forbidden":
-        return RefusalError(400, f"Unrecognized request argument supplied: {field}", param=field)
-    if not field:
-        return RefusalError(400, f"The request is not what this route takes: {first['msg']}")
-    return RefusalError(400, f"Invalid value for `{field}`: {first['msg']}", param=field)
+def _refusal(error: ValidationError, body: bytes) -> RefusalError:
+    """Say what is wrong; of a union, what the alternative says that fits the input best."""
+    errors = error.errors(include_url=False, include_context=False)[:100]  # of so many, any is as good
+    if not errors[0]["loc"]:  # perhaps no JSON at all
+        return RefusalError(400, f"The request is not what this route takes: {errors[0]['msg']}")
+    asked = from_json(body)
+    said, field = max(((each, _field(each, asked)) for each in errors), key=lambda pair: _fits(*pair))
+    name = ".".join(field)
+    if said["type"] == "extra_forbidden":
+        return RefusalError(400, f"Unrecognized request argument supplied: {name}", param=name)
+    return RefusalError(400, f"Invalid value for `{name}`: {said['msg']}", param=name)
+
+
+def _field(error: ErrorDetails, asked: Any) -> list[str]:
+    """Return where in a request an error is, without the names of the alternatives that pydantic has tried."""
+    field = []
+    for part in error["loc"]:
+        if (isinstance(asked, dict) and part in asked) or (isinstance(asked, list) and isinstance(part, int)):
+            field.append(str(part))
+            asked = asked[part]
+    return [*field, str(error["loc"][-1])] if error["type"] == "missing" else field
+
+
+def _fits(error: ErrorDetails, field: list[str]) -> tuple[bool, int]:
+    """Rank an error by how well its alternative fits: its kind is right, and so is all on the way to the error."""
+    kind, given = error["type"], error["input"]
+    other_kind = kind.endswith("_type") or (kind == "literal_error" and not isinstance(given, str))
+    return not other_kind, len(field)

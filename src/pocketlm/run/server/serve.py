@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pocketlm.run.server.app import Service
     from pocketlm.run.server.escalation import Escalation
 
+_LAST_WORDS = 2.0  # seconds to send what is written when all answers are done, or were cut off by a second signal
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -89,7 +90,8 @@ async def _serve(job: Serve) -> None:
     try:
         for model in models:  # one after the other: where one fails, none is left half started
             await model.start()
-        runner = web.AppRunner(application(service), access_log=None, handler_cancellation=True)
+        app = application(service)
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS)
         await runner.setup()
         site = web.SockSite(runner, listener, backlog=1024)
         await site.start()
@@ -111,9 +113,9 @@ async def _serve(job: Serve) -> None:
 
 
 def _engines(job: Serve) -> list[EngineSettings]:
-    names = [_name(job.path)]
+    names = [model_name(job.path)]
     if job.compare:
-        name = _name(job.compare)
+        name = model_name(job.compare)
         names.append(f"{name}-original" if name == names[0] else name)
     paths = filter(None, (job.path, job.compare))
     return [
@@ -137,7 +139,7 @@ async def _measured(job: Serve, engines: list[EngineSettings]) -> list[EngineSet
     return engines
 
 
-def _name(path: Path) -> str:
+def model_name(path: Path) -> str:
     """Name a model after its file, or after the folder that `fit` made for it."""
     return path.absolute().parent.name if path.name == "model.gguf" else path.stem
 

@@ -2,14 +2,16 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pocketlm.errors import BadInputError
+from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
+from pocketlm.run.server.refusals import RefusalError
 
 READ, WRITTEN = 512, 32  # tokens of the prompt and of the answer that are timed
 TIMES = 2  # that each is timed, of which the best counts: other work on the machine only slows it
@@ -83,32 +85,27 @@ def _table(speeds: dict) -> str:
 
 async def _speeds(settings: EngineSettings) -> tuple[float, float]:
     """Return tokens per second of reading a prompt and of writing behind it; 0 where the engine refuses."""
-    model = LocalModel(replace(settings, slots=1), queue=0)
     best = 0.0, 0.0
     try:
-        await model.start()
-        count = max(1, min(READ, model.ready.context - WRITTEN - 1))
-        for turn in range(TIMES):
-            prompt = [(7 * turn + 13 * place) % 97 + 3 for place in range(count)]  # other tokens: nothing is reused
-            body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "ignore_eos": True}
-            async with model.post("/v1/completions", body) as response:
-                timings = (await response.json())["timings"]
-            found = timings["prompt_per_second"], timings["predicted_per_second"]
-            best = max(best[0], found[0]), max(best[1], found[1])
+        async with _running(settings) as model:
+            count = max(1, min(READ, model.ready.context - WRITTEN - 1))
+            for turn in range(TIMES):
+                prompt = [(7 * turn + 13 * place) % 97 + 3 for place in range(count)]  # other tokens: nothing is reused
+                body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "ignore_eos": True}
+                async with model.post("/v1/completions", body) as response:
+                    timings = (await response.json())["timings"]
+                found = timings["prompt_per_second"], timings["predicted_per_second"]
+                best = max(best[0], found[0]), max(best[1], found[1])
     except BadInputError:
         if settings.cache == "f16":  # some heads are too narrow for a coarser cache; the file itself must load
             raise
-    finally:
-        await model.stop()
     return best
 
 
 async def _answering(settings: EngineSettings) -> float:
     """Return tokens per second of real answers: how much a draft saves depends on what is said."""
-    model = LocalModel(replace(settings, slots=1), queue=0)
-    try:
-        await model.start()
-        best = 0.0
+    best = 0.0
+    async with _running(settings) as model:
         for _ in range(TIMES):
             began, written = time.monotonic(), 0
             for question in QUESTIONS:
@@ -116,6 +113,18 @@ async def _answering(settings: EngineSettings) -> float:
                 answer = await model.answer("/v1/completions", body)
                 written += answer["usage"]["completion_tokens"]
             best = max(best, written / (time.monotonic() - began))
-        return best
+    return best
+
+
+@asynccontextmanager
+async def _running(settings: EngineSettings) -> AsyncIterator[LocalModel]:
+    """Run an engine to measure it; what it would tell a client becomes an error for the person who serves."""
+    model = LocalModel(replace(settings, slots=1), queue=0)
+    try:
+        await model.start()
+        yield model
+    except RefusalError as error:
+        why = "the engine died" if error.code == "engine_down" else error.message
+        raise PocketlmError(f"Measuring {settings.path} failed: {why}. Serve it without --auto and --draft") from error
     finally:
         await model.stop()
