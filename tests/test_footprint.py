@@ -131,7 +131,12 @@ def test_the_command_refuses_at_once_and_fits_memory(tmp_path):
     asked = ("--ram", "1GB", "--context", 64, "--quality", 0.9, "--preset", "fast", "--heal", "0", "--json")
     done = pocketlm("fit", folder, *asked, "-o", tmp_path / "out", cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    notes = " ".join(json.loads(done.stdout)["notes"])
+    report = json.loads(done.stdout)
+    notes = " ".join(report["notes"])
     assert "of memory at 64 tokens of context" in notes
     assert "measured on the file" in notes
-    assert "Quality asked for, as exp(-KL): at least 0.9" in notes
+    assert "the engine has no other for such heads" in notes
+    budget = report["budget"]
+    assert budget["bytes"] is None, "no size was asked for"
+    assert [limit["text"] for limit in budget["limits"]] == ["1.00 GB of memory at 64 tokens of context", "quality 0.9"]
+    assert budget["met"] == all(limit["met"] for limit in budget["limits"])

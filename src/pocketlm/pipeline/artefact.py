@@ -204,7 +204,8 @@ def _vocabulary_note(before: "PreTrainedConfig", after: "PreTrainedConfig") -> t
 
 def _cache_note(proof: Proof) -> str:
     costs = ", ".join(f"{name} costs KL {kl:.4f}" for name, kl in proof.cache.items())
-    return f"Recommended type of the cache of keys and values: {proof.cache_type} ({costs}, against f16)"
+    why = f"{costs}, against f16" if costs else "the engine has no other for such heads"
+    return f"Recommended type of the cache of keys and values: {proof.cache_type} ({why})"
 
 
 def _machine(here: Machine) -> dict[str, str | int]:
