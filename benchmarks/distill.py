@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.measure.quality import LEVEL, RESAMPLES, Comparison, Interval, compare
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
@@ -39,7 +39,6 @@ from pocketlm.model.learning import Lessons
 from pocketlm.model.source import load
 from pocketlm.model.targets import Sampling, fitting, open_targets, predicted_bytes, write_targets
 from pocketlm.model.text import Tokens, as_tokens, pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.cache import Finished, stage, unfinished
 from pocketlm.plan.decide import tokens_in
 from pocketlm.plan.sensitivity import depth_damage

@@ -23,14 +23,13 @@ from common import command_line, write_results
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.gguf_tokenizer import merges_by_score
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, held_out_loss
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import silent
 from pocketlm.plan.sensitivity import depth_damage

@@ -18,11 +18,12 @@ from typing import Any
 
 import pocketlm
 from pocketlm.errors import BadInputError, OutOfResourcesError
+from pocketlm.measure.device import versions
 
 DONE = "done.json"
 STARTED = time.time()  # of this run
 # Rooms whose code decides what a stage computes; a change there must not reuse old results.
-ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run")
+ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run", "pipeline", "commands")
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ def cache_folder() -> Path:
 
 @cache
 def code_hash() -> str:
-    """Return the hash of the code that computes stages."""
+    """Return the hash of what computes stages: this program's code, and the versions of the libraries."""
     root = Path(pocketlm.__file__).parent
     rooms = (path for room in ROOMS for path in sorted((root / room).rglob("*.py")))
     files = [path for path in rooms if "server" not in path.parts]  # it answers, and computes no stage
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    code = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(code + json.dumps(versions()).encode()).hexdigest()
 
 
 def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> Finished:

@@ -28,8 +28,7 @@ from pocketlm.plan.sizes import Sizes, sizes_of
 
 def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
     """Return what each format costs in the engine on this machine; measured once per model and context."""
-    here = machine()
-    inputs = {"model": model.origin.sha256, "cpu": here.cpu, "engine": here.engine, "context": context}
+    inputs = {"model": model.origin.sha256, "cpu": machine().cpu, "context": context}
     inputs |= {"threads": torch.get_num_threads()}
     done = stage("costs", inputs, lambda folder: asdict(measure_costs(model, sizes, context, progress)))
     return Costs(**done.facts)
