@@ -122,7 +122,7 @@ def cut(args: argparse.Namespace, teacher: LanguageModel, texts: dict[str, Token
 
     hashes = {name: texts[name].sha256 for name in ("calibration", "validation")}
     shape = {"shape": [args.depth, args.ffn], "drop": args.drop, "solving": args.solving}
-    return stage("benchmark-cut", {"model": teacher.origin.sha256, **shape, **hashes}, produce)
+    return stage("benchmark-cut", {"model": teacher.origin.key, **shape, **hashes}, produce)
 
 
 def trained(
@@ -219,7 +219,7 @@ def opinion_on_disk(teacher: LanguageModel, windows: Tensor, sampling: Sampling,
         facts = {"sampling": asdict(sampling), "predicted": predicted, "bytes": size}
         return facts | {"write_seconds": time.monotonic() - began}
 
-    inputs = {"model": teacher.origin.sha256, "text": as_tokens("", windows).sha256, "seed": seed}
+    inputs = {"model": teacher.origin.key, "text": as_tokens("", windows).sha256, "seed": seed}
     return stage("benchmark-targets", inputs | asdict(sampling), produce)
 
 

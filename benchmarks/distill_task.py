@@ -185,7 +185,7 @@ def trained(args: argparse.Namespace, teacher: str, student: str, how: Distil, t
 
 
 def _key(folder: str) -> str:
-    return load(folder).origin.sha256
+    return load(folder).origin.key
 
 
 def stored(folder: Path, form: str, text: Tensor) -> Path:

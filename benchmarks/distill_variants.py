@@ -163,7 +163,7 @@ def trained(teacher: LanguageModel, name: str, step: Distil, windows: dict[str, 
         print(f"{name}, seed {step.seed}: {report.summary}", flush=True)
         return measured(teacher, model, windows["test"]) | {"seconds": time.process_time() - began}
 
-    inputs = {"teacher": teacher.origin.sha256, "step": asdict(step), "windows": len(windows["learn"])}
+    inputs = {"teacher": teacher.origin.key, "step": asdict(step), "windows": len(windows["learn"])}
     return stage("benchmark-variant", inputs, produce).facts
 
 

@@ -4,9 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.tiny import tiny_folder
 
 import pocketlm
+from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.source import load
 from pocketlm.pipeline import cache
+from pocketlm.pipeline.proof import original_file
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +21,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # ---- what a stage depends on ----
+
+
+def test_no_stage_takes_a_models_weights_for_the_model():
+    for path in Path(pocketlm.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "stage(" not in text or "origin.sha256" not in text, path
+
+
+def test_a_corrected_chat_template_is_in_the_next_file(tmp_path: Path):
+    source = tiny_folder("llama", tmp_path / "model")
+    before = read_gguf(original_file(load(str(source)))).get("tokenizer.chat_template")
+    (source / "chat_template.jinja").write_text("{{ 'corrected' }}")
+    after = read_gguf(original_file(load(str(source)))).get("tokenizer.chat_template")
+    assert before != after == "{{ 'corrected' }}"
 
 
 @pytest.mark.parametrize("module", ["tensors/elimination.py", "pipeline/stages.py", "commands/distillation.py"])
