@@ -1,6 +1,9 @@
 """The cache of finished stages: what a stage depends on, who may make it, and what a killed run leaves."""
 
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,49 @@ def test_other_libraries_make_other_stages(monkeypatch: pytest.MonkeyPatch):
     for library in ("torch", "transformers", "xllamacpp"):
         monkeypatch.setattr(cache, "versions", lambda name=library: now | {name: "0.1"})
         assert cache.code_hash.__wrapped__() != before
+
+
+# ---- several runs at once ----
+
+# Makes a stage within a stage, which ends when somebody writes a file.
+RUN = """
+import sys, time
+from pathlib import Path
+from pocketlm.pipeline.cache import stage
+
+def inner(work):
+    return {"step": "inner"}
+
+def outer(work):
+    stage("inner", {}, inner)
+    deadline = time.monotonic() + 20
+    while not Path(sys.argv[1]).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (work / "made").touch()
+
+done = stage("outer", {}, outer)
+print(done.reused, (done.folder / "made").exists())
+"""
+
+
+def start(go: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(go)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(pattern: str, folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, tmp_path: Path):
+    first = start(tmp_path / "go")
+    wait_for(".outer-*.partial", folder)
+    second = start(tmp_path / "go")
+    assert "at work on outer-" in second.stderr.readline()
+    (tmp_path / "go").touch()
+    assert [run.communicate(timeout=60) for run in (first, second)] == [("False True\n", ""), ("True True\n", "")]
+    assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == ["inner", "outer"]

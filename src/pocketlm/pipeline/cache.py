@@ -1,16 +1,19 @@
 """Finished work, kept under a hash of everything it depends on, so that no run does it twice.
 
 A stage works in a folder of its own that gets its final name only when the stage is done: a killed run leaves
-nothing that looks finished, and the same command goes on where it was cut off.
+nothing that looks finished, and the same command goes on where it was cut off. Of several runs that need a stage one
+makes it, and the others wait for it: a lock of the system's says who, which ends with its process however that ends.
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +23,13 @@ import pocketlm
 from pocketlm.errors import BadInputError, OutOfResourcesError
 from pocketlm.measure.device import versions
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, one run at a time
+    fcntl = None
+
 DONE = "done.json"
-STARTED = time.time()  # of this run
+MADE: set[Path] = set()  # by this process
 # Rooms whose code decides what a stage computes; a change there must not reuse old results.
 ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run", "pipeline", "commands")
 
@@ -35,7 +43,7 @@ class Finished:
         key: The hash of all it depends on; part of the key of what builds on it.
         facts: What it said about itself.
         seconds: How long it took when it ran.
-        reused: Whether that was before this process.
+        reused: Whether that was in another process than this one.
     """
 
     folder: Path
@@ -68,7 +76,7 @@ def code_hash() -> str:
 
 
 def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> Finished:
-    """Return a finished stage, running it only where no earlier run did.
+    """Return a finished stage, running it only where no other run did; one that is at it now is waited for.
 
     Args:
         name: For the folder's name.
@@ -79,30 +87,56 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         OutOfResourcesError: The disk is full.
     """
     folder, key = _place(name, inputs)
-    if (folder / DONE).is_file():
-        record = json.loads((folder / DONE).read_text())
-        earlier = (folder / DONE).stat().st_mtime < STARTED
-        return Finished(folder, key, record["facts"], record["seconds"], reused=earlier)
-    partial = cache_folder() / f".{folder.name}.{os.getpid()}.partial"
-    began = time.monotonic()
     try:
-        partial.mkdir(parents=True)
-        facts = produce(partial)
-        seconds = time.monotonic() - began
-        (partial / DONE).write_text(json.dumps({"facts": facts, "seconds": seconds}))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        shutil.rmtree(unfinished(partial), ignore_errors=True)
+        if not (folder / DONE).is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.parent / f".{folder.name}.lock"
+            with _held(lock):
+                if not (folder / DONE).is_file():  # nobody finished it while this process waited
+                    _make(folder, produce)
+            lock.unlink(missing_ok=True)  # no one needs it any more: what is finished is not made again
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutOfResourcesError(
                 f"The disk of {cache_folder()} is full. Free some space, or run `pocketlm clean`, and start again"
             ) from error
         raise
+    record = json.loads((folder / DONE).read_text())
+    return Finished(folder, key, record["facts"], record["seconds"], reused=folder not in MADE)
+
+
+def _make(folder: Path, produce: Callable[[Path], Any]) -> None:
+    """Fill a stage's folder."""
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    began = time.monotonic()
+    try:
+        partial.mkdir()
+        facts = produce(partial)
+        seconds = time.monotonic() - began
+        (partial / DONE).write_text(json.dumps({"facts": facts, "seconds": seconds}))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        MADE.add(folder)
+        shutil.rmtree(unfinished(partial), ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    facts = json.loads(json.dumps(facts))  # as a later run will read them
-    return Finished(folder, key, facts, seconds, reused=False)
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Have a stage to oneself, where the system has locks; whoever has it is waited for."""
+    if fcntl is None:
+        yield
+        return
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning("Another run is at work on %s: waiting for it", lock.stem[1:])
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a disk of another machine's may have no locks
+            pass
+        yield
 
 
 def is_finished(name: str, inputs: dict[str, Any]) -> bool:
