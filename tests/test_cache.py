@@ -1,5 +1,6 @@
 """The cache of finished stages: what a stage depends on, who may make it, and what a killed run leaves."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pocketlm
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.source import load
 from pocketlm.pipeline import cache
+from pocketlm.pipeline.cache import empty, remove_leftovers, stage
 from pocketlm.pipeline.proof import original_file
 
 
@@ -94,6 +96,35 @@ def wait_for(pattern: str, folder: Path) -> None:
         time.sleep(0.01)
 
 
+def test_what_a_killed_run_leaves_is_in_nobodys_way(folder: Path, tmp_path: Path):
+    """Whoever waited for it makes the stage, though the next process may have the number of the killed one."""
+    killed = start(tmp_path / "go")
+    wait_for(".outer-*.partial", folder)
+    waiting = start(tmp_path / "go")
+    assert "at work on outer-" in waiting.stderr.readline()
+    (left,) = folder.glob(".outer-*.partial")
+    (left / "damaged").touch()
+    killed.kill()
+    killed.communicate()
+    (tmp_path / "go").touch()
+    assert waiting.communicate(timeout=60)[0] == "False True\n"
+    assert not list(folder.rglob("damaged"))
+    assert not list(folder.glob(".*"))
+
+
+def test_leftovers_of_the_dead_are_deleted_and_folders_of_the_living_are_not(folder: Path):
+    def produce(work: Path) -> dict[str, bool]:
+        dead = [folder / name for name in (".text-0.partial", f".text-1.{os.getpid()}.partial")]
+        for each in dead:
+            each.mkdir()
+        remove_leftovers()
+        return {"alive": work.exists(), "dead": any(each.exists() for each in dead)}
+
+    assert stage("text", {}, produce).facts == {"alive": True, "dead": False}
+    empty()
+    assert not list(folder.iterdir())
+
+
 def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, tmp_path: Path):
     first = start(tmp_path / "go")
     wait_for(".outer-*.partial", folder)
@@ -102,3 +133,11 @@ def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, 
     (tmp_path / "go").touch()
     assert [run.communicate(timeout=60) for run in (first, second)] == [("False True\n", ""), ("True True\n", "")]
     assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == ["inner", "outer"]
+
+
+def test_a_system_without_locks_has_stages_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "fcntl", None)
+    assert stage("text", {}, lambda work: {"made": 1}).facts == {"made": 1}
+    (folder / ".text-0.partial").mkdir()
+    remove_leftovers()
+    assert (folder / ".text-0.partial").exists(), "whether somebody is at work there cannot be known"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError, OutOfResourcesError
@@ -91,7 +91,7 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         if not (folder / DONE).is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = folder.parent / f".{folder.name}.lock"
-            with _held(lock):
+            with _held(lock, wait=True):
                 if not (folder / DONE).is_file():  # nobody finished it while this process waited
                     _make(folder, produce)
             lock.unlink(missing_ok=True)  # no one needs it any more: what is finished is not made again
@@ -107,9 +107,10 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
 
 def _make(folder: Path, produce: Callable[[Path], Any]) -> None:
     """Fill a stage's folder."""
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    partial = folder.parent / f".{folder.name}.partial"
     began = time.monotonic()
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run: who has the lock is alone
         partial.mkdir()
         facts = produce(partial)
         seconds = time.monotonic() - began
@@ -123,20 +124,27 @@ def _make(folder: Path, produce: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Have a stage to oneself, where the system has locks; whoever has it is waited for."""
+def _held(lock: Path, wait: bool) -> Iterator[bool]:
+    """Have a stage to oneself, where the system has locks; what comes is whether one has it."""
     if fcntl is None:
-        yield
+        yield False
         return
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.getLogger(__name__).warning("Another run is at work on %s: waiting for it", lock.stem[1:])
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a disk of another machine's may have no locks
-            pass
-        yield
+        yield _taken(file, wait)
+
+
+def _taken(file: IO[str], wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return False
+        name = Path(file.name).stem[1:]
+        logging.getLogger(__name__).warning("Another run is at work on %s: waiting for it", name)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a disk in the network may have no locks
+        return False
+    return True
 
 
 def is_finished(name: str, inputs: dict[str, Any]) -> bool:
@@ -152,16 +160,15 @@ def _place(name: str, inputs: dict[str, Any]) -> tuple[Path, str]:
 
 def unfinished(folder: Path) -> Path:
     """Return where a stage that works in `folder` keeps what a later run of it can go on from; gone when it is done."""
-    name = folder.name.removesuffix(".partial").rpartition(".")[0]
-    return folder.parent / f"{name}.unfinished"
+    return folder.with_suffix(".unfinished")
 
 
 def remove_leftovers() -> None:
-    """Delete the unfinished folders of runs that were killed."""
+    """Delete the unfinished folders of runs that were killed: those of live ones are locked."""
     for partial in cache_folder().glob(".*.partial"):
-        process = partial.name.rsplit(".", 2)[1]
-        if not Path(f"/proc/{process}").exists():
-            shutil.rmtree(partial, ignore_errors=True)
+        with _held(partial.with_suffix(".lock"), wait=False) as held:
+            if held:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def kept() -> list[tuple[str, int]]:
@@ -176,3 +183,5 @@ def empty() -> None:
     """Delete every stage."""
     for name, _ in kept():
         shutil.rmtree(cache_folder() / name)
+    for lock in cache_folder().glob(".*.lock"):
+        lock.unlink()
