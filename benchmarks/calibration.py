@@ -14,13 +14,12 @@ import torch
 from common import command_line, write_results
 from torch import Tensor
 
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.sweep import WINDOWS_AT_ONCE, sweep
 from pocketlm.model.text import read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.tensors.elimination import gptq, output_errors
 from pocketlm.tensors.formats import FORMATS
 

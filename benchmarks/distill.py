@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.measure.quality import LEVEL, RESAMPLES, Comparison, Interval, compare
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
@@ -39,7 +39,6 @@ from pocketlm.model.learning import Lessons
 from pocketlm.model.source import load
 from pocketlm.model.targets import Sampling, fitting, open_targets, predicted_bytes, write_targets
 from pocketlm.model.text import Tokens, as_tokens, pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.cache import Finished, stage, unfinished
 from pocketlm.plan.decide import tokens_in
 from pocketlm.plan.sensitivity import depth_damage
@@ -123,7 +122,7 @@ def cut(args: argparse.Namespace, teacher: LanguageModel, texts: dict[str, Token
 
     hashes = {name: texts[name].sha256 for name in ("calibration", "validation")}
     shape = {"shape": [args.depth, args.ffn], "drop": args.drop, "solving": args.solving}
-    return stage("benchmark-cut", {"model": teacher.origin.sha256, **shape, **hashes}, produce)
+    return stage("benchmark-cut", {"model": teacher.origin.key, **shape, **hashes}, produce)
 
 
 def trained(
@@ -220,7 +219,7 @@ def opinion_on_disk(teacher: LanguageModel, windows: Tensor, sampling: Sampling,
         facts = {"sampling": asdict(sampling), "predicted": predicted, "bytes": size}
         return facts | {"write_seconds": time.monotonic() - began}
 
-    inputs = {"model": teacher.origin.sha256, "text": as_tokens("", windows).sha256, "seed": seed}
+    inputs = {"model": teacher.origin.key, "text": as_tokens("", windows).sha256, "seed": seed}
     return stage("benchmark-targets", inputs | asdict(sampling), produce)
 
 

@@ -29,12 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.examples import pack_examples, read_examples
 from pocketlm.model.learning import Lessons
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.steps.distil import Distil, distil
 
 LENGTH = 512

@@ -24,12 +24,11 @@ from torch import Tensor
 from pocketlm.cli.terminal import Screen
 from pocketlm.commands.distillation import Distillation, distill
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.cache import stage
 from pocketlm.report.write import file_sha256
 from pocketlm.run.engine import Engine
@@ -186,7 +185,7 @@ def trained(args: argparse.Namespace, teacher: str, student: str, how: Distil, t
 
 
 def _key(folder: str) -> str:
-    return load(folder).origin.sha256
+    return load(folder).origin.key
 
 
 def stored(folder: Path, form: str, text: Tensor) -> Path:

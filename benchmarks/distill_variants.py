@@ -23,14 +23,13 @@ from common import command_line, write_results
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.gguf_tokenizer import merges_by_score
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, held_out_loss
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import silent
 from pocketlm.plan.sensitivity import depth_damage
@@ -164,7 +163,7 @@ def trained(teacher: LanguageModel, name: str, step: Distil, windows: dict[str, 
         print(f"{name}, seed {step.seed}: {report.summary}", flush=True)
         return measured(teacher, model, windows["test"]) | {"seconds": time.process_time() - began}
 
-    inputs = {"teacher": teacher.origin.sha256, "step": asdict(step), "windows": len(windows["learn"])}
+    inputs = {"teacher": teacher.origin.key, "step": asdict(step), "windows": len(windows["learn"])}
     return stage("benchmark-variant", inputs, produce).facts
 
 

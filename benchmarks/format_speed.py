@@ -15,10 +15,9 @@ import torch
 from common import command_line, write_results
 
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine, measure_speed
+from pocketlm.measure.device import machine, measure_speed, versions
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.pipeline.artefact import versions
 from pocketlm.run.speed import WORKER
 from pocketlm.tensors.formats import FORMATS, Packed, pack, round_to_nearest
 

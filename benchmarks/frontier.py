@@ -23,10 +23,9 @@ from common import command_line, write_results
 from pocketlm.api import Fit, evaluate, load, sweep
 from pocketlm.cli.terminal import Screen
 from pocketlm.errors import ImpossibleBudgetError
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.measure.task_files import Task, read_task
 from pocketlm.measure.tasks import Outcome, Z, pair
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.proof import original_file
 from pocketlm.pipeline.scoring import outcomes

@@ -14,7 +14,7 @@ import torch
 from common import command_line, write_results
 from torch import Tensor
 
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.anatomy import blocks_of, overwrite_weight
 from pocketlm.model.importance import token_importance
 from pocketlm.model.judge import Judge, divergence_of, judge
@@ -22,7 +22,6 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.sweep import Importance, sweep
 from pocketlm.model.text import read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.steps.quantize import choose_codes
 
 FORMATS = {

@@ -23,11 +23,10 @@ from safetensors.torch import load_file
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.proof import measure_quality
 from pocketlm.steps.quantize import Quantize, quantize
 

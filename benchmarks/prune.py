@@ -21,14 +21,13 @@ from simple_choices import FFN, HEADS, narrow_hidden, narrow_inner, statistics
 from torch import Tensor, nn
 
 from pocketlm.cli.terminal import Screen
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.surgery import drop_blocks
 from pocketlm.model.sweep import final_hidden
 from pocketlm.model.text import pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.plan.importance import block_influence, perplexity, perplexity_without
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth

@@ -22,11 +22,10 @@ from matplotlib import pyplot
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.measure.quality import Comparison, compare
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.planning import Fit, prepare
 from pocketlm.pipeline.stages import run_recipe
 from pocketlm.plan.budget import parse_time

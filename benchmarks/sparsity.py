@@ -16,13 +16,12 @@ from common import command_line, write_results
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.sparse_bitmask import linear_names, predicted_bytes
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.measure.quality import Logits, compare
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
-from pocketlm.pipeline.artefact import versions
 from pocketlm.steps.sparsify import Sparsify, sparsify
 
 import torch  # isort: skip

@@ -21,12 +21,11 @@ from common import command_line, write_results
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.device import machine
+from pocketlm.measure.device import machine, versions
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.text import Corpus, pack_windows, read_corpus
 from pocketlm.model.vocabulary import spellings
-from pocketlm.pipeline.artefact import versions
 from pocketlm.pipeline.proof import measure_on_text
 from pocketlm.plan.sizes import sizes_of
 from pocketlm.run.chat import complete, has_chat_template, serving

@@ -112,7 +112,7 @@ def taught(teacher: str, student: str, task: Path, epochs: float, how: Distil, p
     def produce(folder: Path) -> None:
         distill(Distillation(teacher=teacher, student=student, how=how, task=task, out=folder / "made"), progress)
 
-    inputs = {"teacher": model.origin.sha256, "student": student, "how": asdict(how)}
+    inputs = {"teacher": model.origin.key, "student": student, "how": asdict(how)}
     inputs |= {"task": hashlib.sha256(task.read_bytes()).hexdigest()}
     return stage("example-taught", inputs, produce).folder / "made" / "hf"
 

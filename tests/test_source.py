@@ -63,11 +63,13 @@ def test_a_folder_states_where_it_comes_from(folder: Path):
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n")
     model = load(str(folder))
     weights = folder / "model.safetensors"
-    assert asdict(model.origin) == {
+    assert len(model.origin.key) == 64
+    assert asdict(model.origin) | {"key": ""} == {
         "source": str(folder),
         "kind": "folder",
         "path": folder,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "key": "",
         "license": "apache-2.0",
         "base_model": "model",
         "file_bytes": weights.stat().st_size,
@@ -76,6 +78,28 @@ def test_a_folder_states_where_it_comes_from(folder: Path):
     assert model.is_chat
     assert not model.network.training
     assert model.network.dtype == torch.float32
+
+
+def test_whatever_a_model_is_made_of_is_in_its_key(folder: Path, file: Path, tmp_path: Path):
+    """But not where it lies."""
+    origins = [load(str(folder)).origin, load(str(folder), torch.bfloat16).origin]
+    assert load(str(shutil.copytree(folder, tmp_path / "elsewhere" / "model"))).origin.key == origins[0].key
+    edit(folder / "config.json", rms_norm_eps=1e-3)
+    origins.append(load(str(folder)).origin)
+    edit(folder / "generation_config.json", eos_token_id=3)
+    origins.append(load(str(folder)).origin)
+    edit(folder / "tokenizer_config.json", model_max_length=77)
+    origins.append(load(str(folder)).origin)
+    for name in ("chat_template.jinja", "additional_chat_templates/tool.jinja", "LICENSE"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("another")
+        origins.append(load(str(folder)).origin)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    origins += [load(str(folder)).origin, load(str(folder.rename(tmp_path / "another"))).origin]
+    assert len({origin.sha256 for origin in origins}) == 1
+    origins += [load(str(file)).origin, load(str(file), torch.bfloat16).origin]
+    origins.append(load(str(file.rename(tmp_path / "another.gguf"))).origin)
+    assert len({origin.key for origin in origins}) == len(origins)
 
 
 def test_weights_come_in_the_dtype_asked_for(folder: Path, file: Path):

@@ -126,7 +126,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
         if job.remote and lessons.targets is None:  # it said words, and no probabilities
             config = replace(config, cross_entropy=1.0)
-        inputs = {"teacher": teacher.origin.sha256, "student": start.key, "text": of_text, "how": asdict(config)}
+        inputs = {"teacher": teacher.origin.key, "student": start.key, "text": of_text, "how": asdict(config)}
         facts: dict[str, Any] = {}
         if job.targets != "live":
             lessons, facts = _from_disk(job, teacher, lessons, of_text, progress)
@@ -218,7 +218,7 @@ def _blocks_to_drop(teacher: LanguageModel, gone: int, texts: Texts, progress: P
         influence = block_influence(teacher.network, windows)
         return {"drop": sorted(sorted(range(1, blocks - 1), key=influence.__getitem__)[:gone])}
 
-    inputs = {"model": teacher.origin.sha256, "gone": gone, **texts.sha256}
+    inputs = {"model": teacher.origin.key, "gone": gone, **texts.sha256}
     return tuple(stage("distill-blocks", inputs, produce).facts["drop"])
 
 
@@ -231,14 +231,14 @@ def _stock(student: str, teacher: LanguageModel) -> Start:
             "Take a student of the same family, cut one (--student depth=12), or let the teacher answer prompts: serve "
             f"it, then `pocketlm distill {student} --student {student} --task PROMPTS.jsonl --remote http://...`"
         )
-    return Start(student, model.origin.sha256, (f"the student is {model.origin.base_model}",))
+    return Start(student, model.origin.key, (f"the student is {model.origin.base_model}",))
 
 
 def _tokens(job: Distillation, teacher: LanguageModel, start: Start, texts: Texts) -> int:
     """Return how many tokens to train on; a time is turned into tokens once, so that a resumed run does the same."""
     if job.seconds is None:
         return job.how.tokens
-    inputs = {"teacher": teacher.origin.sha256, "student": start.key, "seconds": job.seconds, "how": asdict(job.how)}
+    inputs = {"teacher": teacher.origin.key, "student": start.key, "seconds": job.seconds, "how": asdict(job.how)}
     inputs |= texts.sha256
 
     def produce(_: Path) -> dict[str, int]:
@@ -291,7 +291,7 @@ def _packed(
         _, used = keep_opinions(lessons, examples, opinions, teacher.tokenizer, folder)
         return {"examples": len(examples), "with_probabilities": used}
 
-    inputs = {"teacher": teacher.origin.sha256, "length": length, "said": hashlib.sha256(text.encode()).hexdigest()}
+    inputs = {"teacher": teacher.origin.key, "length": length, "said": hashlib.sha256(text.encode()).hexdigest()}
     done = stage("opinions", inputs, produce)
     progress("answers learnt with the server's probabilities", done.facts["with_probabilities"], done.facts["examples"])
     return replace(lessons, targets=open_targets(done.folder))
@@ -329,7 +329,7 @@ def _from_disk(
         actual = sum(path.stat().st_size for path in folder.iterdir()) / lessons.numel()
         return {"target_bytes_predicted": round(predicted, 1), "target_bytes": round(actual, 1)}
 
-    inputs = {"teacher": teacher.origin.sha256, "text": of_text, "sampling": asdict(sampling), "seed": job.how.seed}
+    inputs = {"teacher": teacher.origin.key, "text": of_text, "sampling": asdict(sampling), "seed": job.how.seed}
     kept = stage("targets", inputs, produce)
     return replace(lessons, targets=open_targets(kept.folder)), kept.facts
 

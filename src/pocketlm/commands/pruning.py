@@ -217,7 +217,7 @@ def _decide(
         steps.append(Quantize(formats={"*": "F16"}, keep_zeros=sparse))
         return {"recipe": to_dict(Recipe(steps=tuple(steps), seed=job.seed)), "damage": damage}
 
-    done = stage("prune-plan", {"model": model.origin.sha256, "asked": asked, **texts.sha256}, produce)
+    done = stage("prune-plan", {"model": model.origin.key, "asked": asked, **texts.sha256}, produce)
     return from_dict(done.facts["recipe"], "the plan"), [(block, kl) for block, kl in done.facts["damage"]]
 
 

@@ -243,6 +243,12 @@ def machine(folder: Path = Path()) -> Machine:
     )
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    names = ("torch", "transformers", "gguf", "xllamacpp")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
 def _cpu_lines() -> dict[str, str]:
     """Return the fields of the first processor in /proc/cpuinfo, none where there is no such file."""
     try:

@@ -20,6 +20,7 @@ class Origin:
     kind: str  # "folder", "hub" or "gguf" (`demo` is a GGUF file)
     path: Path  # the folder or the file on disk
     sha256: str  # of the weight file, or of the list of the weight files' hashes
+    key: str  # hash of all that results depend on: weights, their type in memory, config, tokenizer, license, name
     license: str | None  # SPDX-like id as the source states it, None where it states nothing
     base_model: str  # the name under which people know it
     file_bytes: int  # bytes of the weights on disk

@@ -29,6 +29,7 @@ _DEMO_NAME = "SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # `Model-Q4_K_M.gguf`, `model.f16.gguf`: the name of the model without the name of the number format.
 _FORMAT_SUFFIX = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32|fp16|mxfp4\w*|tq\d_0)$", re.IGNORECASE)
+_COMPANY = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*")  # what is read beside the weights
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md", "LICENSE*"]
 
 
@@ -114,13 +115,15 @@ def _load_gguf(source: str, path: Path, dtype: torch.dtype) -> LanguageModel:
     state = {name: weight.to(dtype) for name, weight in _parameters(file, config)}
     network = _build(config, state, dtype, path)
     network.generation_config.eos_token_id = end_ids(file) or None
+    sha256, name = _sha256(path), _DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem)
     origin = Origin(
         source=source,
         kind="gguf",
         path=path.resolve(),
-        sha256=_sha256(path),
+        sha256=sha256,
+        key=_hash_of(sha256, name, dtype),
         license=file.get("general.license"),
-        base_model=_DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem),
+        base_model=name,
         file_bytes=path.stat().st_size,
     )
     return LanguageModel(network, tokenizer, origin)
@@ -182,13 +185,17 @@ def _load_folder(source: str, folder: Path, dtype: torch.dtype, kind: str = "fol
     for name, parameter in network.named_parameters():
         _check_finite(folder, name, parameter)
     hashes = [_sha256(file) for file in weights]
+    sha256 = hashes[0] if len(hashes) == 1 else _hash_of(*hashes)
+    company = [f"{file.name} {_sha256(file)}" for each in _COMPANY for file in sorted(folder.glob(each))]
+    license, name = _card_license(folder), source if kind == "hub" else folder.resolve().name
     origin = Origin(
         source=source,
         kind=kind,
         path=folder.resolve(),
-        sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
-        license=_card_license(folder),
-        base_model=source if kind == "hub" else folder.resolve().name,
+        sha256=sha256,
+        key=_hash_of(sha256, *company, license, name, dtype),
+        license=license,
+        base_model=name,
         file_bytes=sum(file.stat().st_size for file in weights),
     )
     return LanguageModel(network, tokenizer, origin)
@@ -323,6 +330,10 @@ def _check_finite(path: Path, name: str, weight: Tensor) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_of(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -74,7 +74,7 @@ def _accuracy(model: LanguageModel, recipe: Recipe, texts: Texts, task: Task, pr
         (found,) = score_tasks({"model": (folder / "model.gguf", made.model)}, [task], progress)
         return {"accuracy": getattr(found.scores["model"], found.measure).value}
 
-    inputs = {"model": model.origin.sha256, "recipe": to_dict(recipe), "task": asdict(task), **texts.sha256}
+    inputs = {"model": model.origin.key, "recipe": to_dict(recipe), "task": asdict(task), **texts.sha256}
     accuracy = stage("accuracy", inputs, produce).facts["accuracy"]
     progress(f"accuracy on {task.name}: {accuracy:.3f}", 1, 1)
     return accuracy

@@ -1,19 +1,17 @@
 """The folder that a run leaves: files, measurements, reports, and the hashes of all of them."""
 
 import datetime
-import platform
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError
-from pocketlm.measure.device import FileSpeed, Machine, machine
+from pocketlm.measure.device import FileSpeed, Machine, machine, versions
 from pocketlm.measure.quality import Interval
 from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.anatomy import ffn_width
@@ -211,12 +209,6 @@ def _cache_note(proof: Proof) -> str:
 def _machine(here: Machine) -> dict[str, str | int]:
     memory = "not stated" if here.memory_bytes is None else say_bytes(here.memory_bytes)
     return {"processor": here.cpu, "cores": here.cores, "memory": memory, "system": here.system}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    names = ("torch", "transformers", "gguf", "xllamacpp")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _count(model: LanguageModel) -> int:

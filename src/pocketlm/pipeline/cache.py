@@ -1,28 +1,37 @@
 """Finished work, kept under a hash of everything it depends on, so that no run does it twice.
 
 A stage works in a folder of its own that gets its final name only when the stage is done: a killed run leaves
-nothing that looks finished, and the same command goes on where it was cut off.
+nothing that looks finished, and the same command goes on where it was cut off. Of several runs that need a stage one
+makes it, and the others wait for it: a lock of the system's says who, which ends with its process however that ends.
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError, OutOfResourcesError
+from pocketlm.measure.device import versions
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, one run at a time
+    fcntl = None
 
 DONE = "done.json"
-STARTED = time.time()  # of this run
+MADE: set[Path] = set()  # by this process
 # Rooms whose code decides what a stage computes; a change there must not reuse old results.
-ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run")
+ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run", "pipeline", "commands")
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Finished:
         key: The hash of all it depends on; part of the key of what builds on it.
         facts: What it said about itself.
         seconds: How long it took when it ran.
-        reused: Whether that was before this process.
+        reused: Whether that was in another process than this one.
     """
 
     folder: Path
@@ -58,15 +67,16 @@ def cache_folder() -> Path:
 
 @cache
 def code_hash() -> str:
-    """Return the hash of the code that computes stages."""
+    """Return the hash of what computes stages: this program's code, and the versions of the libraries."""
     root = Path(pocketlm.__file__).parent
     rooms = (path for room in ROOMS for path in sorted((root / room).rglob("*.py")))
     files = [path for path in rooms if "server" not in path.parts]  # it answers, and computes no stage
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    code = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(code + json.dumps(versions()).encode()).hexdigest()
 
 
 def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> Finished:
-    """Return a finished stage, running it only where no earlier run did.
+    """Return a finished stage, running it only where no other run did; one that is at it now is waited for.
 
     Args:
         name: For the folder's name.
@@ -77,30 +87,64 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         OutOfResourcesError: The disk is full.
     """
     folder, key = _place(name, inputs)
-    if (folder / DONE).is_file():
-        record = json.loads((folder / DONE).read_text())
-        earlier = (folder / DONE).stat().st_mtime < STARTED
-        return Finished(folder, key, record["facts"], record["seconds"], reused=earlier)
-    partial = cache_folder() / f".{folder.name}.{os.getpid()}.partial"
-    began = time.monotonic()
     try:
-        partial.mkdir(parents=True)
-        facts = produce(partial)
-        seconds = time.monotonic() - began
-        (partial / DONE).write_text(json.dumps({"facts": facts, "seconds": seconds}))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        shutil.rmtree(unfinished(partial), ignore_errors=True)
+        if not (folder / DONE).is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.parent / f".{folder.name}.lock"
+            with _held(lock, wait=True):
+                if not (folder / DONE).is_file():  # nobody finished it while this process waited
+                    _make(folder, produce)
+            lock.unlink(missing_ok=True)  # no one needs it any more: what is finished is not made again
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutOfResourcesError(
                 f"The disk of {cache_folder()} is full. Free some space, or run `pocketlm clean`, and start again"
             ) from error
         raise
+    record = json.loads((folder / DONE).read_text())
+    return Finished(folder, key, record["facts"], record["seconds"], reused=folder not in MADE)
+
+
+def _make(folder: Path, produce: Callable[[Path], Any]) -> None:
+    """Fill a stage's folder."""
+    partial = folder.parent / f".{folder.name}.partial"
+    began = time.monotonic()
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run: who has the lock is alone
+        partial.mkdir()
+        facts = produce(partial)
+        seconds = time.monotonic() - began
+        (partial / DONE).write_text(json.dumps({"facts": facts, "seconds": seconds}))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        MADE.add(folder)
+        shutil.rmtree(unfinished(partial), ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    facts = json.loads(json.dumps(facts))  # as a later run will read them
-    return Finished(folder, key, facts, seconds, reused=False)
+
+
+@contextmanager
+def _held(lock: Path, wait: bool) -> Iterator[bool]:
+    """Have a stage to oneself, where the system has locks; what comes is whether one has it."""
+    if fcntl is None:
+        yield False
+        return
+    with lock.open("w") as file:
+        yield _taken(file, wait)
+
+
+def _taken(file: IO[str], wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return False
+        name = Path(file.name).stem[1:]
+        logging.getLogger(__name__).warning("Another run is at work on %s: waiting for it", name)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a disk in the network may have no locks
+        return False
+    return True
 
 
 def is_finished(name: str, inputs: dict[str, Any]) -> bool:
@@ -116,16 +160,15 @@ def _place(name: str, inputs: dict[str, Any]) -> tuple[Path, str]:
 
 def unfinished(folder: Path) -> Path:
     """Return where a stage that works in `folder` keeps what a later run of it can go on from; gone when it is done."""
-    name = folder.name.removesuffix(".partial").rpartition(".")[0]
-    return folder.parent / f"{name}.unfinished"
+    return folder.with_suffix(".unfinished")
 
 
 def remove_leftovers() -> None:
-    """Delete the unfinished folders of runs that were killed."""
+    """Delete the unfinished folders of runs that were killed: those of live ones are locked."""
     for partial in cache_folder().glob(".*.partial"):
-        process = partial.name.rsplit(".", 2)[1]
-        if not Path(f"/proc/{process}").exists():
-            shutil.rmtree(partial, ignore_errors=True)
+        with _held(partial.with_suffix(".lock"), wait=False) as held:
+            if held:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def kept() -> list[tuple[str, int]]:
@@ -140,3 +183,5 @@ def empty() -> None:
     """Delete every stage."""
     for name, _ in kept():
         shutil.rmtree(cache_folder() / name)
+    for lock in cache_folder().glob(".*.lock"):
+        lock.unlink()

@@ -48,7 +48,7 @@ def improve(model: LanguageModel, wanted: Wanted, decision: Decision, texts: Tex
     alone = next((plan for plan in decision.rivals if not plan.prunes), None)
     if alone is None or wanted.costs or model.network.dtype is not torch.float32:
         return decision
-    inputs = {"wanted": asdict(wanted), "plan": asdict(alone), "model": model.origin.sha256, **texts.sha256}
+    inputs = {"wanted": asdict(wanted), "plan": asdict(alone), "model": model.origin.key, **texts.sha256}
 
     def produce(folder: Path) -> dict[str, Any]:
         tried = _try_mixes(model, wanted, alone, decision, texts, progress)

@@ -28,8 +28,7 @@ from pocketlm.plan.sizes import Sizes, sizes_of
 
 def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
     """Return what each format costs in the engine on this machine; measured once per model and context."""
-    here = machine()
-    inputs = {"model": model.origin.sha256, "cpu": here.cpu, "engine": here.engine, "context": context}
+    inputs = {"model": model.origin.key, "cpu": machine().cpu, "context": context}
     inputs |= {"threads": torch.get_num_threads()}
     done = stage("costs", inputs, lambda folder: asdict(measure_costs(model, sizes, context, progress)))
     return Costs(**done.facts)
@@ -42,7 +41,7 @@ def damages_known(model: LanguageModel, texts: Texts) -> bool:
 
 def _of_text(model: LanguageModel, texts: Texts) -> dict[str, str]:
     """Return the hashes of what damages are measured on."""
-    return {"model": model.origin.sha256, **texts.sha256}
+    return {"model": model.origin.key, **texts.sha256}
 
 
 def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, progress: Progress) -> Decision:

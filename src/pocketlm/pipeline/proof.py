@@ -118,7 +118,7 @@ def original_file(model: LanguageModel) -> Path:
         return model.origin.path
     done = stage(
         "original-gguf",
-        {"model": model.origin.sha256},
+        {"model": model.origin.key},
         lambda folder: write_gguf(model, {}, folder / "original-F16.gguf"),
     )
     return done.folder / "original-F16.gguf"
@@ -156,7 +156,7 @@ def plain_file(model: LanguageModel, choice: Simpler, texts: Texts, progress: Pr
         )
         write_gguf(done, packed, folder / f"plain-{choice.name}.gguf")
 
-    inputs = {"model": model.origin.sha256, "formats": choice.formats, "text": texts.calibration.sha256}
+    inputs = {"model": model.origin.key, "formats": choice.formats, "text": texts.calibration.sha256}
     done = stage("plain", inputs, produce)
     return done.folder / f"plain-{choice.name}.gguf"
 
@@ -179,7 +179,7 @@ def engine_damage(model: LanguageModel, texts: Texts, progress: Progress) -> flo
         path.unlink()
         return {"kl": quality.qualities["Q8_0"].kl.value}
 
-    return stage("engine", {"model": model.origin.sha256, **texts.sha256}, produce).facts["kl"]
+    return stage("engine", {"model": model.origin.key, **texts.sha256}, produce).facts["kl"]
 
 
 # ---- verifying ----

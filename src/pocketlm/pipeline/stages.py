@@ -117,7 +117,7 @@ def gather_texts(
             "counts": {k: len(v) for k, v in windows.items()},
         }
 
-    inputs = {"model": model.origin.sha256, "text": corpus.sha256, "own": not data, "seed": seed, "learning": learning}
+    inputs = {"model": model.origin.key, "text": corpus.sha256, "own": not data, "seed": seed, "learning": learning}
     done = stage("text", inputs, produce)
     windows = load_file(done.folder / "windows.safetensors")
     names = {"calibration": f"{corpus.name} and the model's own samples" if not data else corpus.name}
@@ -193,7 +193,7 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
         texts: To take statistics on and to learn from.
         progress: Called as the steps go on.
     """
-    done = [stage("original", {"model": original.origin.sha256}, lambda folder: _keep(original, folder))]
+    done = [stage("original", {"model": original.origin.key}, lambda folder: _keep(original, folder))]
     teacher = Teacher(original, texts)
     for step in recipe.steps:
         before = done[-1]

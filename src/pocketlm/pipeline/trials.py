@@ -158,7 +158,7 @@ def search(
         return {"trials": len(made), "recipe": to_dict(recipe)}
 
     rivals = [asdict(plan) for plan in decision.rivals]
-    inputs = {"model": model.origin.sha256, "rivals": rivals, "wanted": asdict(wanted), "seed": seed, **texts.sha256}
+    inputs = {"model": model.origin.key, "rivals": rivals, "wanted": asdict(wanted), "seed": seed, **texts.sha256}
     inputs |= {"heal": decision.heal, "tune": decision.tune, "limit": limit and limit.seconds}
     done = stage("search", inputs, produce)
     trials = tuple(trial_of(plan) for plan in decision.rivals[: done.facts["trials"]])
@@ -202,8 +202,7 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
             "ending": took["quantize"] + PROOF_READINGS * in_engine,
         }
 
-    inputs = {"model": model.origin.sha256, "recipe": to_dict(recipe), "per_text": per_text}
-    inputs |= {"windows": RANKING_WINDOWS, "read": "torch", **texts.sha256}
+    inputs = {"model": model.origin.key, "recipe": to_dict(recipe), "per_text": per_text, **texts.sha256}
     done = stage("trial", inputs, produce)
     facts = done.facts
     tokens = sum(step.tokens for step in recipe.steps if step.step in LEARNING)

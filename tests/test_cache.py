@@ -1,0 +1,143 @@
+"""The cache of finished stages: what a stage depends on, who may make it, and what a killed run leaves."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.tiny import tiny_folder
+
+import pocketlm
+from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.source import load
+from pocketlm.pipeline import cache
+from pocketlm.pipeline.cache import empty, remove_leftovers, stage
+from pocketlm.pipeline.proof import original_file
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of these tests."""
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# ---- what a stage depends on ----
+
+
+def test_no_stage_takes_a_models_weights_for_the_model():
+    for path in Path(pocketlm.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "stage(" not in text or "origin.sha256" not in text, path
+
+
+def test_a_corrected_chat_template_is_in_the_next_file(tmp_path: Path):
+    source = tiny_folder("llama", tmp_path / "model")
+    before = read_gguf(original_file(load(str(source)))).get("tokenizer.chat_template")
+    (source / "chat_template.jinja").write_text("{{ 'corrected' }}")
+    after = read_gguf(original_file(load(str(source)))).get("tokenizer.chat_template")
+    assert before != after == "{{ 'corrected' }}"
+
+
+@pytest.mark.parametrize("module", ["tensors/elimination.py", "pipeline/stages.py", "commands/distillation.py"])
+def test_other_code_makes_other_stages(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copy = shutil.copytree(Path(pocketlm.__file__).parent, tmp_path / "pocketlm")
+    monkeypatch.setattr("pocketlm.__file__", str(copy / "__init__.py"))
+    before = cache.code_hash.__wrapped__()
+    assert before == cache.code_hash()
+    (copy / module).write_text((copy / module).read_text() + "MORE_WINDOWS = 1\n")
+    assert cache.code_hash.__wrapped__() != before
+
+
+def test_other_libraries_make_other_stages(monkeypatch: pytest.MonkeyPatch):
+    before, now = cache.code_hash(), cache.versions()
+    assert cache.code_hash.__wrapped__() == before
+    for library in ("torch", "transformers", "xllamacpp"):
+        monkeypatch.setattr(cache, "versions", lambda name=library: now | {name: "0.1"})
+        assert cache.code_hash.__wrapped__() != before
+
+
+# ---- several runs at once ----
+
+# Makes a stage within a stage, which ends when somebody writes a file.
+RUN = """
+import sys, time
+from pathlib import Path
+from pocketlm.pipeline.cache import stage
+
+def inner(work):
+    return {"step": "inner"}
+
+def outer(work):
+    stage("inner", {}, inner)
+    deadline = time.monotonic() + 20
+    while not Path(sys.argv[1]).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (work / "made").touch()
+
+done = stage("outer", {}, outer)
+print(done.reused, (done.folder / "made").exists())
+"""
+
+
+def start(go: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(go)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(pattern: str, folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_killed_run_leaves_is_in_nobodys_way(folder: Path, tmp_path: Path):
+    """Whoever waited for it makes the stage, though the next process may have the number of the killed one."""
+    killed = start(tmp_path / "go")
+    wait_for(".outer-*.partial", folder)
+    waiting = start(tmp_path / "go")
+    assert "at work on outer-" in waiting.stderr.readline()
+    (left,) = folder.glob(".outer-*.partial")
+    (left / "damaged").touch()
+    killed.kill()
+    killed.communicate()
+    (tmp_path / "go").touch()
+    assert waiting.communicate(timeout=60)[0] == "False True\n"
+    assert not list(folder.rglob("damaged"))
+    assert not list(folder.glob(".*"))
+
+
+def test_leftovers_of_the_dead_are_deleted_and_folders_of_the_living_are_not(folder: Path):
+    def produce(work: Path) -> dict[str, bool]:
+        dead = [folder / name for name in (".text-0.partial", f".text-1.{os.getpid()}.partial")]
+        for each in dead:
+            each.mkdir()
+        remove_leftovers()
+        return {"alive": work.exists(), "dead": any(each.exists() for each in dead)}
+
+    assert stage("text", {}, produce).facts == {"alive": True, "dead": False}
+    empty()
+    assert not list(folder.iterdir())
+
+
+def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, tmp_path: Path):
+    first = start(tmp_path / "go")
+    wait_for(".outer-*.partial", folder)
+    second = start(tmp_path / "go")
+    assert "at work on outer-" in second.stderr.readline()
+    (tmp_path / "go").touch()
+    assert [run.communicate(timeout=60) for run in (first, second)] == [("False True\n", ""), ("True True\n", "")]
+    assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == ["inner", "outer"]
+
+
+def test_a_system_without_locks_has_stages_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "fcntl", None)
+    assert stage("text", {}, lambda work: {"made": 1}).facts == {"made": 1}
+    (folder / ".text-0.partial").mkdir()
+    remove_leftovers()
+    assert (folder / ".text-0.partial").exists(), "whether somebody is at work there cannot be known"
