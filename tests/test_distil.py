@@ -117,7 +117,7 @@ def test_a_pruned_model_recovers(tiny_model: Tiny):
     assert student.network.lm_head.weight is student.network.get_input_embeddings().weight, "still tied"
 
 
-@pytest.mark.parametrize("evaluations", [0, 1, 3])
+@pytest.mark.parametrize("evaluations", [1, 3])
 def test_training_that_does_not_help_is_undone(evaluations: int, tiny_model: Tiny):
     teacher = tiny_model("llama")
     student = tiny_model("llama")  # cannot become any closer

@@ -216,6 +216,14 @@ def test_what_fails_leaves_the_old_result(tmp_path):
         pass
 
 
+def test_two_runs_do_not_write_the_same_folder(tmp_path):
+    with new_folder(tmp_path / "out", False) as folder:
+        (folder / "mine").write_text("")
+        with pytest.raises(BadInputError, match="Another run is writing"), new_folder(tmp_path / "out", False):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -475,9 +475,12 @@ def test_pruning_is_measured_once_and_only_where_nearly_free_formats_do_not_fit(
     assert len(small.depth) > 1
     assert small.width
     assert any("dropping" in what for what in said)
+    again, asked = measured(nearly_free * 2 // 3), list(said)
+    assert (again, asked) == (small, []), "the same question is answered from the cache"
     larger = measured(nearly_free - 1)
-    assert larger == small, "the longer path begins with the shorter one"
-    assert not said
+    assert larger == replace(small, depth=small.depth[:1])
+    assert {what.split(" of ")[0] for what in said} == {"damage"}
+    assert not any("formats" in what or "FFN" in what for what in said)
     hurried = measured(nearly_free - 1, "fast")
     assert hurried.depth == small.depth[:1]
     assert not any("FFN" in what for what in said)

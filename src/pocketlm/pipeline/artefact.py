@@ -4,7 +4,7 @@ import datetime
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
 from pocketlm.model.text import Tokens
-from pocketlm.pipeline.cache import Finished
+from pocketlm.pipeline.cache import Finished, held
 from pocketlm.pipeline.proof import STAGE_WINDOWS, Proof
 from pocketlm.pipeline.stages import Compressed, Texts
 from pocketlm.plan.budget import say_bytes
@@ -41,25 +41,30 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
         reads: What the work reads: names of models that may be no paths, files.
 
     Raises:
-        BadInputError: `out` exists and `force` is not given, or it is nothing to replace, or cannot be written.
+        BadInputError: `out` exists and `force` is not given, or it is nothing to replace, or cannot be written, or
+            another run is writing it.
     """
     if out.exists() or out.is_symlink():
         _check_replaceable(out, force, reads)
-    partial, replaced = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise BadInputError(f"Cannot write {out}: {error.strerror}. Give another folder with -o") from error
-    try:
+    partial, replaced, lock = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced", "lock"))
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            mine = stack.enter_context(held(lock, wait=False))
+            if mine is False:
+                raise BadInputError(f"Another run is writing {out}. Wait for it, or give another folder with -o")
+            stack.callback(lock.unlink, missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+            partial.mkdir()
+        except OSError as error:
+            raise BadInputError(f"Cannot write {out}: {error.strerror}. Give another folder with -o") from error
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None]) -> None:

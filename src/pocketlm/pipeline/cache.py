@@ -91,7 +91,7 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         if not (folder / DONE).is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = folder.parent / f".{folder.name}.lock"
-            with _held(lock, wait=True):
+            with held(lock, wait=True):
                 if not (folder / DONE).is_file():  # nobody finished it while this process waited
                     _make(folder, produce)
             lock.unlink(missing_ok=True)  # no one needs it any more: what is finished is not made again
@@ -124,16 +124,16 @@ def _make(folder: Path, produce: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def _held(lock: Path, wait: bool) -> Iterator[bool]:
-    """Have a stage to oneself, where the system has locks; what comes is whether one has it."""
+def held(lock: Path, wait: bool) -> Iterator[bool | None]:
+    """Have something to oneself; what comes is whether one has it, None where the system has no locks."""
     if fcntl is None:
-        yield False
+        yield None
         return
     with lock.open("w") as file:
         yield _taken(file, wait)
 
 
-def _taken(file: IO[str], wait: bool) -> bool:
+def _taken(file: IO[str], wait: bool) -> bool | None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -143,7 +143,7 @@ def _taken(file: IO[str], wait: bool) -> bool:
         logging.getLogger(__name__).warning("Another run is at work on %s: waiting for it", name)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # a disk in the network may have no locks
-        return False
+        return None
     return True
 
 
@@ -166,8 +166,8 @@ def unfinished(folder: Path) -> Path:
 def remove_leftovers() -> None:
     """Delete the unfinished folders of runs that were killed: those of live ones are locked."""
     for partial in cache_folder().glob(".*.partial"):
-        with _held(partial.with_suffix(".lock"), wait=False) as held:
-            if held:
+        with held(partial.with_suffix(".lock"), wait=False) as mine:
+            if mine:
                 shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +82,16 @@ class Texts:
         windows = _windows(self.documents, tokenizer, self.test.windows.shape[1])
         return replace(self, **{part: as_tokens(getattr(self, part).name, rows) for part, rows in windows.items()})
 
-    @property
+    @cached_property
     def sha256(self) -> dict[str, str]:
-        """The hashes of what a recipe's steps read."""
-        return {"calibration": self.calibration.sha256, "validation": self.validation.sha256}
+        """The hashes of what a recipe's steps and the trials of candidates read."""
+        read = [self.documents.get(part, []) for part in ("calibration", "validation")]
+        documents = hashlib.sha256(json.dumps(read).encode()).hexdigest()
+        return {
+            "calibration": self.calibration.sha256,
+            "validation": self.validation.sha256,
+            "documents": documents,
+        }
 
 
 def gather_texts(
