@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tests.tiny import tiny_folder
 
 import pocketlm
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.source import load
+from pocketlm.model.text import as_tokens
 from pocketlm.pipeline import cache
 from pocketlm.pipeline.cache import empty, remove_leftovers, stage
 from pocketlm.pipeline.proof import original_file
+from pocketlm.pipeline.stages import Texts
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,17 @@ def test_a_corrected_chat_template_is_in_the_next_file(tmp_path: Path):
     (source / "chat_template.jinja").write_text("{{ 'corrected' }}")
     after = read_gguf(original_file(load(str(source)))).get("tokenizer.chat_template")
     assert before != after == "{{ 'corrected' }}"
+
+
+def test_text_beyond_the_windows_is_in_a_key_too():
+    """Candidates are ranked on more of the validation text than trainings are watched on."""
+    tokens = as_tokens("words", torch.zeros(2, 8, dtype=torch.long))
+    found = [
+        Texts(tokens, tokens, tokens, {"calibration": ["a"], "validation": [validation], "test": [test]}).sha256
+        for validation, test in (("b", "c"), ("other", "c"), ("b", "other"))
+    ]
+    assert found[0] != found[1]
+    assert found[0] == found[2], "nothing but the proof reads the test part"
 
 
 @pytest.mark.parametrize("module", ["tensors/elimination.py", "pipeline/stages.py", "commands/distillation.py"])

@@ -90,7 +90,7 @@ def test_whatever_a_model_is_made_of_is_in_its_key(folder: Path, file: Path, tmp
     origins.append(load(str(folder)).origin)
     edit(folder / "tokenizer_config.json", model_max_length=77)
     origins.append(load(str(folder)).origin)
-    for name in ("chat_template.jinja", "additional_chat_templates/tool.jinja", "LICENSE"):
+    for name in ("chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt", "LICENSE"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("another")
         origins.append(load(str(folder)).origin)

@@ -29,7 +29,8 @@ _DEMO_NAME = "SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # `Model-Q4_K_M.gguf`, `model.f16.gguf`: the name of the model without the name of the number format.
 _FORMAT_SUFFIX = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32|fp16|mxfp4\w*|tq\d_0)$", re.IGNORECASE)
-_COMPANY = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*")  # what is read beside the weights
+# What is read beside the weights.
+_COMPANY = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "LICENSE*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md", "LICENSE*"]
 
 
