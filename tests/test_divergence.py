@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.conftest import Tiny
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ def obvious(loss: Loss, reference: Tensor, other: Tensor, labels: Tensor) -> Ten
 
 
 @settings(max_examples=150, deadline=None)
+@example(
+    kind="reverse_kl",
+    temperature=1.0,
+    share=None,
+    cross_entropy=0.0,
+    positions=6,
+    vocabulary=87,
+    spread=6.0,
+    seed=0,
+)
 @given(
     kind=kinds,
     temperature=st.sampled_from([1.0, 0.5, 2.0, 4.0]),
@@ -66,7 +76,8 @@ def test_losses_and_gradients_are_those_of_autograd_in_float64(
     before = other.clone()
     value, slope = loss_with_gradient(loss, reference, other, labels)
     assert torch.equal(other, before)
-    scale = max(1.0, temperature**2)
+    # Logarithms of probabilities are off in proportion to their size: of 400 tries 5e-6 at most where the spread is 6.
+    scale = max(1.0, temperature**2) * max(1.0, spread)
     assert torch.allclose(value.double(), truth.detach(), rtol=1e-4, atol=2e-5 * scale)
     assert torch.allclose(slope.double(), exact.grad, rtol=1e-3, atol=2e-6 * scale)
 
