@@ -112,25 +112,27 @@ def test_the_lines_of_a_plan_show_every_unit_once(planned):
     assert [row[1:2] + row[4:] for row in rows if row[0] == "value"] == [["Q8_0", "0-2"]]
 
 
-def test_one_format_for_all_needs_no_measurement(llama, text, tmp_path):
-    arguments = (llama, "--format", "q4_0", "--tensor", "embedding=q8_0", "--data", text, "-o", tmp_path / "out")
-    done = run(*arguments, "--dry-run", "--json", cache=tmp_path / "cache")
+def dry_run_in_one_format(llama, text, place, form, tensor):
+    """What `--dry-run` says of one format with an exception, and the formats of its recipe."""
+    arguments = (llama, "--format", form, "--tensor", tensor, "--data", text, "-o", place / "out")
+    done = run(*arguments, "--dry-run", "--json", cache=place / "cache")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     (step,) = data["recipe"]["steps"]
-    assert set(step["formats"].values()) == {"Q4_0", "Q8_0"}
+    return data, step["formats"]
+
+
+def test_one_format_for_all_needs_no_measurement(llama, text, tmp_path):
+    data, formats = dry_run_in_one_format(llama, text, tmp_path, "q4_0", "embedding=q8_0")
+    assert set(formats.values()) == {"Q4_0", "Q8_0"}
     assert data["plan"] is None
     assert data["budget_bytes"] == data["predicted_bytes"]
 
 
 def test_a_dry_run_of_an_integer_format_writes_nothing_and_any_case_will_do(llama, text, tmp_path):
-    arguments = (llama, "--format", "INT4-G32", "--tensor", "ffn_out=Int8-g32", "--data", text, "-o", tmp_path / "out")
-    done = run(*arguments, "--dry-run", "--json", cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    data = json.loads(done.stdout)
-    (step,) = data["recipe"]["steps"]
-    assert step["formats"]["ffn_out"] == "int8-g32"
-    assert set(step["formats"].values()) == {"F16", "int4-g32", "int8-g32"}
+    data, formats = dry_run_in_one_format(llama, text, tmp_path, "INT4-G32", "ffn_out=Int8-g32")
+    assert formats["ffn_out"] == "int8-g32"
+    assert set(formats.values()) == {"F16", "int4-g32", "int8-g32"}
     assert data["predicted_bytes"] > 0
     assert not (tmp_path / "out").exists()
 

@@ -10,7 +10,7 @@ import typer
 
 from pocketlm.cli import measuring, serving
 from pocketlm.cli.exits import run
-from pocketlm.cli.options import Data, Debug, Json, Model, Threads, fixed_formats, format_name
+from pocketlm.cli.options import Data, Debug, Json, Model, Threads, fixed_formats, read_format
 from pocketlm.cli.options import gguf_file as _gguf
 from pocketlm.cli.options import print_result as _print
 from pocketlm.errors import BadInputError
@@ -146,7 +146,7 @@ def quantize(
         model=model,
         size=size,
         bits=bits,
-        format=None if format is None else format_name(format),
+        format=None if format is None else read_format(format),
         out=out,
         fixed=fixed_formats(tensor or []),
         method=method,

@@ -30,7 +30,7 @@ def gguf_file(name: str) -> Path:
     return demo_file() if name == DEMO else path
 
 
-def format_name(text: str) -> str:
+def read_format(text: str) -> str:
     """Return a format's name as its kind writes it (Q4_0 in GGUF, int4-g32 elsewhere), whatever case a person used."""
     from pocketlm.tensors.formats.integer import NAMES
 
@@ -43,7 +43,7 @@ def fixed_formats(texts: list[str]) -> tuple[tuple[str, str], ...]:
     for text, (name, form) in zip(texts, pairs, strict=True):
         if not name or not form:
             raise BadInputError(f"Cannot read `{text}`. Write it like embedding=Q8_0 or 'model.layers.0.*=Q5_0'")
-    return tuple((name, format_name(form)) for name, form in pairs)
+    return tuple((name, read_format(form)) for name, form in pairs)
 
 
 def print_result(lines: list[str], data: dict[str, Any], json_output: bool) -> None:

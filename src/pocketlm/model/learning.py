@@ -24,12 +24,12 @@ from pocketlm.tensors.divergence import (
 )
 
 POSITIONS_AT_ONCE = 1024  # logits of so many positions are in memory together, whatever the vocabulary
-# Losses are computed from those of so many, so that a CPU's cache holds all that comes between: a step of 4 x 512
-# tokens took 0.4 s for it, of 512 positions together 0.75 s and twice the memory.
-ROWS_AT_ONCE = {"cpu": 32}
 # Activations of so many tokens are; the gradients of longer batches are summed up. A step of 4 x 512 tokens with a 135M
 # teacher took 5.0 GB all at once, 4.5 GB in halves, as fast on two threads, and 3.3 GB one by one, 10 % slower.
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
+# Losses are computed from the logits of so many positions, so that a CPU's cache holds what comes between: a step of
+# 4 x 512 tokens took 0.4 s for it, of 512 positions together 0.75 s and twice the memory.
+ROWS_AT_ONCE = {"cpu": 32}
 FORWARD_KL = Loss()
 CHECKPOINT_PARAMETERS = 400_000_000  # above this, the backward pass recomputes activations to save memory
 
