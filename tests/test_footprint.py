@@ -130,7 +130,7 @@ def test_the_command_refuses_at_once_and_fits_memory(tmp_path):
     assert "The smallest change that fits: --ram" in refused.stderr
     asked = ("--ram", "1GB", "--context", 64, "--quality", 0.9, "--preset", "fast", "--heal", "0", "--json")
     done = pocketlm("fit", folder, *asked, "-o", tmp_path / "out", cache=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout, done.stderr
     report = json.loads(done.stdout)
     notes = " ".join(report["notes"])
     assert "of memory at 64 tokens of context" in notes
@@ -140,3 +140,4 @@ def test_the_command_refuses_at_once_and_fits_memory(tmp_path):
     assert budget["bytes"] is None, "no size was asked for"
     assert [limit["text"] for limit in budget["limits"]] == ["1.00 GB of memory at 64 tokens of context", "quality 0.9"]
     assert budget["met"] == all(limit["met"] for limit in budget["limits"])
+    assert done.returncode == (0 if budget["met"] else 4), done.stderr

@@ -23,6 +23,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tests.command_line import command, environment, pocketlm
 from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
 from tests.tiny import tiny_folder
@@ -33,7 +34,7 @@ from pocketlm.model.source import load
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
-from pocketlm.run.server.requests import Chat, parse
+from pocketlm.run.server.requests import Chat, Completion, Embedding, parse
 from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -383,6 +384,21 @@ def test_a_refusal_names_the_field_and_what_was_meant_there(change, param, said)
         parse(Chat, json.dumps(VALID | change).encode())
     assert caught.value.param == param
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (Chat, {"messages": [{}] * 999}),
+        (Chat, VALID | {"tools": [0] * 999}),
+        (Completion, {"prompt": [-1] * 999}),
+        (Embedding, {"input": [{}] * 999}),
+    ],
+)
+def test_of_a_thousand_wrong_items_one_is_worded(kind, body):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() <= 4, "one for each kind that the list might be of"
 
 
 def test_what_openais_client_has_read_may_be_sent_back(client):

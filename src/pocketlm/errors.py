@@ -23,7 +23,7 @@ class ImpossibleBudgetError(PocketlmError):
 
 
 class VerificationError(PocketlmError):
-    """The exported file does not do in the engine what was predicted."""
+    """The exported file does not do in the engine what was predicted or asked for."""
 
     exit_code = 4
 

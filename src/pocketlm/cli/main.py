@@ -350,9 +350,10 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
     from pocketlm import api
     from pocketlm.cli.terminal import Screen, integer_lines, plan_lines, result_lines
     from pocketlm.report.content import to_dict
+    from pocketlm.report.verdict import check_budget_met
     from pocketlm.tensors.formats.integer import NAMES
 
-    integers = job.format in NAMES
+    integers, report = job.format in NAMES, None
     with Screen() as screen:
         if dry_run:
             planned = api.plan_integers(job) if integers else api.plan(job, screen.progress)
@@ -364,6 +365,8 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
             report = api.fit(job, screen.progress, lambda planned: screen.say(plan_lines(planned)))
             lines, data = result_lines(report, job.out), to_dict(report)
     _print(lines, data, json_output)
+    if report:
+        check_budget_met(report)
 
 
 def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:

@@ -82,7 +82,7 @@ class Planned:
     @property
     def binding(self) -> str:
         """Which part of the budget is nearest its limit."""
-        used = {"size": self.predicted_bytes / self.budget.bytes}
+        used = {"size": self.predicted_bytes / self.budget.bytes} if self.budget.sized else {}
         if self.footprint and self.budget.memory:
             used["memory"] = self.footprint.memory / self.budget.memory
         if self.footprint and self.budget.speed:

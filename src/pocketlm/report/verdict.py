@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pocketlm.errors import VerificationError
 from pocketlm.report.content import Estimate, MeasuredFile, Rate, Report
 from pocketlm.report.wording import interval, middle, number, percent, size
 
@@ -44,6 +45,18 @@ def judge(report: Report) -> dict[str, Finding]:
     if plain is not None:
         findings.append(_plain(report, plain, product))
     return {finding.topic: finding for finding in findings if finding is not None}
+
+
+def check_budget_met(report: Report) -> None:
+    """Tell whoever calls the program that what was measured is not what was asked for.
+
+    Raises:
+        VerificationError: A part of the budget is missed.
+    """
+    if not report.budget.met:
+        raise VerificationError(
+            f"The file is kept, but measured it misses its budget: {_budget(report).aside}. Ask for more than you need"
+        )
 
 
 def against_one(ratio: Estimate) -> Outcome:
