@@ -210,7 +210,9 @@ def _folder_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         family = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInputError(f"{file} cannot be read as a model's config: {error!r}") from error
+        raise BadInputError(
+            f"{file} cannot be read as a model's config: it is no JSON object with a `model_type`. Download it again"
+        ) from error
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "some method")
         raise BadInputError(
@@ -232,7 +234,9 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInputError(f"{index} cannot be read: {error!r}") from error
+            raise BadInputError(
+                f"{index} cannot be read: it is no JSON object with a `weight_map`. Download it again"
+            ) from error
         files = [folder / name for name in sorted(names)]
     else:
         files = [folder / "model.safetensors"]
@@ -257,7 +261,8 @@ def _folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         # This class reads tokenizer.json as it is: family classes rebuild parts of it from their defaults.
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare exceptions
-        raise BadInputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+        what = f"{error} is missing" if isinstance(error, KeyError) else _first_line(error)
+        raise BadInputError(f"The tokenizer in {folder} cannot be read ({what}): save or download it again") from error
 
 
 def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> "PreTrainedModel":
