@@ -1,9 +1,11 @@
-"""Int4 in groups of 32, body only: pocketlm's GPTQ beside llm-compressor's and auto-round, on the same windows.
+"""Int4 in groups of 32, body only: pocketlm beside llm-compressor's GPTQ and auto-round, on the same windows.
 
     python benchmarks/int4.py MODEL --windows WINDOWS.safetensors --measure FILE... --out benchmarks/results/int4.md \
         [--llm-compressor PYTHON] [--auto-round PYTHON [--iters 200]]
 
-All take 4.5 bits per weight (a 16-bit scale per 32 weights); embedding and head stay as they are. PYTHON is the
+All take 4.5 bits per weight (a 16-bit scale per 32 weights); embedding and head stay as they are. pocketlm runs its
+GPTQ alone, and its default method with the weighing of tokens that belongs to it; with --rounding also learned rounding
+of so many iterations a block behind that. PYTHON is the
 interpreter of an environment that has the peer (benchmarks/peers/README.md). Each runs alone, one after the other, as
 a process of its own that times the quantizing (the model is loaded already) and reads its own peak memory. Quality is
 read in llama.cpp from F16 files of the decoded weights.
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
+from pocketlm.model.importance import token_importance
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
@@ -32,10 +35,7 @@ from pocketlm.steps.quantize import Quantize, quantize
 
 import torch  # isort: skip
 
-OURS = {
-    "pocketlm GPTQ Q4_0": {"form": "Q4_0"},
-    "pocketlm GPTQ IQ4_NL": {"form": "IQ4_NL"},
-}
+FORMS = ("Q4_0", "IQ4_NL")
 
 
 def body_in(form: str) -> dict[str, str]:
@@ -48,8 +48,10 @@ def quantize_here(args: argparse.Namespace) -> None:
     """Quantize in this process and report; run as a subprocess of its own."""
     model: LanguageModel = load(args.model)
     windows = load_file(args.windows)["windows"]
+    step = Quantize(formats=body_in(args.form), method=args.method, learned_rounding=args.rounding)
     began = time.monotonic()
-    model, _, _ = quantize(model, Quantize(formats=body_in(args.form), method="gptq"), windows)
+    weights = token_importance(model.network, windows, step.seed) if step.method == "descent" else None
+    model, _, _ = quantize(model, step, windows, importance=weights)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     save(model, args.out, dtype=torch.float32)
@@ -91,17 +93,24 @@ def main() -> None:
     parser.add_argument("--auto-round")
     parser.add_argument("--iters", default="200")
     parser.add_argument("--count", type=int, default=6, help="windows of 512 tokens to measure on, per text")
+    parser.add_argument("--forms", nargs="+", default=FORMS)
+    parser.add_argument("--rounding", type=int, default=0)
     parser.add_argument("--form", help=argparse.SUPPRESS)
+    parser.add_argument("--method", default="descent", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.form:
         quantize_here(args)
         return
     peers = Path(__file__).parent / "peers"
     same = ["--model", args.model, "--windows", str(args.windows)]
-    jobs = {
-        name: [sys.executable, __file__, args.model, "--windows", str(args.windows), "--form", settings["form"]]
-        for name, settings in OURS.items()
-    }
+    jobs = {}
+    for form in args.forms:
+        own = [sys.executable, __file__, args.model, "--windows", str(args.windows), "--form", form]
+        jobs[f"pocketlm GPTQ {form}"] = [*own, "--method", "gptq"]
+        jobs[f"pocketlm default {form}"] = own
+        if args.rounding:
+            name = f"pocketlm default {form}, {args.rounding} iterations of learned rounding"
+            jobs[name] = [*own, "--rounding", str(args.rounding)]
     if args.llm_compressor:
         jobs["llm-compressor GPTQ"] = [args.llm_compressor, str(peers / "llm_compressor.py"), *same]
     if args.auto_round:
