@@ -1,9 +1,11 @@
 """What it is worth to count tokens by their importance: the KL of some blocks, coarsely stored, on text not seen.
 
-    python benchmarks/importance.py MODEL --calibrate FILE... [--blocks 10 20] --out benchmarks/results/importance.md
+    python benchmarks/importance.py MODEL --calibrate FILE... [--blocks 10 20] [--rounding 64] \
+        --out benchmarks/results/importance.md
 
 Stores blocks in 2 to 4 bits with codes by `descent`, from the same windows of text and with all else equal, once with
-every token counting alike and once by its importance, and measures the KL to the original on held-out windows.
+every token counting alike, once by its importance, and with --rounding once more with so many iterations of learned
+rounding a block behind that, and measures the KL to the original on held-out windows.
 """
 
 import argparse
@@ -15,14 +17,14 @@ from common import command_line, write_results
 from torch import Tensor
 
 from pocketlm.measure.device import machine, versions
-from pocketlm.model.anatomy import blocks_of, overwrite_weight
+from pocketlm.model.anatomy import anatomy_of, blocks_of
 from pocketlm.model.importance import token_importance
 from pocketlm.model.judge import Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.model.sweep import Importance, sweep
+from pocketlm.model.sweep import Importance
 from pocketlm.model.text import read_corpus
-from pocketlm.steps.quantize import choose_codes
+from pocketlm.steps.quantize import Quantize, quantize, tensors_of
 
 FORMATS = {
     "embedding": "F16",
@@ -40,17 +42,17 @@ def stored(
     blocks: range,
     windows: Tensor,
     importance: Importance | None,
+    rounding: int,
     held_out: Tensor,
     opinion: Judge,
 ) -> float:
     """Return the KL of a model whose blocks are stored in FORMATS; its weights are as before afterwards."""
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
-    for layer in sweep(model.network, windows, original=True, importance=importance):
-        if layer.index in blocks:
-            for edge, codes in choose_codes(layer, model, FORMATS, "descent").items():
-                overwrite_weight(layer.module.get_submodule(edge.path), codes.decode())
-        if layer.index == blocks[-1]:
-            break
+    prefixes = tuple(f"{anatomy_of(model.network).blocks}.{index}." for index in blocks)
+    tensors = tensors_of(model)
+    coarse = {name: FORMATS[group] for name, (group, _) in tensors.items() if name.startswith(prefixes)}
+    formats = {group: "F16" for group, _ in tensors.values()} | coarse
+    quantize(model, Quantize(formats=formats, learned_rounding=rounding), windows, importance=importance)
     found = divergence_of(model.network, held_out, opinion)
     model.network.load_state_dict(before)
     return found
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
     parser.add_argument("--blocks", type=int, nargs=2, default=(10, 20), metavar=("FIRST", "BEHIND"))
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--rounding", type=int, default=0, help="iterations of learned rounding")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model, corpus = load(args.model, torch.float32), read_corpus(args.calibrate)
@@ -71,10 +74,12 @@ def main() -> None:
     blocks = range(args.blocks[0], min(args.blocks[1], len(blocks_of(model.network))))
     opinion = judge(model.network, held_out)
     rows = []
-    for name in ("alike", "by importance"):
+    ways = [("alike", 0), ("by importance", 0)]
+    ways += [(f"by importance, {args.rounding} iterations of learned rounding", args.rounding)] if args.rounding else []
+    for name, rounding in ways:
         began = time.monotonic()
         importance = None if name == "alike" else token_importance(model.network, windows)
-        kl = stored(model, blocks, windows, importance, held_out, opinion)
+        kl = stored(model, blocks, windows, importance, rounding, held_out, opinion)
         rows.append({"tokens count": name, "kl": kl, "seconds": time.monotonic() - began})
         print(rows[-1], flush=True)
     here = machine(args.out.parent)

@@ -260,18 +260,20 @@ def starts_of(layer: Layer, name: str) -> dict[nn.Module, Quantized]:
 
 
 @torch.no_grad()
-def block_errors(original: nn.Module, layer: Layer, choices: dict[nn.Module, Quantized]) -> float:
-    """Mean squared error of the block's output, from whole batches."""
+def block_errors(
+    original: nn.Module, layer: Layer, choices: dict[nn.Module, Quantized], counts: Tensor | None = None
+) -> float:
+    """Mean squared error of the block's output, from whole batches; tokens count alike relative to their size."""
     places = {linear: edge.path for edge, linear in layer.linears()}
     changed = copy.deepcopy(original)
     for linear, choice in choices.items():
         module, decoded = changed.get_submodule(places[linear]), choice.decode()
         module.weight.copy_(decoded.T if isinstance(module, Conv1D) else decoded)
-    squares = [
-        (run_block(changed, states, extra) - run_block(original, states, extra)).square().flatten()
-        for states, extra in zip(layer.states, layer.keywords, strict=True)
-    ]
-    return torch.cat(squares).mean().item()
+    batches = list(zip(layer.states, layer.keywords, strict=True))
+    wanted = torch.cat([run_block(original, states, extra) for states, extra in batches])
+    found = torch.cat([run_block(changed, states, extra) for states, extra in batches])
+    counts = 1 / wanted.square().mean(-1) if counts is None else counts
+    return ((found - wanted).square().mean(-1) * counts / counts.mean()).mean().item()
 
 
 @pytest.mark.usefixtures("exact")
@@ -286,6 +288,18 @@ def test_learned_rounding_lowers_the_error_of_the_block(family: str, name: str, 
     before, after = (block_errors(original, layer, each) for each in (starts, learned))
     assert after < 0.9 * before
     assert any(not torch.equal(learned[linear].codes, starts[linear].codes) for linear in starts)
+
+
+@pytest.mark.usefixtures("exact")
+def test_learned_rounding_serves_the_tokens_that_count(tiny_model: Tiny):
+    original, errors = copy.deepcopy(first_layer(tiny_model("llama").network).module), []
+    counts = torch.full(WINDOWS[:10].shape, 0.01)
+    counts[::2] = 1.0
+    for importance in (None, counts):
+        layer = first_layer(tiny_model("llama").network)
+        learned = learn_rounding(layer, starts_of(layer, "Q2_0"), 40, 0, importance)
+        errors.append(block_errors(original, layer, learned, counts))
+    assert errors[1] < errors[0]
 
 
 @pytest.mark.usefixtures("exact")

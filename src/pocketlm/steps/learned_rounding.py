@@ -15,19 +15,21 @@ WINDOWS_PER_STEP = 2
 
 
 def learn_rounding(
-    layer: Layer, starts: dict[nn.Module, Quantized], iterations: int, seed: int
+    layer: Layer, starts: dict[nn.Module, Quantized], iterations: int, seed: int, importance: Tensor | None = None
 ) -> dict[nn.Module, Quantized]:
     """Return codes and scales with a lower error of the block's output than those to start from.
 
     As in SignRound (https://arxiv.org/abs/2309.05516) rounding passes gradients straight through, the loss is the mean
-    squared error of the block's output (to the original model's where the sweep has that). The start is GPTQ's codes;
-    kept is what has the lowest loss on all windows of the start, the middle and the end.
+    squared error of the block's output (to the original model's where the sweep has that), each token counting by what
+    it matters to the model's own output, or else divided by its mean square, as the norms that read it do. The start is
+    GPTQ's codes; kept is what has the lowest loss on all windows of the start, the middle and the end.
 
     Args:
         layer: A block with the weights it had; its weights are changed.
         starts: What each of its linears would store.
         iterations: Steps of AdamW.
         seed: Of the order of windows.
+        importance: (windows, length), how much each token of the block's output counts.
     """
     windows = [
         (states[i : i + 1], _of_window(keywords, i, len(states)))
@@ -39,15 +41,18 @@ def learn_rounding(
         targets = [target for batch in whole for target in batch] or [
             run_block(layer.module, states, keywords).float() for states, keywords in windows
         ]
+        if importance is None:
+            importance = torch.cat([1 / target.square().mean(-1).clamp_min(1e-12) for target in targets])
+        weights = (importance / importance.mean()).split(1)
     with torch.enable_grad():
         learners = {linear: Learner(linear, start, codes_too=True) for linear, start in starts.items()}
-        return _learn(layer.module, windows, targets, learners, iterations, seed)
+        return _learn(layer.module, windows, list(zip(targets, weights, strict=True)), learners, iterations, seed)
 
 
 def _learn(
     block: nn.Module,
     windows: list[tuple[Tensor, dict]],
-    targets: list[Tensor],
+    goals: list[tuple[Tensor, Tensor]],
     learners: dict[nn.Module, Learner],
     iterations: int,
     seed: int,
@@ -63,25 +68,24 @@ def _learn(
     def show() -> dict[nn.Module, Quantized]:
         return {linear: learner.show() for linear, learner in learners.items()}
 
-    @torch.no_grad()
-    def loss_on_all() -> float:
-        errors = [
-            (run_block(block, states, keywords).float() - target).square().mean()
-            for (states, keywords), target in zip(windows, targets, strict=True)
-        ]
-        return torch.stack(errors).mean().item()
+    def error_on(window: int) -> Tensor:
+        (states, keywords), (target, weight) = windows[window], goals[window]
+        return ((run_block(block, states, keywords).float() - target).square().mean(-1) * weight).mean()
 
-    best, lowest = show(), loss_on_all()
+    @torch.no_grad()
+    def error_on_all() -> float:
+        return torch.stack([error_on(window) for window in range(len(windows))]).mean().item()
+
+    best, lowest = show(), error_on_all()
     for step in range(1, iterations + 1):
         for pick in torch.randint(len(windows), (WINDOWS_PER_STEP,), generator=generator).tolist():
-            states, keywords = windows[pick]
-            (run_block(block, states, keywords).float() - targets[pick]).square().mean().backward()
+            error_on(pick).backward()
         for learner in learners.values():
             learner.take_gradient()
         update()
         now = show()
-        if step in (iterations // 2, iterations) and (loss := loss_on_all()) < lowest:
-            best, lowest = now, loss
+        if step in (iterations // 2, iterations) and (error := error_on_all()) < lowest:
+            best, lowest = now, error
     for parameter, value in zip(parameters, wanted, strict=True):
         parameter.requires_grad_(value)
     return best
