@@ -193,7 +193,8 @@ def _narrow_inside(
     0.058, heads 0.036). Tokens divided by the size of their state: 0.061, 0.040. Channels by second order in the metric
     of the loss (Fisher information): 0.062; by Taylor scores: 0.070. Heads by the KL of every set on a held-out window
     of C4: 0.073; of those sets that lose at most a quarter more of the output: 0.052. What C4 can do without,
-    wikitext-2 cannot.
+    wikitext-2 cannot. In all blocks, 1152 channels: tokens weighed by their importance, as for codes, 35.6 where all
+    alike give 33.8; four times the text 33.1 (on other C4 58.7 instead of 61.7, dense 41.4).
     """
     chosen, present = [], present_widths(network)
     spaces = ((HEADS,) if wanted.heads < present.heads else ()) + ((SPACE,) if wanted.ffn < present.ffn else ())
