@@ -131,9 +131,16 @@ def picture(rows: list[dict], texts: list[str], path: Path) -> None:
             marker, colour = kinds.get(kind, ("s", "#c8442c") if kind == "llama.cpp" else ("^", "#7a4fb5"))
             x, y = [row["bytes"] / 1e6 for row in points], [row[text]["kl"]["value"] for row in points]
             axis.plot(x, y, marker, color=colour, label=kind, linestyle="-" if kind == "pocketlm" else "none")
+            # Slanted away from the curve, so that neighbours do not write over each other.
+            place = {"xytext": (2, 3), "rotation": 35}
+            if kind == "tuned":
+                place = {"xytext": (-5, -9), "ha": "right"}
+            elif kind != "pocketlm":
+                place = {"xytext": (2, -3), "rotation": -35, "va": "top"}
             for row, at, kl in zip(points, x, y, strict=True):
-                label = row["name"].removeprefix(f"{kind} ")
-                axis.annotate(label, (at, kl), fontsize=6, xytext=(4, 3), textcoords="offset points")
+                label = row["name"].removeprefix("pocketlm ").removeprefix(f"{kind} ")
+                axis.annotate(label, (at, kl), fontsize=6, textcoords="offset points", **place)
+        axis.margins(x=0.15)
         axis.set(xlabel="file (MB)", ylabel="KL to the original (nats per token)", title=text, yscale="log")
         axis.set_ylim(top=2)
         axis.grid(alpha=0.3)
