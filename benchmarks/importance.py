@@ -76,9 +76,11 @@ def main() -> None:
     rows = []
     ways = [("alike", 0), ("by importance", 0)]
     ways += [(f"by importance, {args.rounding} iterations of learned rounding", args.rounding)] if args.rounding else []
+    importance = None
     for name, rounding in ways:
         began = time.monotonic()
-        importance = None if name == "alike" else token_importance(model.network, windows)
+        if name != "alike" and importance is None:
+            importance = token_importance(model.network, windows)
         kl = stored(model, blocks, windows, importance, rounding, held_out, opinion)
         rows.append({"tokens count": name, "kl": kl, "seconds": time.monotonic() - began})
         print(rows[-1], flush=True)

@@ -1,14 +1,14 @@
 """Int4 in groups of 32, body only: pocketlm beside llm-compressor's GPTQ and auto-round, on the same windows.
 
     python benchmarks/int4.py MODEL --windows WINDOWS.safetensors --measure FILE... --out benchmarks/results/int4.md \
-        [--llm-compressor PYTHON] [--auto-round PYTHON [--iters 200]]
+        [--forms Q4_0 IQ4_NL] [--rounding 64] [--llm-compressor PYTHON] [--auto-round PYTHON [--iters 200]]
 
 All take 4.5 bits per weight (a 16-bit scale per 32 weights); embedding and head stay as they are. pocketlm runs its
 GPTQ alone, and its default method with the weighing of tokens that belongs to it; with --rounding also learned rounding
-of so many iterations a block behind that. PYTHON is the
-interpreter of an environment that has the peer (benchmarks/peers/README.md). Each runs alone, one after the other, as
-a process of its own that times the quantizing (the model is loaded already) and reads its own peak memory. Quality is
-read in llama.cpp from F16 files of the decoded weights.
+of so many iterations a block behind that. PYTHON is the interpreter of an environment that has the peer
+(benchmarks/peers/README.md). Each runs alone, one after the other, as a process of its own that times the quantizing
+(the model is loaded already) and reads its own peak memory. Quality is read in llama.cpp from F16 files of the decoded
+weights.
 """
 
 import argparse

@@ -100,7 +100,8 @@ def quantize(
         if config.learned_rounding and layer.states and chosen:
             before = {edge: weight.clone() for edge, weight in before.items()}  # learning overwrites them
             linears = {layer.module.get_submodule(edge.path): part for edge, part in chosen.items()}
-            counting = importance and importance[layer.index, layer.edges[-1].reads]
+            # What the last linear puts out joins the stream: its tokens count as those of the block's output do.
+            counting = None if importance is None else importance[layer.index, layer.edges[-1].reads]
             learned = learn_rounding(layer, linears, config.learned_rounding, config.seed, counting)
             chosen = {edge: learned[layer.module.get_submodule(edge.path)] for edge in chosen}
         for edge, part in chosen.items():
