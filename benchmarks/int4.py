@@ -1,14 +1,15 @@
 """Int4 in groups of 32, body only: pocketlm beside llm-compressor's GPTQ and auto-round, on the same windows.
 
     python benchmarks/int4.py MODEL --windows WINDOWS.safetensors --measure FILE... --out benchmarks/results/int4.md \
-        [--forms Q4_0 IQ4_NL] [--rounding 64] [--llm-compressor PYTHON] [--auto-round PYTHON [--iters 200]]
+        [--forms Q4_0 IQ4_NL] [--rounding 64] [--llm-compressor PYTHON] [--auto-round PYTHON [--iters 200]] \
+        [--keep FOLDER]
 
 All take 4.5 bits per weight (a 16-bit scale per 32 weights); embedding and head stay as they are. pocketlm runs its
 GPTQ alone, and its default method with the weighing of tokens that belongs to it; with --rounding also learned rounding
 of so many iterations a block behind that. PYTHON is the interpreter of an environment that has the peer
 (benchmarks/peers/README.md). Each runs alone, one after the other, as a process of its own that times the quantizing
 (the model is loaded already) and reads its own peak memory. Quality is read in llama.cpp from F16 files of the decoded
-weights.
+weights. With --keep each one's decoded weights stay, in a folder of their own under FOLDER.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def run_all(args: argparse.Namespace, jobs: dict[str, list[str]]) -> tuple[list[
         write_gguf(load(args.model), {}, files["original"])
         for number, (name, command) in enumerate(jobs.items()):
             screen.progress(name, 0, 1)
-            out = folder / str(number)
+            out = (args.keep or folder) / name.replace(" ", "-")
             subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
             rows.append({"name": name, **json.loads((out / "results.json").read_text())})
             files[name] = folder / f"{number}.gguf"
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=6, help="windows of 512 tokens to measure on, per text")
     parser.add_argument("--forms", nargs="+", default=FORMS)
     parser.add_argument("--rounding", type=int, default=0)
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--form", help=argparse.SUPPRESS)
     parser.add_argument("--method", default="descent", help=argparse.SUPPRESS)
     args = parser.parse_args()
