@@ -39,6 +39,17 @@ def fast_forward(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype) if dtype is not torch.float32 else _Widening()
 
 
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """While open, factors of float32 products may be rounded as those of forward passes are; sums stay in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if forward_dtype(device.type) is torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Widening(TorchFunctionMode):
     """While open, weights that are kept in 16 bits to save memory are multiplied in float32.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from pocketlm.errors import OutOfResourcesError
+from pocketlm.model.attention import know_slices
 from pocketlm.model.learning import Lessons
 
 JOB, MEETING, READY, FAILURE = "job.pt", "meeting", "ready-{}", "failure-{}"
@@ -150,6 +151,7 @@ def follow(folder: Path, rank: int) -> None:
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     try:
         work, crews, threads, job = torch.load(folder / JOB, map_location="cpu", weights_only=False, mmap=True)
+        know_slices()
         torch.set_num_threads(threads)
         (folder / READY.format(rank)).touch()
         _meet(crews[rank], folder)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.model.anatomy import FAMILIES, anatomy_for
+from pocketlm.model.attention import slice_attention
 from pocketlm.model.gguf_config import config_from_gguf
 from pocketlm.model.gguf_file import GgufFile, read_gguf, read_tensor
 from pocketlm.model.gguf_layout import ROPE_FACTORS, from_gguf, parameter_part
@@ -172,6 +173,7 @@ def _ready(network: "PreTrainedModel") -> "PreTrainedModel":
     for module in network.modules():
         if isinstance(module, nn.LayerNorm):
             module.float()
+    slice_attention(network)
     return network.eval()
 
 

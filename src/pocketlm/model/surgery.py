@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.attention import slice_attention
 
 
 @torch.no_grad()
@@ -253,6 +254,7 @@ def rebuilt(network: nn.Module, changes: dict[str, int]) -> nn.Module:
         settings |= {"sliding_window": None, "architectures": ["MistralForCausalLM"]}
     config = AutoConfig.for_model(family, **settings)
     fresh = AutoModelForCausalLM.from_config(config, dtype=network.dtype).eval()
+    slice_attention(fresh)
     fresh.load_state_dict(network.state_dict())
     fresh.generation_config = network.generation_config
     return fresh

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of
-from pocketlm.model.compute import fast_forward
+from pocketlm.model.compute import fast_forward, fast_products
 
 HEAD = Edge("lm_head", "head_in", "vocabulary")
 """The output head as an edge: what the last norm writes, the head reads."""
@@ -121,7 +121,7 @@ def sweep(
                 with watching(layer, spaces or anatomy.inputs, wanted.__setitem__):
                     layer.targets.append(run_block(block, unchanged[batch], keywords))
             add = partial(_add_moments, layer, wanted, weights(index, batch))
-            with watching(layer, spaces or anatomy.inputs, add):
+            with watching(layer, spaces or anatomy.inputs, add, then_stop=True):
                 run_block(block, hidden[batch], keywords)
         yield layer
         unchanged = layer.targets
@@ -188,20 +188,35 @@ def rehearse(network: nn.Module, windows: Tensor) -> Rehearsal:
     return Rehearsal(hidden, keywords)
 
 
+class _AllSeen(Exception):
+    """Ends a pass whose rest nobody reads."""
+
+
 @contextmanager
-def watching(layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, call `see` with each of the given spaces of a layer and what is read there: once, not per linear."""
+def watching(
+    layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor], None], then_stop: bool = False
+) -> Iterator[None]:
+    """While open, call `see` with each of the given spaces of a layer and what is read there: once, not per linear.
+
+    With `then_stop` one pass through the block ends behind the last of them.
+    """
+    first_readers = {edge.reads: edge for edge in reversed(layer.edges) if edge.reads in spaces}
+    unseen = set(first_readers)
 
     def watch(edge: Edge) -> torch.utils.hooks.RemovableHandle:
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             see(edge.reads, args[0])
+            unseen.discard(edge.reads)
+            if then_stop and not unseen:
+                raise _AllSeen
 
         return layer.module.get_submodule(edge.path).register_forward_pre_hook(look)
 
-    first_readers = {edge.reads: edge for edge in reversed(layer.edges) if edge.reads in spaces}
     handles = [watch(edge) for edge in first_readers.values()]
     try:
         yield
+    except _AllSeen:
+        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -217,10 +232,11 @@ def _add_moments(layer: Layer, wanted: dict[str, Tensor], weights: dict[str, Ten
         space: That is read.
         x: What is read.
     """
-    with torch.autocast(x.device.type, enabled=False):  # hooks run inside the forward's autocast
-        read = x.flatten(0, -2).float()
+    with torch.autocast(x.device.type, enabled=False), fast_products(x.device):  # hooks run inside the pass's autocast
+        read = seen = x.flatten(0, -2).float()
         roots = weights[space].flatten().sqrt()[:, None] if space in weights else 1.0
-        seen = roots * read
+        if space in weights:
+            seen = roots * read
         layer.gram[space] = layer.gram.get(space, 0) + second_moment(seen)
         if space in wanted:
             away = roots * (wanted[space].flatten(0, -2).float() - read)

@@ -25,7 +25,7 @@ LOOKUP_WEIGHT = 0.1
 # less output error on other text with 32 windows; with 64, 1 to 3 % less at 2 bits, 1 % more at 4
 # (benchmarks/calibration.py).
 DAMPING = 0.1
-ERROR_ROWS = 1024  # of a matrix, on which its output error is measured
+ERROR_ROWS = 256  # of a matrix, on which its output error is measured
 
 
 @dataclass(frozen=True, kw_only=True)
