@@ -5,11 +5,12 @@
 
 MODEL is a Hugging Face folder. Files of text calibrate, other files measure. For every size one file is made by
 `pocketlm quantize`'s own pipeline, and for those under --tuned one more with --tune. A peer is a GGUF file, or a folder
-of dequantized weights (benchmarks/peers/ makes both). Writes a table (Markdown), the same as JSON, and the curve as a
-picture (SVG).
+of dequantized weights (benchmarks/peers/ makes both), whose bytes are counted as if its codes were stored. Writes a
+table (Markdown), the same as JSON, and the curve as a picture (SVG).
 """
 
 import argparse
+import json
 import platform
 import tempfile
 import time
@@ -24,6 +25,7 @@ from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
 from pocketlm.measure.quality import Comparison, compare
+from pocketlm.model.anatomy import linears_of
 from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
 from pocketlm.pipeline.planning import Fit, prepare
@@ -79,13 +81,17 @@ def make(args: argparse.Namespace, folder: Path, screen: Screen) -> dict[str, tu
     return files
 
 
-def as_gguf(path: Path, folder: Path) -> Path:
-    """Return a GGUF file: itself, or a folder's weights as F16."""
+def as_gguf(path: Path, folder: Path) -> tuple[Path, dict]:
+    """Return a GGUF file, itself or a folder's weights as F16, and for a folder the bytes that its codes would take."""
     if path.is_file():
-        return path
+        return path, {}
+    model = load(str(path))
     written = folder / f"{path.name}.gguf"
-    write_gguf(load(str(path)), {}, written, plain="F16")
-    return written
+    write_gguf(model, {}, written, plain="F16")
+    settings = json.loads((path / "results.json").read_text())["settings"]
+    saved = 16 - settings["bits"] - 16 / settings["group"]
+    weights = sum(linear.weight.numel() for _, linear in linears_of(model.network).values())
+    return written, {"bytes": written.stat().st_size - round(weights * saved / 8)}
 
 
 def measure(files: dict[str, Path], args: argparse.Namespace, screen: Screen) -> dict[str, Comparison]:
@@ -165,8 +171,8 @@ def main() -> None:
         write_gguf(load(args.model), {}, reference)
         made = make(args, folder, screen)
         peers = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
+        made |= {name: as_gguf(path, folder) for name, path in peers.items()}
         files = {"original F16": reference} | {name: path for name, (path, _) in made.items()}
-        files |= {name: as_gguf(path, folder) for name, path in peers.items()}
         found = measure(files, args, screen)
         texts = list(found)
         rows = []
@@ -189,7 +195,8 @@ def main() -> None:
         "",
         f"{here.cpu}, {here.cores} cores; " + ", ".join(f"{name} {which}" for name, which in versions().items()),
         f"{platform.system()}. {args.windows} windows of {LENGTH} tokens per text, read in llama.cpp from the files; ",
-        "in brackets 95 % intervals (bootstrap over windows, paired). Seconds leave out what earlier files kept.",
+        "in brackets 95 % intervals (bootstrap over windows, paired). Seconds leave out what earlier files kept. Decoded",
+        "weights of a peer are read from an F16 file; its bytes are those that its codes and scales would take.",
         "",
     ]
     write_results(args.out, [*head, *table(rows, texts), "", f"![curve]({args.out.stem}.svg)"], rows)

@@ -11,6 +11,7 @@ from tests.crew_work import Missing, fails, refuses, refuses_with
 from torch import Tensor
 
 from pocketlm.errors import OutOfResourcesError, PocketlmError
+from pocketlm.model.compute import forward_dtype
 from pocketlm.model.crew import together
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons
@@ -23,6 +24,8 @@ WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=torch.Generator
 ANSWERS = Lessons(
     WINDOWS, torch.arange(32).expand(8, 32).contiguous(), torch.arange(8)[:, None] * 30 < WINDOWS
 )  # of any length
+# Where products are in bfloat16, the gradient of a batch is rounded otherwise than those of its halves.
+NEAR = 0.02 if forward_dtype("cpu") is torch.float32 else 0.2
 GROUPS = ("embedding", "query_key", "value", "attention_out", "ffn_in", "ffn_out")
 
 Apart = Callable[[Callable[[], LanguageModel]], list[dict[str, Tensor]]]
@@ -57,7 +60,7 @@ def test_two_processes_learn_what_one_does(tiny_model: Tiny, apart: Apart):
     def work() -> LanguageModel:
         return distil(tiny_model("llama"), tiny_model("llama", seed=1), config, ANSWERS, HELD_OUT)[0]
 
-    assert difference(*apart(work), tiny_model("llama", seed=1)) < 0.02
+    assert difference(*apart(work), tiny_model("llama", seed=1)) < NEAR
 
 
 def test_two_processes_tune_what_one_does(tiny_model: Tiny, apart: Apart):
@@ -68,7 +71,7 @@ def test_two_processes_tune_what_one_does(tiny_model: Tiny, apart: Apart):
     def work() -> LanguageModel:
         return tune(tiny_model("llama"), tiny_model("llama"), rows, config, (WINDOWS, HELD_OUT))[0]
 
-    assert difference(*apart(work), start) < 0.02
+    assert difference(*apart(work), start) < NEAR
 
 
 def test_own_words_are_drawn_by_each(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):

@@ -374,11 +374,14 @@ def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
     from pocketlm import api
     from pocketlm.cli.terminal import Screen, plan_lines
     from pocketlm.report.frontier import frontier_data, frontier_lines
+    from pocketlm.report.verdict import check_budget_met
 
     with Screen() as screen:
         made = api.sweep(job, sizes, screen.progress, lambda planned: screen.say(plan_lines(planned)))
     lines = [*frontier_lines(made.reports, made.refused), f"wrote {job.out}: open {job.out / 'frontier.html'}"]
     _print(lines, frontier_data(made.reports) | {"refused": made.refused}, json_output)
+    for report in made.reports.values():
+        check_budget_met(report)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
