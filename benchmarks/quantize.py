@@ -169,9 +169,9 @@ def main() -> None:
         folder = Path(temporary)
         reference = folder / "original.gguf"
         write_gguf(load(args.model), {}, reference)
-        made = make(args, folder, screen)
         peers = {name: Path(path) for name, _, path in (peer.partition("=") for peer in args.peer)}
-        made |= {name: as_gguf(path, folder) for name, path in peers.items()}
+        peers = {name: as_gguf(path, folder) for name, path in peers.items()}  # before the work: they may be missing
+        made = make(args, folder, screen) | peers
         files = {"original F16": reference} | {name: path for name, (path, _) in made.items()}
         found = measure(files, args, screen)
         texts = list(found)
@@ -195,8 +195,8 @@ def main() -> None:
         "",
         f"{here.cpu}, {here.cores} cores; " + ", ".join(f"{name} {which}" for name, which in versions().items()),
         f"{platform.system()}. {args.windows} windows of {LENGTH} tokens per text, read in llama.cpp from the files; ",
-        "in brackets 95 % intervals (bootstrap over windows, paired). Seconds leave out what earlier files kept. Decoded",
-        "weights of a peer are read from an F16 file; its bytes are those that its codes and scales would take.",
+        "in brackets 95 % intervals (bootstrap over windows, paired). Seconds leave out what earlier files kept.",
+        "Decoded weights of a peer are read from an F16 file; its bytes are those of its codes and scales.",
         "",
     ]
     write_results(args.out, [*head, *table(rows, texts), "", f"![curve]({args.out.stem}.svg)"], rows)

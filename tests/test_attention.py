@@ -1,5 +1,7 @@
 """Attention in slices computes what attention does."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.conftest import Tiny
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pocketlm.model.attention import SLICE, SLICED, attend
+from pocketlm.model.language_model import save
+from pocketlm.model.learning import distillation_step
 
 RANDOM = torch.Generator().manual_seed(0)
 
@@ -58,3 +62,26 @@ def test_families_compute_the_same_with_and_without(tiny_model: Tiny, family: st
         sliced = network(tokens).logits
         network.set_attn_implementation("sdpa")
         torch.testing.assert_close(sliced, network(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_training_is_the_same_with_and_without(
+    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch, recomputes: bool, dtype: torch.dtype, near: float
+):
+    monkeypatch.setattr("pocketlm.model.compute.forward_dtype", lambda device_type: dtype)
+    if recomputes:  # as large models do
+        monkeypatch.setattr("pocketlm.model.learning.CHECKPOINT_PARAMETERS", 0)
+    teacher, tokens = tiny_model("llama").network, torch.randint(3, 300, (2, 2 * SLICE + 5), generator=RANDOM)
+    slopes = []
+    for way in (SLICED, "sdpa"):
+        student = tiny_model("llama", seed=1).network
+        student.set_attn_implementation(way)
+        distillation_step(teacher, student, tokens)
+        slopes.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
+    assert (slopes[0] - slopes[1]).norm() < near * slopes[1].norm()
+
+
+def test_a_saved_model_does_not_ask_for_slices(tiny_model: Tiny, tmp_path: Path):
+    save(tiny_model("llama"), tmp_path / "saved")
+    assert SLICED not in (tmp_path / "saved" / "config.json").read_text()

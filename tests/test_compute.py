@@ -6,6 +6,7 @@ from tests.conftest import Tiny
 from tests.tiny import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pocketlm.model.compute import fast_products
 from pocketlm.model.importance import token_importance
 from pocketlm.model.source import load
 from pocketlm.model.sweep import final_hidden, sweep
@@ -50,3 +51,13 @@ def test_weights_kept_in_16_bits_are_multiplied_in_float32(
         for space, values in layer.gram.items():
             assert (gram[space] - values).norm() < 0.02 * values.norm()
     assert (hidden - final_hidden(wide, WINDOWS)).norm() < 0.02 * hidden.norm()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has no such setting")
+def test_products_are_rounded_only_while_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pocketlm.model.compute.forward_dtype", lambda device_type: torch.bfloat16)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    with pytest.raises(ZeroDivisionError), fast_products(torch.device("cpu")):
+        1 / (settings.fp32_precision != "bf16")
+    assert settings.fp32_precision == before

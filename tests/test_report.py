@@ -38,7 +38,7 @@ from pocketlm.report.content import (
     to_dict,
 )
 from pocketlm.report.pages import cell, fence, html_page, markdown_page
-from pocketlm.report.verdict import against_one, check_budget_met, faster, judge, lower
+from pocketlm.report.verdict import against_one, check_budgets_met, faster, judge, lower
 from pocketlm.report.write import write_manifest, write_reports
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> | `````\n# not a heading & {{ 7 * 7 }}"
@@ -555,9 +555,10 @@ def test_limits_besides_bytes_are_judged_by_what_was_measured(report):
     quality = LimitFacts("quality 0.95", "0.931 (0.920 to 0.940)", met=False)
     memory = LimitFacts("200 MB of memory at 2,048 tokens of context", "121 MB", met=True)
     asked = BudgetFacts("200MB of memory, quality 0.95", None, 69_000_000, 70_000_000, (memory, quality))
-    with pytest.raises(VerificationError, match=r"is kept.* 0\.931 .*, not quality 0\.95"):
-        check_budget_met(replace(report, budget=asked))
-    check_budget_met(replace(report, budget=replace(asked, limits=(memory,))))
+    kept, missing = (replace(report, budget=replace(asked, limits=limits)) for limits in ((memory,), (memory, quality)))
+    with pytest.raises(VerificationError, match=r"is kept.*\(60MB: 0\.931 .*, not quality 0\.95\)\. Ask"):
+        check_budgets_met({"50MB": kept, "60MB": missing})
+    check_budgets_met({"50MB": kept})
     missed = judge(replace(report, budget=asked))["budget"]
     assert (missed.tone, missed.word) == ("bad", "budget missed")
     assert missed.aside == "0.931 (0.920 to 0.940), not quality 0.95"

@@ -207,3 +207,13 @@ def test_a_rehearsal_computes_no_block(family: str, tiny_model: Tiny):
     assert [len(hidden) for hidden in rehearsal.hidden] == [8, 3]
     assert all(len(batches) == 2 for batches in rehearsal.keywords)
     assert anatomy_of(network).inputs == ("attention_in", "attention_out", "mlp_in", "mlp_hidden")
+
+
+@every_family
+def test_what_nobody_reads_is_not_computed(family: str, tiny_model: Tiny):
+    network, computed = tiny_model(family).network, []
+    last = anatomy_of(network).edges[-1].path
+    for block in blocks_of(network):
+        block.get_submodule(last).register_forward_hook(lambda *_: computed.append(1))
+    for layer in sweep(network, WINDOWS[:3]):
+        assert len(computed) == layer.index, "the pass for statistics ends before the last linear, the other does not"

@@ -350,7 +350,7 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
     from pocketlm import api
     from pocketlm.cli.terminal import Screen, integer_lines, plan_lines, result_lines
     from pocketlm.report.content import to_dict
-    from pocketlm.report.verdict import check_budget_met
+    from pocketlm.report.verdict import check_budgets_met
     from pocketlm.tensors.formats.integer import NAMES
 
     integers, report = job.format in NAMES, None
@@ -366,7 +366,7 @@ def _run(job: Any, dry_run: bool, json_output: bool) -> None:
             lines, data = result_lines(report, job.out), to_dict(report)
     _print(lines, data, json_output)
     if report:
-        check_budget_met(report)
+        check_budgets_met({str(job.out): report})
 
 
 def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
@@ -374,14 +374,13 @@ def _sweep(job: Any, sizes: tuple[str, ...], json_output: bool) -> None:
     from pocketlm import api
     from pocketlm.cli.terminal import Screen, plan_lines
     from pocketlm.report.frontier import frontier_data, frontier_lines
-    from pocketlm.report.verdict import check_budget_met
+    from pocketlm.report.verdict import check_budgets_met
 
     with Screen() as screen:
         made = api.sweep(job, sizes, screen.progress, lambda planned: screen.say(plan_lines(planned)))
     lines = [*frontier_lines(made.reports, made.refused), f"wrote {job.out}: open {job.out / 'frontier.html'}"]
     _print(lines, frontier_data(made.reports) | {"refused": made.refused}, json_output)
-    for report in made.reports.values():
-        check_budget_met(report)
+    check_budgets_met(made.reports)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
 from pocketlm.model.surgery import entrance, picks
-from pocketlm.model.sweep import rehearse, run_block, second_moment
+from pocketlm.model.sweep import Heard, rehearse, run_block, second_moment
 from pocketlm.tensors.reconstruction import Moments, solve_missing, solve_readers
 
 DAMPINGS = (0.03, 0.3, 3.0)
@@ -164,7 +164,7 @@ class Pair:
         """Yield what a linear reads now, and the residual stream that its output is added to, batch by batch."""
         earlier = self.writers[: self.writers.index(path)] if path in self.writers else []
         for states, keywords in zip(self.states, self.keywords, strict=True):
-            with listening(self.block, [path], earlier, stop=True) as (read, wrote), suppress(_Heard):
+            with listening(self.block, [path], earlier, stop=True) as (read, wrote), suppress(Heard):
                 run_block(self.block, states, keywords)
             yield read[path], states + sum(wrote[writer].float() for writer in earlier)
 
@@ -184,10 +184,6 @@ class _Sums:
         self.parts = tuple(Moments(a + c, b + d) for (a, b), (c, d) in zip(before, new, strict=True))
 
 
-class _Heard(Exception):
-    """What was wanted of a block was heard; the rest of it need not run."""
-
-
 @contextmanager
 def listening(
     block: nn.Module, readers: list[str], writers: list[str], stop: bool = False
@@ -200,7 +196,7 @@ def listening(
         def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor | None = None) -> None:
             kept[path] = out if output else args[0]
             if stop and not output:
-                raise _Heard
+                raise Heard
 
         return keep
 

@@ -41,13 +41,20 @@ def fast_forward(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """While open, factors of float32 products may be rounded as those of forward passes are; sums stay in float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if forward_dtype(device.type) is torch.bfloat16 else before)
+    """While open, factors of float32 products may be rounded as those of forward passes are; sums stay in float32.
+
+    On a CPU with torch 2.9 or newer; elsewhere nothing changes.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None or device.type != "cpu" or forward_dtype("cpu") is torch.float32:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        settings.fp32_precision = before
 
 
 class _Widening(TorchFunctionMode):

@@ -10,7 +10,7 @@ states between two blocks are kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -121,7 +121,7 @@ def sweep(
                 with watching(layer, spaces or anatomy.inputs, wanted.__setitem__):
                     layer.targets.append(run_block(block, unchanged[batch], keywords))
             add = partial(_add_moments, layer, wanted, weights(index, batch))
-            with watching(layer, spaces or anatomy.inputs, add, then_stop=True):
+            with watching(layer, spaces or anatomy.inputs, add, stop=True), suppress(Heard):
                 run_block(block, hidden[batch], keywords)
         yield layer
         unchanged = layer.targets
@@ -188,17 +188,17 @@ def rehearse(network: nn.Module, windows: Tensor) -> Rehearsal:
     return Rehearsal(hidden, keywords)
 
 
-class _AllSeen(Exception):
-    """Ends a pass whose rest nobody reads."""
+class Heard(Exception):
+    """What was wanted of a block was heard; the rest of it need not run."""
 
 
 @contextmanager
 def watching(
-    layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor], None], then_stop: bool = False
+    layer: Layer, spaces: tuple[str, ...], see: Callable[[str, Tensor], None], stop: bool = False
 ) -> Iterator[None]:
     """While open, call `see` with each of the given spaces of a layer and what is read there: once, not per linear.
 
-    With `then_stop` one pass through the block ends behind the last of them.
+    With `stop` one pass through the block ends behind the last of them, by raising `Heard`.
     """
     first_readers = {edge.reads: edge for edge in reversed(layer.edges) if edge.reads in spaces}
     unseen = set(first_readers)
@@ -207,16 +207,14 @@ def watching(
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             see(edge.reads, args[0])
             unseen.discard(edge.reads)
-            if then_stop and not unseen:
-                raise _AllSeen
+            if stop and not unseen:
+                raise Heard
 
         return layer.module.get_submodule(edge.path).register_forward_pre_hook(look)
 
     handles = [watch(edge) for edge in first_readers.values()]
     try:
         yield
-    except _AllSeen:
-        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ strict test, which may hide a real difference; a paired ratio, where the report 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,15 +48,19 @@ def judge(report: Report) -> dict[str, Finding]:
     return {finding.topic: finding for finding in findings if finding is not None}
 
 
-def check_budget_met(report: Report) -> None:
+def check_budgets_met(reports: Mapping[str, Report]) -> None:
     """Tell whoever calls the program that what was measured is not what was asked for.
 
+    Args:
+        reports: By the name of the folder that they are of.
+
     Raises:
-        VerificationError: A part of the budget is missed.
+        VerificationError: A part of a budget is missed.
     """
-    if not report.budget.met:
+    missed = [f"{name}: {_budget(report).aside}" for name, report in reports.items() if not report.budget.met]
+    if missed:
         raise VerificationError(
-            f"The file is kept, but measured it misses its budget: {_budget(report).aside}. Ask for more than you need"
+            f"The file is kept, but measured it misses its budget ({'; '.join(missed)}). Ask for more than you need"
         )
 
 
