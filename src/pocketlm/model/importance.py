@@ -42,29 +42,32 @@ def token_importance(
         seed: Of the signs.
         progress: Called after each window with how many are done and how many there are.
     """
-    squares: dict[tuple[int, str], list[Tensor]] = {}
+    count = len(blocks_of(network))
+    edges = [*((index, edge) for index in range(count) for edge in anatomy_of(network).edges), (count, HEAD)]
+    # All made before the first pass: what is kept from pass to pass between large tensors breaks the memory up that
+    # these leave, and 128 windows of SmolLM2-135M took 13 GB.
+    squares = {(index, edge.path): windows.new_empty(windows.shape, dtype=torch.float32) for index, edge in edges}
     generator = torch.Generator(windows.device).manual_seed(seed)
 
-    def note(index: int, path: str, slope: Tensor) -> None:
-        squares.setdefault((index, path), []).append(slope.detach().float().square().sum(-1).flatten())
+    def note(index: int, path: str, slope: Tensor, places: slice = slice(None)) -> None:
+        squares[index, path][row, places] = slope.detach().float().square().sum(-1).flatten()
 
-    def judged(_: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def judged(places: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         slope = fisher_gradient(logits.float(), generator)
-        note(len(blocks_of(network)), HEAD.path, slope)
+        note(count, HEAD.path, slope, places)
         return slope.new_zeros(len(slope)), slope
 
     with _watching_gradients(network, note), recomputing(network), reusing_memory():
-        for done, window in enumerate(windows.split(1), 1):
+        for row, window in enumerate(windows.split(1)):
             with torch.enable_grad(), fast_forward(window.device):
                 start = network.get_input_embeddings()(window).detach().requires_grad_(True)
                 hidden = network.base_model(inputs_embeds=start, use_cache=False).last_hidden_state
                 _, slope = through_head(hidden.detach().flatten(0, 1), None, network.lm_head, judged, 1)
                 hidden.backward(slope.view_as(hidden))
-            progress(done, len(windows))
-    edges = [(index, edge) for index in range(len(blocks_of(network))) for edge in anatomy_of(network).edges]
+            progress(row + 1, len(windows))
     readers: dict[tuple[int, str], list[Tensor]] = {}
-    for index, edge in [*edges, (len(blocks_of(network)), HEAD)]:
-        readers.setdefault((index, edge.reads), []).append(torch.cat(squares[index, edge.path]).view(windows.shape))
+    for index, edge in edges:
+        readers.setdefault((index, edge.reads), []).append(squares[index, edge.path])
     return {place: _together(parts) for place, parts in readers.items()}
 
 
