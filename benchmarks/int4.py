@@ -33,6 +33,7 @@ from pocketlm.model.source import load
 from pocketlm.model.text import pack_windows, read_corpus
 from pocketlm.pipeline.proof import measure_quality
 from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.tensors.formats import unpack
 
 import torch  # isort: skip
 
@@ -47,16 +48,20 @@ def body_in(form: str) -> dict[str, str]:
 
 def quantize_here(args: argparse.Namespace) -> None:
     """Quantize in this process and report; run as a subprocess of its own."""
-    model: LanguageModel = load(args.model)
+    model: LanguageModel = load(args.model, torch.bfloat16)  # as the file has it, and as the peers load it
     windows = load_file(args.windows)["windows"]
     step = Quantize(formats=body_in(args.form), method=args.method, learned_rounding=args.rounding)
     began = time.monotonic()
     weights = token_importance(model.network, windows, step.seed) if step.method == "descent" else None
-    model, _, _ = quantize(model, step, windows, importance=weights)
+    model, packed, _ = quantize(model, step, windows, importance=weights)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    save(model, args.out, dtype=torch.float32)
-    (args.out / "results.json").write_text(json.dumps({"seconds": round(seconds, 1), "peak_mb": round(peak)}))
+    exact = load(args.model)  # what the codes stand for, which bfloat16 would round
+    for name, stored in packed.items():
+        exact.network.get_parameter(name).data = unpack(stored).decode()
+    save(exact, args.out, dtype=torch.float32)
+    figures = {"seconds": round(seconds, 1), "peak_mb": round(peak), "settings": {"bits": 4, "group": 32}}
+    (args.out / "results.json").write_text(json.dumps(figures))
 
 
 def run_all(args: argparse.Namespace, jobs: dict[str, list[str]]) -> tuple[list[dict], list[str]]:
