@@ -30,7 +30,8 @@ def forward_dtype(device_type: str) -> torch.dtype:
     """Return bfloat16 where the hardware multiplies it natively, else float32."""
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    native = device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def fast_forward(device: torch.device) -> AbstractContextManager:
