@@ -18,7 +18,7 @@ from pocketlm.measure.device import machine, versions
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.model.sweep import WINDOWS_AT_ONCE, sweep
+from pocketlm.model.sweep import sweep
 from pocketlm.model.text import read_corpus
 from pocketlm.tensors.elimination import gptq, output_errors
 from pocketlm.tensors.formats import FORMATS
@@ -26,6 +26,7 @@ from pocketlm.tensors.formats import FORMATS
 CASES = (("ffn_out", "Q2_0"), ("ffn_in", "Q2_0"), ("query_key", "IQ4_NL"))
 WINDOWS, DAMPINGS, DESCENTS = (32, 64, 128), (0.01, 0.1), (0, 2, 4)
 ROWS = 256  # of all matrices of a group
+PART = 8  # windows whose statistics are taken together; the last of them are held out
 
 
 def grams_of(model: LanguageModel, block: int, windows: Tensor) -> dict[str, Tensor]:
@@ -42,9 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = load(args.model, torch.float32)
-    most = WINDOWS[-1] + WINDOWS_AT_ONCE
+    most = WINDOWS[-1] + PART
     windows = read_corpus(args.calibrate).tokens("calibration", model.tokenizer, most).windows
-    parts = [grams_of(model, args.block, part) for part in windows.split(WINDOWS_AT_ONCE)]
+    parts = [grams_of(model, args.block, part) for part in windows.split(PART)]
     block = blocks_of(model.network)[args.block]
     linears = [(edge, block.get_submodule(edge.path)) for edge in anatomy_of(model.network).edges]
     rows = []
@@ -53,7 +54,7 @@ def main() -> None:
         weight, space = torch.cat([read_weight(linear) for _, linear in edges]), edges[0][0].reads
         weight = weight[:: max(1, len(weight) // ROWS)].contiguous()
         for count, damping, descents in product(WINDOWS, DAMPINGS, DESCENTS):
-            gram = torch.stack([part[space] for part in parts[: count // WINDOWS_AT_ONCE]]).sum(0)
+            gram = torch.stack([part[space] for part in parts[: count // PART]]).sum(0)
             decoded = gptq(weight, gram, FORMATS[name], damping, descents=descents).decode()
             error = output_errors(weight, decoded, parts[-1][space]).sum().item()
             base = next((row["error"] for row in rows if (row["group"], row["format"]) == (group, name)), error)
@@ -68,7 +69,7 @@ def main() -> None:
         f"`{command_line()}`",
         "",
         f"{here.cpu}; torch {versions()['torch']}. Squared error of the outputs of block {args.block} on",
-        f"{WINDOWS_AT_ONCE} windows of 512 tokens that were not calibrated on, relative to GPTQ with {WINDOWS[0]} "
+        f"{PART} windows of 512 tokens that were not calibrated on, relative to GPTQ with {WINDOWS[0]} "
         f"windows and damping {DAMPINGS[0]}.",
         "",
         "| tensors | format | windows | damping | " + " | ".join(f"{n} descents" for n in DESCENTS) + " |",
