@@ -32,6 +32,7 @@ from pocketlm.pipeline.planning import Fit, prepare
 from pocketlm.pipeline.stages import run_recipe
 from pocketlm.plan.budget import parse_time
 from pocketlm.run.engine import Engine
+from pocketlm.tensors.formats import FORMATS
 
 LENGTH = 512
 matplotlib.use("svg")
@@ -128,7 +129,12 @@ def _cell(interval: dict | None) -> str:
 def picture(rows: list[dict], texts: list[str], path: Path) -> None:
     """Draw KL against bytes, one panel per text."""
     figure, axes = pyplot.subplots(1, len(texts), figsize=(6.5 * len(texts), 4.6), squeeze=False)
-    kinds = {"pocketlm": ("o", "#0a6ebd"), "tuned": ("*", "#063b66"), "rounding": ("x", "#888888")}
+    kinds = {
+        "pocketlm": ("o", "#0a6ebd"),
+        "tuned": ("*", "#063b66"),
+        "one format": ("+", "#0a6ebd"),
+        "rounding": ("x", "#888888"),
+    }
     for axis, text in zip(axes[0], texts, strict=True):
         for kind in (*kinds, "llama.cpp", "other"):
             points = [row for row in rows if _kind(row["name"]) == kind and row[text]["kl"]]
@@ -158,7 +164,9 @@ def picture(rows: list[dict], texts: list[str], path: Path) -> None:
 def _kind(name: str) -> str:
     if name.endswith("tuned"):
         return "tuned"
-    first = name.partition(" ")[0]
+    first, _, rest = name.partition(" ")
+    if first == "pocketlm" and rest in FORMATS:
+        return "one format"
     return first if first in ("pocketlm", "rounding", "llama.cpp") else "other"
 
 
