@@ -232,13 +232,13 @@ def _add_moments(layer: Layer, wanted: dict[str, Tensor], weights: dict[str, Ten
         x: What is read.
     """
     with torch.autocast(x.device.type, enabled=False), fast_products(x.device):  # hooks run inside the pass's autocast
-        read = seen = x.flatten(0, -2).float()
-        roots = weights[space].flatten().sqrt()[:, None] if space in weights else 1.0
-        if space in weights:
-            seen = roots * read
+        roots = weights[space].flatten().sqrt()[:, None] if space in weights else None
+        read = x.flatten(0, -2).float()
+        seen = read if roots is None else roots * read
         layer.gram[space] = layer.gram.get(space, 0) + second_moment(seen)
         if space in wanted:
-            away = roots * (wanted[space].flatten(0, -2).float() - read)
+            away = wanted[space].flatten(0, -2).float() - read
+            away = away if roots is None else roots * away
             layer.drift[space] = layer.drift.get(space, 0) + away.T @ seen
 
 

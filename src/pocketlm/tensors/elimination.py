@@ -347,8 +347,9 @@ def _best_scales(seen: Tensor, quantized: Quantized, metric: Tensor) -> Tensor:
     solved = torch.cholesky_solve(target, factor, upper=True).view(rows, spans, kinds)
     fitted = form.storable(torch.nan_to_num(solved, nan=0.0))[0]
     # The error is sᵀEs - 2tᵀs and what no scale changes. Less than what float32 rounds away is no gain.
-    total, change = ((fitted + way * quantized.scales).reshape(rows, -1, 1) for way in (1, -1))
-    difference = (change * (both @ total - 2 * target)).sum(1, keepdim=True)
+    before, after = (scales.reshape(rows, -1, 1) for scales in (quantized.scales, fitted))
+    change = after - before
+    difference = (change * (both @ (after + before) - 2 * target)).sum(1, keepdim=True)
     better = difference < -LEAST_GAIN * (change * target).abs().sum(1, keepdim=True)
     return torch.where(better, fitted, quantized.scales)
 
