@@ -227,5 +227,7 @@ def test_time_decides_what_is_tried_and_how_long_the_winner_learns(searched, mon
     assert (len(short.trials), short.untried) == (1, 2)
     assert short.recipe == short.winner.recipe, "what was built is what ships"
     assert (len(long.trials), long.untried) == (3, 0)
-    (learnt,) = [step.tokens for step in long.recipe.steps if step.step in ("distil", "tune")]
-    assert learnt == pytest.approx(MARGIN * (1e5 - long.winner.ending) * long.winner.pace, rel=0.01)
+    learnt = {step.step: step.tokens for step in long.recipe.steps if step.step in ("distil", "tune")}
+    # How much candidates learn in a second, and so which one wins, is the machine's affair.
+    assert set(learnt) == ({"distil", "tune"} if long.winner.plan.prunes else {"tune"})
+    assert sum(learnt.values()) == pytest.approx(MARGIN * (1e5 - long.winner.ending) * long.winner.pace, rel=0.01)
