@@ -40,7 +40,7 @@ from pocketlm.model.source import load
 from pocketlm.model.targets import Sampling, fitting, open_targets, predicted_bytes, write_targets
 from pocketlm.model.text import Tokens, as_tokens, pack_windows, read_corpus
 from pocketlm.pipeline.cache import Finished, stage, unfinished
-from pocketlm.plan.decide import tokens_in
+from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.run.engine import Engine
 from pocketlm.steps.distil import Distil, distil

@@ -30,8 +30,8 @@ from pocketlm.pipeline.cache import remove_leftovers, stage, unfinished
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
-from pocketlm.plan.decide import tokens_in
 from pocketlm.plan.importance import block_influence
+from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.report.distilled import distilled_page

@@ -24,7 +24,8 @@ from pocketlm.pipeline.planning import sizes_before
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
-from pocketlm.plan.decide import NEW_TOKENS_RATE, tokens_in
+from pocketlm.plan.decide import NEW_TOKENS_RATE
+from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes

@@ -19,9 +19,10 @@ from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.trials import Search
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
-from pocketlm.plan.decide import Decision, Wanted, may_prune, tokens_in, uniform_recipe
+from pocketlm.plan.decide import Decision, Wanted, may_prune, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
 from pocketlm.plan.footprint import Footprint
+from pocketlm.plan.pace import tuned_tokens_in
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
@@ -129,7 +130,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     floor = parse_quality(job.quality) if job.quality else None
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:
-        tokens = tokens_in(model, texts.calibration, job.tune)
+        tokens = tuned_tokens_in(model, texts.calibration, job.tune, recipe.steps[-1].formats)
         recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
     if recipe:
         size = recipe_bytes(sizes_before(model, recipe, texts), recipe)

@@ -1,8 +1,6 @@
 """Decide a recipe for a budget: measure what hurts, choose what hurts least, and what else is worth a try."""
 
-import copy
 import math
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,11 +15,12 @@ from pocketlm.model.text import Tokens
 from pocketlm.plan.budget import Budget, say_bytes
 from pocketlm.plan.effort import PRESETS, Effort
 from pocketlm.plan.footprint import Costs, Footprint, measure_layout
+from pocketlm.plan.pace import tokens_in, tuned_tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, choose
 from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, vocabulary_damage, width_damage
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, recipe_bytes, sizes_of, smallest_shape
-from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
@@ -36,7 +35,6 @@ LEARNING_RATE, RATE_TOKENS, HIGHEST_RATE = 6e-5, 12_288, 3e-4  # of healing: gro
 NEW_TOKENS_RATE = 2e-4  # at least, where words are spelled in pieces that the model has hardly seen
 # With 12,288 tokens all weights learnt nothing of it: held-out KL 0.145 before, 0.156 behind (32,768 of 49,152 tokens).
 SPELLING_TOKENS = 98_304
-TIMED_STEPS = 3
 TRIES = 4  # of a layout whose measured memory and speed keep to the budget, each aimed a little lower
 
 
@@ -202,7 +200,8 @@ def decide(
     heal = wanted.effort.tokens
     if wanted.heal_seconds is not None:
         heal = tokens_in(model, calibration, wanted.heal_seconds) if wanted.heal_seconds else 0
-    tune = tokens_in(model, calibration, wanted.tune_seconds) if wanted.tune_seconds else 0
+    formats = plans[0].formats
+    tune = tuned_tokens_in(model, calibration, wanted.tune_seconds, formats) if wanted.tune_seconds else 0
     recipe = recipe_of(plans[0], wanted, heal, tune, seed, wanted.windows(len(rivals)))
     return Decision(recipe, plans[0], damages, rivals, heal, tune)
 
@@ -337,33 +336,6 @@ def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, 
     recipe = Recipe(steps=(Quantize(formats=formats, method=method),), seed=seed)
     recipe_bytes(sizes, recipe)
     return recipe
-
-
-def tokens_in(
-    model: LanguageModel,
-    calibration: Tokens,
-    seconds: float,
-    student: LanguageModel | None = None,
-    how: Distil | None = None,
-) -> int:
-    """Return how many tokens of distillation fit into a time on this machine, to two digits.
-
-    Args:
-        model: The teacher.
-        calibration: What will be learnt from.
-        seconds: The time.
-        student: Who learns, and is spoilt by the trial; a copy of the teacher where None.
-        how: It learns; its tokens and evaluations do not matter.
-    """
-    trial = student or LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
-    how = how or Distil(tokens=1)
-    batch = calibration.first(how.windows_per_step)
-    config = replace(how, tokens=TIMED_STEPS * batch.numel(), evaluations=1)
-    began = time.monotonic()
-    distil(model, trial, config, batch, batch[:1])
-    tokens = int(0.9 * seconds * config.tokens / (time.monotonic() - began))
-    digits = max(0, len(str(tokens)) - 2)
-    return max(batch.numel(), tokens // 10**digits * 10**digits)
 
 
 def from_facts(facts: dict[str, Any]) -> Decision:

@@ -1,0 +1,70 @@
+"""How many tokens a model can learn from in a given time on this machine."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.text import Tokens
+from pocketlm.steps.distil import Distil, distil
+from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.steps.tune import Tune, tune
+
+TIMED_STEPS = 3  # behind the first, which also allocates
+SHARE = 0.9  # of the time for steps; the rest is for measuring in between
+Mark = Callable[[int, int, str], None]
+
+
+def tokens_in(
+    model: LanguageModel,
+    calibration: Tokens,
+    seconds: float,
+    student: LanguageModel | None = None,
+    how: Distil | None = None,
+) -> int:
+    """Return how many tokens of distillation fit into a time on this machine, to two digits.
+
+    Args:
+        model: The teacher.
+        calibration: What will be learnt from.
+        seconds: The time.
+        student: Who learns, and is spoilt by the trial; a copy of the teacher where None.
+        how: It learns; its tokens and evaluations do not matter.
+    """
+    how = how or Distil(tokens=1)
+    batch = calibration.first(how.windows_per_step)
+    config = replace(how, tokens=(1 + TIMED_STEPS) * batch.numel(), evaluations=1)
+    trial = student or _copied(model)
+    return _tokens_in(seconds, batch, lambda mark: distil(model, trial, config, batch, batch[:1], mark))
+
+
+def tuned_tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, formats: dict[str, str]) -> int:
+    """Return how many tokens of tuning fit into a time on this machine, to two digits.
+
+    Args:
+        model: The original; not changed.
+        calibration: What will be learnt from.
+        seconds: The time.
+        formats: That the tuned model is stored in, by group or pattern.
+    """
+    how = Tune(tokens=1)
+    batch = calibration.first(how.windows_per_step)
+    config = replace(how, tokens=(1 + TIMED_STEPS) * batch.numel(), evaluations=1)
+    trial, packed, _ = quantize(_copied(model), Quantize(formats=formats, method="rtn"), batch[:1])
+    return _tokens_in(seconds, batch, lambda mark: tune(model, trial, packed, config, (batch, batch[:1]), mark))
+
+
+def _tokens_in(seconds: float, batch: Tensor, learn: Callable[[Mark], object]) -> int:
+    """Return how many tokens of batches like this one fit into a time, from a training of a few steps."""
+    ends: list[float] = []
+    learn(lambda done, total, pace: ends.append(time.monotonic()))
+    tokens = int(SHARE * seconds * batch.numel() * (len(ends) - 1) / (ends[-1] - ends[0]))
+    digits = max(0, len(str(tokens)) - 2)
+    return max(batch.numel(), tokens // 10**digits * 10**digits)
+
+
+def _copied(model: LanguageModel) -> LanguageModel:
+    return LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)

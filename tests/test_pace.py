@@ -1,0 +1,31 @@
+"""Time turned into tokens."""
+
+import pytest
+import torch
+from tests.conftest import Tiny
+
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.text import Tokens, as_tokens
+from pocketlm.plan.pace import tokens_in, tuned_tokens_in
+
+TEXT = as_tokens("", torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0)))
+BATCH = TEXT.first(4).numel()
+
+
+def healing(model: LanguageModel, text: Tokens, seconds: float) -> int:
+    return tokens_in(model, text, seconds)
+
+
+def tuning(model: LanguageModel, text: Tokens, seconds: float) -> int:
+    return tuned_tokens_in(model, text, seconds, {"*": "Q4_0"})
+
+
+@pytest.mark.parametrize("fitting", [healing, tuning])
+def test_no_time_is_one_batch_and_a_week_is_many_to_two_digits(tiny_model: Tiny, fitting):
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    assert fitting(model, TEXT, 0.0) == BATCH
+    many = fitting(model, TEXT, 7 * 24 * 3600.0)
+    assert many > 1000 * BATCH
+    assert int(str(many)[2:]) == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
