@@ -7,6 +7,7 @@ compares the squared errors of the outputs on eight other windows of the same te
 """
 
 import argparse
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def main() -> None:
     model = load(args.model, torch.float32)
     most = WINDOWS[-1] + PART
     windows = read_corpus(args.calibrate).tokens("calibration", model.tokenizer, most).windows
+    if len(windows) < most:
+        sys.exit(f"The text has {len(windows)} windows, of which {most} are needed: give more with --calibrate")
     parts = [grams_of(model, args.block, part) for part in windows.split(PART)]
     block = blocks_of(model.network)[args.block]
     linears = [(edge, block.get_submodule(edge.path)) for edge in anatomy_of(model.network).edges]

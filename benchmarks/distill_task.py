@@ -1,11 +1,13 @@
 """A narrow task: a student of few blocks taught by a bigger model, beside plain fine-tuning of the same student.
 
-    python benchmarks/distill_task.py MODEL --train FILE --test FILE [--student depth=12,ffn=768] [--epochs 4]
+    python benchmarks/distill_task.py MODEL --train FILE --test FILE [--student depth=12,ffn=768] [--epochs 4] \
+        [--teach N] [--limit N]
 
 MODEL is a Hugging Face folder. Files are .jsonl of `prompt` and `answer`; clinc150's `data_full.json` is read as it is,
 for both. First MODEL itself is fine-tuned on the task and becomes the teacher; then the student cut from it learns from
 teacher and answers, and the control, the same student on the same batches, from answers alone. Accuracy is the share of
 test prompts whose greedy answer is exactly right; the student is also stored at 4 to 5 bits and answers in llama.cpp.
+Of many examples --teach and --limit draw some, by the seed.
 The untrained MODEL is told all answers there are, without examples and with some, and the likeliest of them counts.
 Everything finished or half trained is kept in pocketlm's cache. Writes a page (Markdown) and the same as JSON.
 """
@@ -13,6 +15,7 @@ Everything finished or half trained is kept in pocketlm's cache. Writes a page (
 import argparse
 import datetime
 import json
+import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +30,7 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
+from pocketlm.model.importance import token_importance
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.pipeline.cache import stage
@@ -57,7 +61,8 @@ def arguments() -> argparse.Namespace:
         "--cross-entropy", type=float, default=0.5, help="share of the answers in what the student learns"
     )
     parser.add_argument("--format", default="IQ4_NL", help="the student is stored in")
-    parser.add_argument("--limit", type=int, help="test examples at most")
+    parser.add_argument("--teach", type=int, help="examples to teach at most, drawn at random")
+    parser.add_argument("--limit", type=int, help="test examples at most, drawn at random")
     parser.add_argument("--prompted", type=int, default=300, help="of them are asked of the untrained model")
     parser.add_argument("--shots", type=int, default=10, help="examples that the untrained model is shown")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,6 +79,11 @@ def examples_of(path: Path, part: str) -> list[Example]:
         Example(f"What is the intent of this request?\n{text}", label.replace("_", " "))
         for text, label in json.loads(path.read_text())[part]
     ]
+
+
+def drawn(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+    """Return some of the examples, or all where no number is given."""
+    return random.Random(seed).sample(examples, min(most or len(examples), len(examples)))
 
 
 @torch.no_grad()
@@ -191,7 +201,8 @@ def _key(folder: str) -> str:
 def stored(folder: Path, form: str, text: Tensor) -> Path:
     """Return the student's GGUF file at 4 to 5 bits."""
     model = load(str(folder / "hf"))
-    model, packed, _ = quantize(model, Quantize(formats={"*": form}), text)
+    importance = token_importance(model.network, text)
+    model, packed, _ = quantize(model, Quantize(formats={"*": form}), text, importance=importance)
     path = folder / f"student-{form}.gguf"
     write_gguf(model, packed, path)
     return path
@@ -200,7 +211,8 @@ def stored(folder: Path, form: str, text: Tensor) -> Path:
 def main() -> None:
     """Teach, measure, write."""
     args = arguments()
-    learnt, test = examples_of(args.train, "train"), examples_of(args.test, "test")[: args.limit]
+    learnt = drawn(examples_of(args.train, "train"), args.teach, args.seed)
+    test = drawn(examples_of(args.test, "test"), args.limit, args.seed)
     base = load(args.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     task = args.out.with_suffix(".train.jsonl")

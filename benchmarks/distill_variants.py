@@ -29,7 +29,7 @@ from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, held_out_loss
 from pocketlm.model.source import load
-from pocketlm.model.text import pack_windows
+from pocketlm.model.text import as_tokens, pack_windows
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import silent
 from pocketlm.plan.sensitivity import depth_damage
@@ -163,7 +163,7 @@ def trained(teacher: LanguageModel, name: str, step: Distil, windows: dict[str, 
         print(f"{name}, seed {step.seed}: {report.summary}", flush=True)
         return measured(teacher, model, windows["test"]) | {"seconds": time.process_time() - began}
 
-    inputs = {"teacher": teacher.origin.key, "step": asdict(step), "windows": len(windows["learn"])}
+    inputs = {"teacher": teacher.origin.key, "step": asdict(step), "text": as_tokens("", windows["learn"]).sha256}
     return stage("benchmark-variant", inputs, produce).facts
 
 
@@ -190,8 +190,9 @@ def main() -> None:
     """Train every student in every way, measure, write."""
     args = arguments()
     with tempfile.TemporaryDirectory() as temporary:
-        write_folder(args.model, args.tokenizer, Path(temporary))
-        teacher = load(temporary)
+        folder = Path(temporary) / "stories260K"  # a folder's name is part of what trainings are kept under
+        write_folder(args.model, args.tokenizer, folder)
+        teacher = load(str(folder))
         text = args.text.read_text(encoding="utf-8")
         stories = [f"<s>{story.strip()}" for story in text.split("<|endoftext|>") if story.strip()]
         every = pack_windows(stories, teacher.tokenizer, 10**6, LENGTH)

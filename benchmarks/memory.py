@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py MODEL [--format q4_0] --out benchmarks/results/memory-1b.md
 
-Writes a random Llama with the shape of Llama 3.2 1B and MODEL's tokenizer to a temporary folder (2.5 GB), quantizes it
-in a process of its own with `pocketlm quantize`'s steps (text, statistics, GPTQ, GGUF), and reads that process's peak.
+Writes a random Llama as wide as Llama 3.2 1B, of 18 blocks, with MODEL's tokenizer to a temporary folder (2.5 GB),
+quantizes it in a process of its own with `pocketlm quantize`'s steps (text, statistics, codes by its default method,
+GGUF), and reads that process's peak.
 """
 
 import argparse
@@ -80,8 +81,7 @@ def main() -> None:
         "",
         f"`{command_line()}`",
         "",
-        f"{here.cpu}, {here.cores} cores. {made.stdout.strip()}, GPTQ into {args.format.upper()}: "
-        f"{done.stdout.strip()}",
+        f"{here.cpu}, {here.cores} cores. {made.stdout.strip()}, {args.format.upper()}: {done.stdout.strip()}",
         "",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ def narrow_inner(network: nn.Module, seen: list, method: str, space: str, keep: 
         if space == FFN:
             keep_channels(block, network, space, kept)
         else:
-            keep_heads(block, network, kept.tolist())
+            queries = torch.arange(network.config.num_attention_heads).view(heads, -1)[kept]
+            keep_heads(block, network, kept.tolist(), queries.flatten().tolist())
         if method == "fluctuation":
             linear.bias = nn.Parameter(bias)
     return network

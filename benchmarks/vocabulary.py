@@ -23,6 +23,7 @@ from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
 from pocketlm.model.language_model import LanguageModel, save
+from pocketlm.model.respelling import Respeller
 from pocketlm.model.source import load
 from pocketlm.model.text import Corpus, pack_windows, read_corpus
 from pocketlm.model.vocabulary import spellings
@@ -101,13 +102,13 @@ def heal(original: LanguageModel, model: LanguageModel, corpus: Corpus, tokens: 
     """Distil across the vocabularies for so many tokens; the model is changed in place."""
     windows = pack_windows(corpus.split("calibration"), original.tokenizer, 1 + tokens // 512)
     held_out = corpus.tokens("validation", original.tokenizer, 4).windows
-    spelling = spellings(original.tokenizer, model.tokenizer)
+    teacher = Respeller(original, spellings(original.tokenizer, model.tokenizer))
     config = Distil(tokens=tokens, learning_rate=HEALING_RATE)
 
-    def show(done: int, total: int, loss: float) -> None:
-        screen.progress(f"healing (loss {loss:.3f})", done, total)
+    def show(done: int, total: int, pace: str) -> None:
+        screen.progress(f"healing ({pace})", done, total)
 
-    return distil(original, model, config, windows, held_out, show, spelling)[0]
+    return distil(teacher, model, config, windows, held_out, show)[0]
 
 
 def answer(file: Path) -> str:

@@ -184,12 +184,18 @@ def test_what_is_fixed_leaves_the_rest_to_choice(sizes: Sizes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fixed", [{}, {"value": "Q8_0", "embedding": "Q4_1"}], ids=["free", "fixed"])
+@pytest.mark.parametrize(
+    "fixed",
+    [{}, {"value": "Q8_0", "embedding": "Q4_1"}, {"ffn_out": "IQ4_NL", "FIRST": "Q8_0"}],
+    ids=["free", "groups", "a tensor of a group"],
+)
 def test_a_plans_bytes_are_those_of_the_file(family: str, fixed: dict[str, str], tiny_model: Tiny, tmp_path: Path):
     if family == "gpt2":
         fixed = {"query_key_value" if group == "value" else group: name for group, name in fixed.items()}
     model = tiny_model(family)
     sizes = sizes_of(model)
+    first = next(name for name, group in sizes.groups.items() if group == "ffn_out")
+    fixed = {first if key == "FIRST" else key: form for key, form in fixed.items()}
     budget = Budget("b", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q5_0")) + 1000)
     plan = choose(sizes, Damages((), {}, random_damages(sizes, 2)), budget, fixed)
     assert len(set(plan.formats.values())) > 2, "a mix"

@@ -1,5 +1,6 @@
 """The cache of finished stages: what a stage depends on, who may make it, and what a killed run leaves."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tests.tiny import tiny_folder
 
 import pocketlm
+from pocketlm.errors import BadInputError, OutOfResourcesError
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.source import load
 from pocketlm.model.text import as_tokens
@@ -147,6 +150,40 @@ def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, 
     (tmp_path / "go").touch()
     assert [run.communicate(timeout=60) for run in (first, second)] == [("False True\n", ""), ("True True\n", "")]
     assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == ["inner", "outer"]
+
+
+def test_the_cache_of_a_live_run_is_not_emptied(folder: Path, tmp_path: Path):
+    run = start(tmp_path / "go")
+    wait_for(".outer-*.partial", folder)
+    with pytest.raises(BadInputError, match="Another run uses the cache"):
+        empty()
+    (tmp_path / "go").touch()
+    assert run.communicate(timeout=60) == ("False True\n", "")
+    empty()
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file: write failed"
+        ),
+    ],
+    ids=["system", "safetensors", "torch"],
+)
+def test_a_full_disk_is_told_whoever_finds_it(error: Exception, folder: Path):
+    def produce(work: Path) -> None:
+        (work / "half").touch()
+        raise error
+
+    with pytest.raises(OutOfResourcesError, match=r"is full. Free some space, or run `pocketlm clean --yes`"):
+        stage("text", {}, produce)
+    assert not list(folder.glob("*.partial"))
+    with pytest.raises(ZeroDivisionError):
+        stage("text", {}, lambda work: 1 / 0)
 
 
 def test_a_system_without_locks_has_stages_too(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -336,6 +336,11 @@ def test_the_smallest_file_can_be_made(width: int, tiny_model: Tiny):
     assert budget_range(sizes)[0] == sizes.total(shape, smallest)
 
 
+def test_a_smaller_shape_has_no_format_whose_damage_the_original_cannot_show(tiny_model: Tiny):
+    sizes = sizes_of(tiny_model("llama", intermediate_size=172))
+    assert sizes.allowed("ffn_out") == sizes.allowed("ffn_out", smallest_shape(sizes)) == ["F16"]
+
+
 def test_recipes_that_do_not_fit_a_model_are_refused_before_the_work(tiny_model: Tiny):
     sizes = sizes_of(tiny_model("llama"))
     all_groups = dict.fromkeys(sizes.group_names, "Q4_0")

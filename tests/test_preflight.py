@@ -1,5 +1,6 @@
 """Work that would run out of memory is refused before it starts, and no more of it than that."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,20 @@ from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
 from pocketlm.pipeline import preflight
 from pocketlm.pipeline.preflight import check_resources
+
+
+def test_training_and_candidates_need_more_disk(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama")
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
+    needed = {(False, 0): 6, (True, 0): 14, (True, 6): 32}
+    for (trained, candidates), copies in needed.items():
+        for free in (2 * copies * weights, 2 * copies * weights - 1):
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+            if free == 2 * copies * weights:
+                check_resources(model, tmp_path, trained, candidates)
+            else:
+                with pytest.raises(OutOfResourcesError, match="clean --yes"):
+                    check_resources(model, tmp_path, trained, candidates)
 
 
 def test_quantizing_needs_less_memory_than_training(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

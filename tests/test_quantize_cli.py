@@ -175,3 +175,13 @@ def test_a_tuned_file_is_made_whole(llama, text, tmp_path):
         report["budget"]["predicted_bytes"] == report["budget"]["actual_bytes"] == (out / "model.gguf").stat().st_size
     )
     assert any(note.startswith("Recommended type of the cache") for note in report["notes"])
+
+
+def test_a_time_to_tune_is_turned_into_tokens_once(llama, text, tmp_path):
+    """A run that was killed goes on from its checkpoint only if it is the same work."""
+    arguments = (llama, "--format", "q4_0", "--tune", "10m", "--data", text, "-o", tmp_path / "out")
+    runs = [run(*arguments, "--dry-run", "--json", cache=tmp_path / "cache") for _ in range(2)]
+    assert [done.returncode for done in runs] == [0, 0], runs[0].stderr
+    first, second = (json.loads(done.stdout)["recipe"] for done in runs)
+    assert first == second
+    assert [step["step"] for step in first["steps"]] == ["quantize", "tune"]

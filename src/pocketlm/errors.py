@@ -3,6 +3,15 @@
 A message says what happened, why, and what to do, in one or two lines. Anything else that escapes is a defect.
 """
 
+import errno
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, in the words of the system, of safetensors, or of torch."""
+    said = str(error)
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or f"os error {errno.ENOSPC}" in said or ("PytorchStreamWriter" in said and "write failed" in said)
+
 
 class PocketlmError(Exception):
     """An error with a message made for the person at the terminal."""

@@ -16,7 +16,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.account import run_facts
 from pocketlm.pipeline.artefact import make_report, new_folder
 from pocketlm.pipeline.cache import remove_leftovers
-from pocketlm.pipeline.planning import Fit, Planned, load_for, prepare
+from pocketlm.pipeline.planning import Fit, Planned, check_job, load_for, prepare
 from pocketlm.pipeline.proof import plain_file, prove, simpler_choice
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.pipeline.trials import Limit, alone_of, search
@@ -36,6 +36,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     Raises:
         BadInputError, ImpossibleBudgetError, VerificationError, OutOfResourcesError: As their names say.
     """
+    check_job(job)
     remove_leftovers()
     limit = Limit(job.time, time.monotonic()) if job.time else None
     with new_folder(job.out, job.force, (job.model, *job.data, *job.tasks, job.recipe)) as folder:
@@ -60,6 +61,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
 
 def plan(job: Fit, progress: Progress = silent) -> Planned:
     """Decide what `fit` would do and how many bytes its file would have; nothing is written but the cache."""
+    check_job(job)
     return prepare(job, load_for(job), progress)[1]
 
 

@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from pocketlm.errors import OutOfResourcesError, PocketlmError
+from pocketlm.errors import OutOfResourcesError, PocketlmError, is_disk_full
 
 INTERRUPTED = 130
 
@@ -37,7 +37,7 @@ def run(app: typer.Typer) -> None:
 def _worded(error: Exception) -> PocketlmError:
     """Return what a person is told of an error that was not made for one."""
     number = error.errno if isinstance(error, OSError) else None
-    what = "The disk is full. Free some space" if number == errno.ENOSPC else ""
+    what = "The disk is full. Free some space" if is_disk_full(error) else ""
     # torch has no kind of its own for a CPU's memory: it is a RuntimeError that names its allocator.
     if isinstance(error, MemoryError) or number == errno.ENOMEM or "DefaultCPUAllocator" in str(error):
         what = "Out of memory. Close other programs"

@@ -24,7 +24,7 @@ from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe, to_yaml
 from pocketlm.plan.sizes import sizes_of
 from pocketlm.report.write import write_manifest
-from pocketlm.steps.quantize import Quantize, check_formats, format_name
+from pocketlm.steps.quantize import Quantize, check_formats, format_name, with_fixed
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _plan(job: Fit, model: LanguageModel) -> Planned:
         raise BadInputError(f"Tuning is for GGUF's formats, and {job.format} is none. Leave one of the two out")
     sizes = sizes_of(model)
     own = {group: "F16" if group in ("embedding", "head") else job.format for group in sizes.group_names}
-    step = Quantize(formats=own | dict(job.fixed), method=job.method)
+    step = Quantize(formats=with_fixed(own, dict(job.fixed)), method=job.method)
     check_formats(sizes.tensors(sizes.original), step.formats)
     names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
     predicted = predicted_bytes(sizes.shapes, {name: form for name, form in names.items() if form != "F16"})

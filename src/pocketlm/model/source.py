@@ -53,7 +53,7 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
         return _load_folder(source, path, dtype)
     if path.is_file():
         return _load_gguf(source, path, dtype)
-    if _HUB_ID.fullmatch(source) and path.suffix != ".gguf" and not path.parent.exists():
+    if _on_hub(source):
         return _load_folder(source, _download(source), dtype, kind="hub")
     raise BadInputError(f"There is no file or folder `{source}`{_suggestion(path)}")
 
@@ -79,10 +79,20 @@ def set_aside(model: LanguageModel, folder: Path) -> Iterator[None]:
 
 
 def weight_bytes(source: str) -> int:
-    """Return the bytes of a source's weights on disk; 0 where they are not on this disk yet."""
-    path = Path(source).expanduser()
+    """Return the bytes of a source's weights on disk; what is on the hub is fetched. 0 where there is nothing to load.
+
+    Raises:
+        BadInputError: The hub does not give it.
+    """
+    path = _download(source) if _on_hub(source) else Path(source).expanduser()
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)
+
+
+def _on_hub(source: str) -> bool:
+    """Whether a source is a hub id and nothing on this disk."""
+    path = Path(source).expanduser()
+    return bool(_HUB_ID.fullmatch(source)) and path.suffix != ".gguf" and not path.parent.exists()
 
 
 def demo_file() -> Path:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW = 512  # tokens per window, also the length that perplexity is measured on
 PIECE = 4000  # characters after which a long text is cut at the next paragraph
+ENOUGH = 80  # words of text per token of a window: all splits of so many documents have some, nearly always
 SHARES = {"test": 0.15, "validation": 0.10}  # of the documents; calibration has the rest
 
 
@@ -89,7 +90,7 @@ def check_length(corpus: Corpus, part: str, windows: Tensor, length: int) -> Non
     if not len(windows):
         raise BadInputError(
             f"The text `{corpus.name}` is too short: its {part} part has less than {length} tokens. "
-            f"Give at least {20 * length} words with --data"
+            f"Give at least {ENOUGH * length} words with --data"
         )
 
 

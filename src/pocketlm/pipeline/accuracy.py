@@ -39,7 +39,7 @@ def quality_for(
         ImpossibleBudgetError: Within what else is asked for, nothing reaches it.
     """
     effort = replace(wanted.effort, windows=wanted.effort.trial_windows)
-    alone = replace(wanted, prune=False, effort=effort)
+    alone = replace(wanted, prune=False, effort=effort, heal_seconds=None, tune_seconds=0.0)
     recipes = {quality: _recipe(model, alone, engine, texts, quality, progress) for quality in QUALITIES}
     met = [quality for quality in QUALITIES if recipes[quality]]
     first = _accuracy(model, recipes[met[0]], texts, task, progress) if met else 0.0

@@ -5,7 +5,6 @@ nothing that looks finished, and the same command goes on where it was cut off. 
 makes it, and the others wait for it: a lock of the system's says who, which ends with its process however that ends.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -13,14 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import pocketlm
-from pocketlm.errors import BadInputError, OutOfResourcesError
+from pocketlm.errors import BadInputError, OutOfResourcesError, is_disk_full
 from pocketlm.measure.device import versions
 
 try:
@@ -88,17 +87,18 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
     """
     folder, key = _place(name, inputs)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _in_use(folder.parent)
         if not (folder / DONE).is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
             lock = folder.parent / f".{folder.name}.lock"
             with held(lock, wait=True):
                 if not (folder / DONE).is_file():  # nobody finished it while this process waited
                     _make(folder, produce)
             lock.unlink(missing_ok=True)  # no one needs it any more: what is finished is not made again
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        if is_disk_full(error):
             raise OutOfResourcesError(
-                f"The disk of {cache_folder()} is full. Free some space, or run `pocketlm clean`, and start again"
+                f"The disk of {cache_folder()} is full. Free some space, or run `pocketlm clean --yes`, and start again"
             ) from error
         raise
     record = json.loads((folder / DONE).read_text())
@@ -180,8 +180,49 @@ def kept() -> list[tuple[str, int]]:
 
 
 def empty() -> None:
-    """Delete every stage."""
-    for name, _ in kept():
-        shutil.rmtree(cache_folder() / name)
-    for lock in cache_folder().glob(".*.lock"):
-        lock.unlink()
+    """Delete every stage.
+
+    Raises:
+        BadInputError: Another run uses them.
+    """
+    folder = cache_folder()
+    if not folder.exists():
+        return
+    with _alone_in(folder):
+        for name, _ in kept():
+            shutil.rmtree(folder / name)
+        for lock in folder.glob(".*.lock"):
+            lock.unlink()
+
+
+@cache
+def _in_use(folder: Path) -> int | None:
+    """Say, for as long as this process lives, that a cache is needed; None where the system has no locks."""
+    if fcntl is None:
+        return None
+    number = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a disk in the network may have no locks
+        fcntl.flock(number, fcntl.LOCK_SH)
+    return number
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While open, no other run can use a cache.
+
+    Raises:
+        BadInputError: One does.
+    """
+    number = _in_use(folder)
+    try:
+        if number is not None:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        fcntl.flock(number, fcntl.LOCK_SH)
+        raise BadInputError(f"Another run uses the cache {folder}. Wait for it to end, or stop it") from error
+    except OSError:
+        pass
+    yield
+    if number is not None:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_SH)

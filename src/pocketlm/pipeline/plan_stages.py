@@ -1,6 +1,6 @@
 """The stages in front of a recipe: what formats, widths and blocks cost, each measured once, and the plan from them."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,11 @@ from pocketlm.plan.decide import (
     measure_widths,
 )
 from pocketlm.plan.footprint import Costs, measure_costs
-from pocketlm.plan.recipe import to_yaml
+from pocketlm.plan.pace import tuned_tokens_in
+from pocketlm.plan.recipe import Recipe, to_yaml
 from pocketlm.plan.search import Damages
 from pocketlm.plan.sizes import Sizes, sizes_of
+from pocketlm.steps.tune import Tune
 
 
 def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
@@ -32,6 +34,14 @@ def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progr
     inputs |= {"threads": torch.get_num_threads()}
     done = stage("costs", inputs, lambda folder: asdict(measure_costs(model, sizes, context, progress)))
     return Costs(**done.facts)
+
+
+def tuned_for(model: LanguageModel, recipe: Recipe, texts: Texts, seconds: float) -> Recipe:
+    """Return a recipe that also tunes for a time, turned into tokens once, so that a resumed run does the same."""
+    formats = recipe.steps[-1].formats
+    inputs = {"formats": formats, "seconds": seconds, **_of_text(model, texts)}
+    timed = stage("tune-tokens", inputs, lambda _: tuned_tokens_in(model, texts.calibration, seconds, formats))
+    return replace(recipe, steps=(*recipe.steps, Tune(tokens=timed.facts, seed=recipe.seed)))
 
 
 def damages_known(model: LanguageModel, texts: Texts) -> bool:

@@ -11,9 +11,10 @@ from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load, weight_bytes
+from pocketlm.model.text import read_corpus
 from pocketlm.pipeline.accuracy import quality_for
 from pocketlm.pipeline.local_search import improve
-from pocketlm.pipeline.plan_stages import costs_here, damages_known, make_plan
+from pocketlm.pipeline.plan_stages import costs_here, damages_known, make_plan, tuned_for
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
@@ -22,12 +23,10 @@ from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_si
 from pocketlm.plan.decide import Decision, Wanted, may_prune, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
 from pocketlm.plan.footprint import Footprint
-from pocketlm.plan.pace import tuned_tokens_in
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
-from pocketlm.steps.tune import Tune
 
 LARGE_BYTES = 1_200_000_000  # of the weights on disk
 
@@ -115,7 +114,6 @@ def _trains(job: Fit) -> bool:
 def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
     """Return the text of a run and its recipe: a person's, or the best for the budget."""
     sizes = sizes_of(model)
-    check_job(job)
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     check_fixed(sizes, dict(job.fixed))
     if job.format:
@@ -126,12 +124,12 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         if budget.memory or budget.speed:
             costs = costs_here(model, sizes, budget.context, progress)
             check_running(sizes, budget, costs, job.prune)
-    check_resources(model, job.out, _trains(job))
+    effort = effort_of(job.preset)
+    check_resources(model, job.out, _trains(job), effort.candidates if job.prune and effort.candidates > 1 else 0)
     floor = parse_quality(job.quality) if job.quality else None
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:
-        tokens = tuned_tokens_in(model, texts.calibration, job.tune, recipe.steps[-1].formats)
-        recipe = Recipe(steps=(*recipe.steps, Tune(tokens=tokens, seed=job.seed)), seed=job.seed)
+        recipe = tuned_for(model, recipe, texts, job.tune)
     if recipe:
         size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         return texts, Planned(recipe, _budget_of_recipe(budget, size), size, sizes, None)
@@ -141,8 +139,8 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         prune=job.prune,
         fixed=dict(job.fixed),
         method=job.method,
-        effort=effort_of(job.preset),
-        vocabulary=bool(job.data) and costs is None and not job.quality,  # a KL needs the same tokens
+        effort=effort,
+        vocabulary=bool(job.data) and costs is None and not (job.quality or job.accuracy),  # a KL needs the same tokens
         heal_seconds=job.heal,
         tune_seconds=job.tune,
     )
@@ -159,13 +157,15 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
 
 
 def check_job(job: Fit) -> None:
-    """Refuse options that do not go together, before any work.
+    """Refuse options that do not go together, and text that cannot be read, before any work.
 
     Raises:
-        BadInputError: Some do not, or the preset is unknown.
+        BadInputError: Some do not, the preset is unknown, or a file is missing or damaged.
     """
     effort = effort_of(job.preset)
-    if job.time and (effort.candidates == 1 or job.recipe or job.heal is not None):
+    if job.recipe and job.time:
+        raise BadInputError("A recipe takes the time it takes: leave --time out, or the recipe")
+    if job.time and (effort.candidates == 1 or job.heal is not None):
         raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
     if job.recipe and (job.ram or job.speed or job.quality or job.accuracy or job.heal is not None):
         raise BadInputError(
@@ -174,6 +174,8 @@ def check_job(job: Fit) -> None:
         )
     if job.accuracy and len(job.tasks) != 1:
         raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
+    if job.data:
+        read_corpus(list(job.data))
 
 
 def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
@@ -199,12 +201,14 @@ def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, tex
     effort, known = wanted.effort, damages_known(model, texts)
     prunes = may_prune(sizes, wanted)
     one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
-    expected = expected_seconds(effort, one, length, prunes, known, job.prune)
+    asked = effort if job.heal is None else replace(effort, tokens=0)  # whose learning takes what was asked for
+    expected = expected_seconds(asked, one, length, prunes, known, job.prune)
+    expected += (job.heal or 0) * job.prune + job.tune
     if job.time is None:
         progress(f"all of it takes about {say_time(expected)} here", 0, 1)
         return
     hurried = replace(effort, candidates=1, tokens=effort.trial_tokens, windows=effort.trial_windows)
-    least = expected_seconds(hurried, one, length, prunes, known)
+    least = expected_seconds(hurried, one, length, prunes, known, job.prune)
     if least > job.time:
         raise ImpossibleBudgetError(
             f"--time {say_time(job.time)} is too short: measuring, one candidate and its proof take about "

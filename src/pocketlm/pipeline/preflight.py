@@ -11,28 +11,32 @@ from pocketlm.plan.budget import say_bytes
 
 TRAINING_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
 COPIES = 3  # where nothing is trained: the original, what is made of it, and what is stored
-DISK_COPIES = 6  # 16-bit copies: three stages, hf/, the file, the file to compare with
+# 16-bit copies on disk: three stages, hf/, the file, the file to compare with; a training's checkpoint, four copies in
+# float32; and of each candidate its stages.
+DISK_COPIES, CHECKPOINT_COPIES, CANDIDATE_COPIES = 6, 8, 3
 
 
-def check_resources(model: LanguageModel, out: Path, trained: bool) -> None:
+def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: int = 0) -> None:
     """Refuse work that would run out of disk or memory.
 
     Args:
         model: The original, as it was loaded.
         out: The folder to be written.
         trained: Whether something will learn.
+        candidates: How many plans are built beside the one that is taken.
 
     Raises:
         OutOfResourcesError: It would; the message says how much is missing and what helps.
     """
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
-    disk = DISK_COPIES * 2 * parameters
+    copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates
+    disk = 2 * copies * parameters
     for folder in (cache_folder(), out.resolve()):
         free = shutil.disk_usage(_existing(folder)).free
         if free < disk:
             raise OutOfResourcesError(
                 f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
-                "Free some space, run `pocketlm clean`, or set POCKETLM_CACHE to another disk"
+                "Free some space, run `pocketlm clean --yes`, or set POCKETLM_CACHE to another disk"
             )
     # One copy is loaded already.
     copy = (4 if trained else model.network.dtype.itemsize) * parameters

@@ -149,7 +149,7 @@ def plain_file(model: LanguageModel, choice: Simpler, texts: Texts, progress: Pr
     def produce(folder: Path) -> None:
         step = Quantize(formats=choice.formats, method="rtn")
         done, packed, _ = quantize(
-            load(model.origin.source),
+            load(model.origin.source, model.network.dtype),
             step,
             texts.calibration.first(1),
             lambda i, n: progress(f"plain {choice.name} to compare with", i, n),

@@ -18,8 +18,12 @@ from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.gguf_file import padded, tensor_bytes
 from pocketlm.plan.footprint import Costs
 from pocketlm.plan.sizes import Shape, Sizes
-from pocketlm.steps.quantize import format_name
+from pocketlm.steps.quantize import format_name, with_fixed
 from pocketlm.tensors.formats import FORMATS
+
+# When the search for the best mix ends: within so much of the best, or behind so many nodes. Never after a time: a busy
+# machine finds the same mix.
+GAP, NODES = 1e-4, 100_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Limits:
 
 
 def solve(options: Mapping[str, list[Option]], limits: Limits) -> dict[str, Option]:
-    """Return one option per unit: the least total damage within the limits.
+    """Return one option per unit: the least total damage within the limits, to a ten-thousandth.
 
     Args:
         options: By unit.
@@ -95,7 +99,7 @@ def solve(options: Mapping[str, list[Option]], limits: Limits) -> dict[str, Opti
                     LinearConstraint(extra[None] / max(slack, 1), -np.inf, limit / max(slack, 1)),
                     *others,
                 ],
-                options={"mip_rel_gap": 1e-4, "time_limit": 20},
+                options={"mip_rel_gap": GAP, "node_limit": NODES},
             )
         if found.x is None:
             break
@@ -175,7 +179,7 @@ def unit_options(
             for form, damage in allowed.items()
         ]
     everything = {name: options[unit][0].format for unit, names in sizes.units(shape).items() for name in names}
-    base = sizes.total(shape, everything | fixed) - sum(choices[0].bytes for choices in options.values())
+    base = sizes.total(shape, with_fixed(everything, fixed)) - sum(choices[0].bytes for choices in options.values())
     return base, options
 
 

@@ -23,7 +23,7 @@ from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, recipe_byt
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
-from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.quantize import Quantize, with_fixed
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.steps.tune import Tune
 
@@ -332,7 +332,7 @@ def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, 
     Raises:
         BadInputError: The format is unknown or does not fit a tensor; other formats are never taken silently.
     """
-    formats = dict.fromkeys(sizes.group_names, form.upper()) | fixed
+    formats = with_fixed(dict.fromkeys(sizes.group_names, form.upper()), fixed)
     recipe = Recipe(steps=(Quantize(formats=formats, method=method),), seed=seed)
     recipe_bytes(sizes, recipe)
     return recipe

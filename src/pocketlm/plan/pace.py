@@ -36,9 +36,9 @@ def tokens_in(
     """
     how = how or Distil(tokens=1)
     batch = calibration.first(how.windows_per_step)
-    config = replace(how, tokens=(1 + TIMED_STEPS) * batch.numel(), evaluations=1)
+    config = replace(how, tokens=_trial_tokens(how, batch), evaluations=1)
     trial = student or _copied(model)
-    return _tokens_in(seconds, batch, lambda mark: distil(model, trial, config, batch, batch[:1], mark))
+    return _tokens_in(seconds, config, lambda mark: distil(model, trial, config, batch, batch[:1], mark))
 
 
 def tuned_tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, formats: dict[str, str]) -> int:
@@ -52,18 +52,24 @@ def tuned_tokens_in(model: LanguageModel, calibration: Tokens, seconds: float, f
     """
     how = Tune(tokens=1)
     batch = calibration.first(how.windows_per_step)
-    config = replace(how, tokens=(1 + TIMED_STEPS) * batch.numel(), evaluations=1)
+    config = replace(how, tokens=_trial_tokens(how, batch), evaluations=1)
     trial, packed, _ = quantize(_copied(model), Quantize(formats=formats, method="rtn"), batch[:1])
-    return _tokens_in(seconds, batch, lambda mark: tune(model, trial, packed, config, (batch, batch[:1]), mark))
+    return _tokens_in(seconds, config, lambda mark: tune(model, trial, packed, config, (batch, batch[:1]), mark))
 
 
-def _tokens_in(seconds: float, batch: Tensor, learn: Callable[[Mark], object]) -> int:
-    """Return how many tokens of batches like this one fit into a time, from a training of a few steps."""
+def _trial_tokens(how: Distil | Tune, batch: Tensor) -> int:
+    """Return the tokens of the steps that are timed; of little text, a step reads some windows more than once."""
+    return (1 + TIMED_STEPS) * how.windows_per_step * batch.shape[1]
+
+
+def _tokens_in(seconds: float, trial: Distil | Tune, learn: Callable[[Mark], object]) -> int:
+    """Return how many tokens fit into a time, from a training of a few steps."""
     ends: list[float] = []
     learn(lambda done, total, pace: ends.append(time.monotonic()))
-    tokens = int(SHARE * seconds * batch.numel() * (len(ends) - 1) / (ends[-1] - ends[0]))
+    per_step = trial.tokens // len(ends)
+    tokens = int(SHARE * seconds * per_step * (len(ends) - 1) / (ends[-1] - ends[0]))
     digits = max(0, len(str(tokens)) - 2)
-    return max(batch.numel(), tokens // 10**digits * 10**digits)
+    return max(per_step, tokens // 10**digits * 10**digits)
 
 
 def _copied(model: LanguageModel) -> LanguageModel:

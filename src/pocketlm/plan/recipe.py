@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import yaml
 from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
@@ -18,9 +18,8 @@ from pocketlm.steps.trim_vocabulary import TrimVocabulary
 from pocketlm.steps.tune import Tune
 from pocketlm.tensors.sparsity import sparsity_of
 
-Step = Annotated[
-    TrimVocabulary | PruneDepth | PruneWidth | Sparsify | Distil | Prepare | Quantize | Tune, Discriminator("step")
-]
+Kinds = TrimVocabulary | PruneDepth | PruneWidth | Sparsify | Distil | Prepare | Quantize | Tune
+Step = Annotated[Kinds, Discriminator("step")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class Recipe:
     seed: int = 0
 
 
-for kind in (TrimVocabulary, PruneDepth, PruneWidth, Sparsify, Distil, Prepare, Quantize, Tune, Recipe):
+for kind in (*get_args(Kinds), Recipe):
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt key is an error, not a default
 _adapter = TypeAdapter(Recipe)
 

@@ -11,6 +11,7 @@ from pocketlm.plan.allocation import Limits, Option, as_formats, by_group, solve
 from pocketlm.plan.budget import Budget, say_bytes
 from pocketlm.plan.footprint import Costs, Footprint
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, smallest_shape
+from pocketlm.steps.quantize import with_fixed
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,7 @@ def choose(
     return Plan(
         shape=shape,
         drop=_dropped(sizes, damages, shape),
-        # What a person fixed comes last, in its order: the last key that matches a tensor counts.
-        formats={key: form for key, form in as_formats(sizes, shape, chosen).items() if key not in fixed} | fixed,
+        formats=with_fixed(as_formats(sizes, shape, chosen), fixed),
         bytes=base + sum(option.bytes for option in chosen.values()),
         damage=shape_damage(sizes, damages, shape) + sum(option.damage for option in chosen.values()),
         units={unit: (option.format, option.bytes, option.damage) for unit, option in chosen.items()},

@@ -71,9 +71,11 @@ class Sizes:
     def allowed(self, group: str, shape: Shape | None = None) -> list[str]:
         """Return the formats whose blocks divide the rows of a group, largest first; F16 where none does.
 
-        Binary and ternary formats are left out: weights that were not trained for them break.
+        Those of a smaller shape must fit the original too, where their damage is measured. Binary and ternary formats
+        are left out: weights that were not trained for them break.
         """
-        rows = {columns for other, columns in self.tensors(shape or self.original).values() if other == group}
+        tensors = [*self.tensors(self.original).values(), *self.tensors(shape or self.original).values()]
+        rows = {columns for other, columns in tensors if other == group}
         names = [
             form.name
             for form in FORMATS.values()

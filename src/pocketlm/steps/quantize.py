@@ -229,6 +229,11 @@ def format_name(formats: Mapping[str, str], name: str, group: str) -> str | None
     return matching[-1] if matching else None
 
 
+def with_fixed(formats: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, str]:
+    """Return formats of which those that a person fixed count last, in the person's order."""
+    return {key: form for key, form in formats.items() if key not in fixed} | dict(fixed)
+
+
 def _group(edge: Edge, tied: bool) -> str:
     return "embedding" if edge is HEAD and tied else edge.group
 
