@@ -11,14 +11,14 @@ from pocketlm.model.importance import token_importance
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
-from pocketlm.pipeline.local_search import MOST_CHANGE, corrected, improve, shared_out
+from pocketlm.pipeline.local_search import MOST_CHANGE, best_of, corrected, improve, next_expected, shared_out
 from pocketlm.pipeline.stages import Texts, silent
 from pocketlm.plan.budget import Budget
-from pocketlm.plan.decide import Decision, Wanted
+from pocketlm.plan.decide import Decision, Wanted, decide, measure_formats
 from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
-from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.plan.sizes import Shape, budget_range, sizes_of
 from pocketlm.steps.quantize import Quantize, quantize
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -121,6 +121,37 @@ def test_the_best_of_the_measured_mixes_is_taken_and_expected(
         stored, step = in_16_bits(tiny_model("llama")), decision.recipe.steps[-1]
         made = quantize(stored, step, WINDOWS, importance=token_importance(stored.network, WINDOWS, step.seed))[0]
         assert divergence_of(made.network, HELD_OUT, judge(model.network, HELD_OUT)) == pytest.approx(kl, rel=0.02)
+
+
+@pytest.mark.parametrize("wrong", [0.5, 2.0])
+def test_a_largest_kl_is_kept_to_by_measuring(
+    wrong: float, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Damages that are said to be half or twice what they are: the file would miss its floor, or waste bytes."""
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    model = in_16_bits(tiny_model("llama"))
+    sizes = sizes_of(model)
+    formats = measure_formats(model, TEXTS.calibration, TEXTS.validation, silent)
+    allowed = sum(by_format["Q5_0"] for by_format in formats.values())
+    said = Damages((), {}, {unit: {n: wrong * kl for n, kl in each.items()} for unit, each in formats.items()})
+    wanted = Wanted(budget=Budget("any", budget_range(sizes)[1]), prune=False, most_damage=allowed)
+    first = decide(model, wanted, said, (TEXTS.calibration, TEXTS.validation), [], 0, silent)
+    found = improve(model, wanted, first, TEXTS, silent).plan
+    assert found.damage <= allowed
+    assert (found.measured[0] > allowed) == (wrong < 1)
+    assert (found.bytes < first.plan.bytes) == (wrong > 1)
+
+
+def test_what_to_expect_is_read_off_between_two_mixes():
+    assert next_expected([(0.1, 0.12)], 0.06) == pytest.approx(0.05)
+    assert next_expected([(0.1, 0.12)], 0.24) == pytest.approx(0.2)
+    assert next_expected([(0.1, 0.12), (0.2, 0.4), (0.3, 0.9)], 0.26) == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize(("allowed", "taken"), [(0.25, 80), (0.35, 70), (0.1, 90), (None, 90)])
+def test_the_smallest_mix_within_an_allowed_kl_is_taken_or_the_best(allowed: float | None, taken: int):
+    tried = [Plan(Shape(1, 32), (), {}, size, kl, {}) for size, kl in ((100, 0.22), (80, 0.24), (90, 0.2), (70, 0.3))]
+    assert best_of(tried, allowed).bytes == taken
 
 
 def test_plans_that_prune_stay_as_they_are(tiny_model: Tiny):

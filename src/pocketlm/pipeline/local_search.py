@@ -4,11 +4,12 @@
                  ^─────────────────────────────────────────────────────────────────────────┘
 
 Damages that were measured one at a time do not add up where they are large. Made and measured, a mix says what it
-really costs, and one backward pass says which units that comes from. The best mix by its measured KL is taken; what
-was made of it is kept in the cache, so the run does not make it again.
+really costs, and one backward pass says which units that comes from. The best mix by its measured KL is taken, or the
+smallest that keeps to a KL that a person allowed; what was made of it is kept in the cache, so the run does not make it
+again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.compute import reusing_memory
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import distillation_step
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe
-from pocketlm.plan.decide import Decision, Wanted, recipe_of
+from pocketlm.plan.decide import Decision, Wanted, fewest_bytes, recipe_of
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.steps.quantize import Quantize
 
 ADDITIVE = 0.05  # nats per token up to which damages add up, and no other mix is tried
 SHARING_WINDOWS = 4  # of validation text, on which a mix's KL is shared out among its units
+FLOOR_MIXES, NEAR = 3, 0.93  # mixes that are made at most for an allowed KL, until one comes so near to it from below
 MOST_CHANGE = 4.0  # by what factor a round may correct the damages of one unit, beside what it corrects for all
 
 
 def improve(model: LanguageModel, wanted: Wanted, decision: Decision, texts: Texts, progress: Progress) -> Decision:
-    """Return a decision with the mix of formats of the lowest measured KL, and that KL as what it expects.
+    """Return a decision with the best mix of formats by its measured KL, and that KL as what it expects.
 
     Plans that prune stay as they are, as what pruning leaves is not known before it is done; so do those that keep to
     memory or speed, and those of models that are in memory in 16 bits.
@@ -52,15 +55,15 @@ def improve(model: LanguageModel, wanted: Wanted, decision: Decision, texts: Tex
 
     def produce(folder: Path) -> dict[str, Any]:
         tried = _try_mixes(model, wanted, alone, decision, texts, progress)
-        best = min(tried, key=lambda plan: plan.damage)
-        return {"formats": best.formats, "units": best.units, "bytes": best.bytes, "kls": [p.damage for p in tried]}
+        best, kls = best_of(tried, wanted.most_damage), [plan.damage for plan in tried]
+        return {"formats": best.formats, "units": best.units, "bytes": best.bytes, "kl": best.damage, "kls": kls}
 
     facts = stage("mix", inputs, produce).facts
     plan = replace(
         alone,
         formats=facts["formats"],
         bytes=facts["bytes"],
-        damage=min(facts["kls"]),
+        damage=facts["kl"],
         units={unit: tuple(choice) for unit, choice in facts["units"].items()},
         measured=tuple(facts["kls"]),
     )
@@ -82,24 +85,78 @@ def _try_mixes(
     progress: Progress,
 ) -> list[Plan]:
     """Return the mixes that were made, in order; `damage` is the measured KL, that of the units adds up to it."""
-    # A quality was asked for in the fewest bytes: a better mix may not take more of them.
-    budget = wanted.budget if wanted.most_damage is None else replace(wanted.budget, bytes=plan.bytes)
     opinion = judge(model.network, texts.validation.windows)
-    sizes, formats, tried, most = sizes_of(model), decision.damages.formats, [], wanted.effort.mixes
-    while True:
+    most = wanted.effort.mixes if wanted.most_damage is None else FLOOR_MIXES
+
+    def make(plan: Plan, number: int) -> tuple[nn.Module, float]:
         recipe = recipe_of(plan, wanted, 0, 0, decision.recipe.seed, wanted.windows(len(decision.rivals)))
         mixed = run_recipe(model, recipe, texts, progress).model.network
         kl = divergence_of(mixed, texts.validation.windows, opinion)
-        progress(f"mix {len(tried) + 1}: KL {kl:.4f}, {plan.damage:.4f} by parts", len(tried) + 1, most)
+        progress(f"mix {number}: KL {kl:.4f}, {plan.damage:.4f} by parts", number, most)
+        return mixed, kl
+
+    if wanted.most_damage is not None:
+        damages = Damages((), {}, decision.damages.formats)  # whose plans prune nothing
+        return _within(wanted.most_damage, make, wanted, plan, sizes_of(model), damages)
+    windows = texts.validation.windows[:SHARING_WINDOWS]
+    sizes, formats, tried = sizes_of(model), decision.damages.formats, []
+    while True:
+        mixed, kl = make(plan, len(tried) + 1)
         last = len(tried) + 1 == most or kl <= ADDITIVE
-        shares = {} if last else shared_out(model.network, mixed, texts.validation.windows[:SHARING_WINDOWS])
+        shares = {} if last else shared_out(model.network, mixed, windows)
         tried.append(_with_damages(plan, kl, _by_unit(shares, sizes)))
         if last:
             return tried
         formats = corrected(formats, plan, tried[-1])
-        plan = choose(sizes, Damages((), {}, formats), budget, wanted.fixed)
+        plan = choose(sizes, Damages((), {}, formats), wanted.budget, wanted.fixed)
         if any(plan.formats == other.formats for other in tried):
             return tried
+
+
+def _within(
+    allowed: float,
+    make: Callable[[Plan, int], tuple[nn.Module, float]],
+    wanted: Wanted,
+    plan: Plan,
+    sizes: Sizes,
+    damages: Damages,
+) -> list[Plan]:
+    """Return mixes that were made in search of the smallest one within an allowed KL."""
+    tried, found = [], []
+    while True:
+        kl = make(plan, len(tried) + 1)[1]
+        found.append((plan.damage, kl))
+        tried.append(_with_damages(plan, kl, {}))
+        if len(tried) == FLOOR_MIXES or NEAR * allowed <= kl <= allowed:
+            return tried
+        expected = next_expected(found, (1 + NEAR) / 2 * allowed)
+        try:
+            fewest = fewest_bytes(sizes, damages, wanted, expected)
+        except ImpossibleBudgetError:
+            return tried
+        plan = choose(sizes, damages, replace(wanted.budget, bytes=fewest), wanted.fixed)
+        if any(plan.formats == other.formats for other in tried):
+            return tried
+
+
+def next_expected(found: Sequence[tuple[float, float]], aim: float) -> float:
+    """Return what a mix should be expected to damage so that it does as much as one aims at.
+
+    Args:
+        found: What each mix was expected to damage, and what it does.
+        aim: The KL that one wants.
+    """
+    below = max((pair for pair in found if pair[1] <= aim), key=lambda pair: pair[1], default=(0.0, 0.0))
+    above = min((pair for pair in found if pair[1] > aim), key=lambda pair: pair[1], default=None)
+    if above is None:
+        return below[0] * aim / max(below[1], 1e-30)
+    return below[0] + (above[0] - below[0]) * (aim - below[1]) / (above[1] - below[1])
+
+
+def best_of(tried: Sequence[Plan], allowed: float | None) -> Plan:
+    """Return the plan of the lowest measured KL; of those within an allowed one, where there are some, the smallest."""
+    keeping = [plan for plan in tried if allowed is not None and plan.damage <= allowed]
+    return min(keeping, key=lambda plan: plan.bytes) if keeping else min(tried, key=lambda plan: plan.damage)
 
 
 def shared_out(original: nn.Module, mixed: nn.Module, windows: Tensor) -> dict[str, float]:

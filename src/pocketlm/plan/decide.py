@@ -185,7 +185,7 @@ def decide(
     sizes = sizes_of(model)
     calibration, validation = texts
     if wanted.most_damage is not None:
-        fewest = _fewest_bytes(sizes, damages, wanted, wanted.most_damage)
+        fewest = fewest_bytes(sizes, damages, wanted, wanted.most_damage)
         wanted = replace(wanted, budget=replace(wanted.budget, bytes=fewest))
     plans = _kinds(model, sizes, damages, wanted)
     if wanted.vocabulary and wanted.effort.candidates > 1 and (damages.depth or damages.width):
@@ -303,7 +303,7 @@ def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted
     )
 
 
-def _fewest_bytes(sizes: Sizes, damages: Damages, wanted: Wanted, most_damage: float) -> int:
+def fewest_bytes(sizes: Sizes, damages: Damages, wanted: Wanted, most_damage: float) -> int:
     """Return the fewest bytes, to a part in a thousand, whose best plan expects at most so much damage."""
     low, high = budget_range(sizes, prune=bool(damages.depth or damages.width))[0] - 1, wanted.budget.bytes
     least = choose(sizes, damages, wanted.budget, wanted.fixed, wanted.costs).damage
