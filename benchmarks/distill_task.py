@@ -175,7 +175,7 @@ def accuracy(said: list[str], examples: list[Example]) -> dict[str, float]:
     share = sum(text == example.answer for text, example in zip(said, examples, strict=True)) / n
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * (share * (1 - share) / n + Z**2 / (4 * n**2)) ** 0.5
-    return {"value": share, "low": centre - half, "high": centre + half}
+    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
 
 def trained(args: argparse.Namespace, teacher: str, student: str, how: Distil, task: Path, screen: Screen) -> Path:
@@ -251,8 +251,9 @@ def main() -> None:
         f"`{command_line()}`",
         "",
         f"{here.cpu}, {torch.get_num_threads()} threads; "
-        + ", ".join(f"{name} {which}" for name, which in versions().items()),
-        f". {len(learnt):,} examples teach, {args.epochs:g} times ({tokens:,} tokens, padding included), the same for",
+        + ", ".join(f"{name} {which}" for name, which in versions().items())
+        + ".",
+        f"{len(learnt):,} examples teach, {args.epochs:g} times ({tokens:,} tokens, padding included), the same for",
         f"all trainings; {len(test):,} others are asked; an answer counts if it is exactly right; in brackets 95 %",
         "intervals (Wilson).",
         "",
