@@ -144,7 +144,7 @@ def main() -> None:
             rounds.append({"job": job, "model": name, "bytes": file.stat().st_size} | figures | {"seconds": seconds})
     (args.out / "result.json").write_text(json.dumps(rounds, indent=1) + "\n")
     text = page(rounds)
-    (args.out / "result.md").write_text(text)
+    (args.out / "result.md").write_text(text, encoding="utf-8")
     print(text)
 
 

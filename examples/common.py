@@ -90,7 +90,8 @@ def drawn(examples: list[Asked], count: int) -> list[Asked]:
 
 def write_examples(examples: list[Example], path: Path) -> Path:
     """Write examples as .jsonl."""
-    path.write_text("".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples))
+    lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

@@ -129,7 +129,7 @@ def main() -> None:
                 rounds.append({"test": of, "model": name} | summary(file, test, replies))
     (args.out / "result.json").write_text(json.dumps({"learnt from": len(learning), "rounds": rounds}, indent=1) + "\n")
     text = page(args, len(learning), rounds)
-    (args.out / "result.md").write_text(text)
+    (args.out / "result.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -142,7 +142,7 @@ def main() -> None:
                 figures["larger killed in the middle"] = summary(test, replies)
     (args.out / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
     text = page(args, figures, found, point.threshold)
-    (args.out / "result.md").write_text(text)
+    (args.out / "result.md").write_text(text, encoding="utf-8")
     print(text)
 
 

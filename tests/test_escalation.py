@@ -102,6 +102,18 @@ def test_an_unsure_answer_is_replaced_and_says_by_whom(folder, small, larger):
         ) == (pytest.approx(answer.pocketlm["confidence"], rel=1e-3))
 
 
+def test_requests_with_tools_are_judged_too(folder, small, larger):
+    """The engine gives their probabilities only where it does not stream."""
+    lamp = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
+    for threshold, who in ((0.0, "small"), (1.01, "large")):
+        with escalating(small, f"{larger.address}/v1", threshold, folder=folder) as server:
+            answer = ask(server, tools=[lamp])
+            assert answer.pocketlm["answered_by"] == who
+            assert 0 < answer.pocketlm["confidence"] < 1
+            assert answer.usage.completion_tokens == 12
+            assert list(ask(server, tools=[lamp], stream=True))
+
+
 @pytest.fixture
 def silent():
     """An endpoint that takes every connection and never says a word."""
@@ -240,6 +252,8 @@ def test_the_measure_that_ranks_better_is_chosen():
         ('{"on": true, "room": "bath"}', '{"room":"bath","on":true}', True),
         ('{"on": false}', '{"on": true}', False),
         ("Lyon", "Paris", False),
+        ('{"on": 1}', '{"on": true}', False),
+        ('{"on": [1.0, null]}', '{"on": [1, null]}', True),
     ],
 )
 def test_what_counts_as_right(said, answer, right):

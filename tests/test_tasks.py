@@ -124,6 +124,10 @@ def test_per_byte_prefers_the_long_choice():
         ("1.\n2.", "1\n2", False),
         ("one\ntwo\nthree", "One\nTwo", True),
         ("ﬁne", "fine", True),
+        ("", "[]", False),
+        ("[]", "[]", True),
+        ("5", ".5", False),
+        ("0.5.", " .5", True),
     ],
 )
 def test_written_answers_match_but_for_case_spaces_and_marks(said, answer, right):

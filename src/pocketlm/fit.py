@@ -51,7 +51,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         plain = _plain(job, model, planned, texts, progress)
         proof = prove(model, compressed, exported, texts, plain, progress, tasks)
         shutil.copytree(compressed.folder, folder / "hf")
-        (folder / "recipe.yaml").write_text(to_yaml(planned.recipe))
+        (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
         report = make_report(run_facts(job, planned, exported, proof), model, compressed, proof, texts, hashes)
         write_reports(report, folder)

@@ -10,6 +10,7 @@ import typer
 from pocketlm.errors import OutOfResourcesError, PocketlmError, is_disk_full
 
 INTERRUPTED = 130
+RESUMING = {"fit", "quantize", "prune", "distill"}
 
 
 def run(app: typer.Typer) -> None:
@@ -25,7 +26,8 @@ def run(app: typer.Typer) -> None:
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail(PocketlmError("Stopped. The same command goes on from here"), INTERRUPTED)
+        resumes = RESUMING.intersection(sys.argv[1:2])
+        _fail(PocketlmError("Stopped." + " The same command goes on from here" * bool(resumes)), INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):
             error.show()  # type: ignore[attr-defined]

@@ -142,8 +142,10 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         made = replace(made, summaries=(*start.summaries, done.facts["summary"]))
         if job.gguf:
             write_gguf(load(str(folder / "hf")), {}, folder / "model.gguf")
-        (folder / "report.md").write_text(distilled_page(teacher.origin.base_model, job.student, made))
-        (folder / "distillation.json").write_text(json.dumps(asdict(made), indent=1, default=str))
+        (folder / "report.md").write_text(
+            distilled_page(teacher.origin.base_model, job.student, made), encoding="utf-8"
+        )
+        (folder / "distillation.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
         write_manifest(folder)
     return made
 

@@ -64,8 +64,10 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
             write_gguf(compressed.model, {}, decoded)
             files = {"original": original_file(model), "compressed": decoded}
             quality = measure_quality(files, texts.test.windows, progress).qualities
-        (folder / "recipe.yaml").write_text(to_yaml(planned.recipe))
-        (folder / "quality.json").write_text(json.dumps({name: asdict(each) for name, each in quality.items()}))
+        (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
+        (folder / "quality.json").write_text(
+            json.dumps({name: asdict(each) for name, each in quality.items()}), encoding="utf-8"
+        )
         actual = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         write_manifest(folder)
     return IntegerFolder(planned.predicted_bytes, actual, quality)

@@ -125,12 +125,12 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
             model, [done for done in compressed.stages if done.facts["step"] != "quantize"], texts, progress
         )
         shutil.copytree(compressed.folder, folder / "hf")
-        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
         actual = (folder / "model.gguf").stat().st_size
         made = Pruned(tuple(cuts), predicted, actual, tokens)
-        (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage))
-        (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str))
+        (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")
+        (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
         write_manifest(folder)
     return made
 
@@ -144,8 +144,9 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     if all(getattr(job, part) is None for part in PARTS):
         raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
     blocks = model.network.config.num_hidden_layers
-    if job.depth is not None and not 0 < job.depth <= blocks:
-        raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth 1 to {blocks}")
+    least = min(2, blocks)  # the first and the last always stay
+    if job.depth is not None and not least <= job.depth <= blocks:
+        raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth {least} to {blocks}")
     if job.depth not in (None, blocks) and not anatomy_of(model.network).uniform_blocks:
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"

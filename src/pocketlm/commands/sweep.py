@@ -39,7 +39,7 @@ def sweep(
     """Fit a model to several sizes, into a folder each under `job.out`, and write what that bought.
 
     Text, statistics and measured damages are shared through the cache. A sweep that was stopped goes on: sizes whose
-    folder this very command made are not done again.
+    folder this very command line made are not done again, and it says so; from Python, where there is none, stages are.
 
     Args:
         job: As for `fit`; its size is ignored.
@@ -60,6 +60,8 @@ def sweep(
     for size in sizes:
         folder = job.out / size.replace("%", "percent").replace(" ", "")
         made = None if job.force else _made_before(folder, job.command)
+        if made:
+            progress(f"{size} is kept from an earlier run of this command; --force makes it anew", 1, 1)
         try:
             reports[folder.name] = made or fit(replace(job, size=size, out=folder), progress, announce)
         except ImpossibleBudgetError as error:

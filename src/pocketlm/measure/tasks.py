@@ -1,6 +1,7 @@
 """Scores on tasks: by likelihood or by what a model writes, with margins of error, paired against an original."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pocketlm.measure.task_files import Item, Kind
 
 Z = 1.959964  # of a 95 % interval
 RESAMPLES = 2000
+LEADING_POINT = re.compile(r"^\.(?=\d)")
 MARKS = " \t.,;:!?\"'`*()[]{}"  # around an answer, which do not make it another one
 
 
@@ -158,7 +160,9 @@ def matches(said: str, answer: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(MARKS)
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    bare = LEADING_POINT.sub("0.", text.lstrip(MARKS.replace(".", ""))).strip(MARKS)
+    return bare or text  # an answer of marks alone is no empty one
 
 
 def wilson(hits: int, count: int) -> Share:

@@ -178,7 +178,11 @@ def read_gguf(path: Path) -> GgufFile:
     Raises:
         BadInputError: The file is not GGUF, is cut off or damaged, or is one part of a split model.
     """
-    with path.open("rb") as stream:
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise BadInputError(f"Cannot read {path}: {error.strerror}") from error
+    with stream:
         if stream.read(4) != b"GGUF":
             raise BadInputError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
         try:

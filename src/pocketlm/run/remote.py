@@ -1,5 +1,6 @@
 """A teacher behind a server that speaks OpenAI's protocol: it answers prompts, and says how likely its words were."""
 
+import http.client
 import json
 import os
 import urllib.error
@@ -90,7 +91,7 @@ def _answer(url: str, prompt: str, model: str, probabilities: bool) -> tuple[Ans
         raise BadInputError(
             f"The server at {url} refused ({error.code} {error.reason}). Check the address, and {KEY} if it wants a key"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, json.JSONDecodeError):
             raise PocketlmError(f"The server at {url} did not answer in JSON. Is its address right") from error
         raise BadInputError(

@@ -61,11 +61,11 @@ def _add_call(calls: list[dict], piece: dict) -> None:
         call["function"][name] += more
 
 
-def legacy_logprobs(answer: Answer) -> Answer:
-    """Give a text completion the logprobs of its own API, which are lists beside each other."""
+def legacy_logprobs(answer: Answer, offset: int = 0) -> Answer:
+    """Give a text completion, or what begins at `offset` of one, the logprobs of its own API: lists side by side."""
     for choice in answer["choices"]:
         if choice.get("logprobs"):
-            tokens, offset, offsets = choice["logprobs"]["content"], 0, []
+            tokens, offsets = choice["logprobs"]["content"], []
             for token in tokens:
                 offsets.append(offset)
                 offset += len(token["token"])

@@ -301,8 +301,10 @@ async def _pass_on(pieces: AsyncIterator[bytes], response: web.StreamResponse) -
 
 
 async def _with_legacy_logprobs(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    offset = 0
     async for event in events(pieces):
-        yield event_bytes(legacy_logprobs(event) if "choices" in event else event)
+        yield event_bytes(legacy_logprobs(event, offset) if "choices" in event else event)
+        offset += sum(len(choice.get("text") or "") for choice in event.get("choices", ()))
     yield b"data: [DONE]\n\n"
 
 

@@ -125,7 +125,7 @@ def read_examples(path: Path) -> list[Example]:
         BadInputError: A line is no example, or there are fewer than two.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"Cannot read {path}: {error}") from error
     examples = []
@@ -176,6 +176,8 @@ async def _judge(
 
     try:
         await model.start()
+        if not model.ready.chats:
+            raise BadInputError(f"{settings.path} has no chat template, so `serve` does not chat with it")
         async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(example)) for example in examples]
         return [task.result() for task in tasks]
@@ -206,9 +208,20 @@ def is_right(said: str, answers: Sequence[str]) -> bool:
 
 def _same(one: str, other: str) -> bool:
     try:
-        return json.loads(one) == json.loads(other)
+        return _canonical(json.loads(one)) == _canonical(json.loads(other))
     except ValueError:
         return _plain(one) == _plain(other)
+
+
+def _canonical(value: object) -> str:
+    """Return JSON in one spelling, in which `1` is not `true`, and `1.0` is `1`."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(key)}:{_canonical(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    return json.dumps(value)
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """Answers that the small model is unsure of go to a larger one, wherever an OpenAI-compatible endpoint is."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,20 @@ async def better(answer: Answer, asked: Chat, escalation: Escalation, session: a
             answer = await ask_larger(asked.for_others(), escalation, session)
             mark["answered_by"] = escalation.model
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-            mark["escalation_failed"] = str(error) or type(error).__name__
+            sys.stderr.write(f"pocketlm: {escalation.model} did not answer: {str(error) or type(error).__name__}\n")
+            mark["escalation_failed"] = _reason(error)
     return answer | {"pocketlm": mark}
+
+
+def _reason(error: Exception) -> str:
+    """Return what a client is told: nothing of where the larger model is."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"the larger model refused with status {error.status}"
+    if isinstance(error, TimeoutError):
+        return "the larger model took too long"
+    if isinstance(error, (aiohttp.ClientError, OSError)):
+        return "the larger model cannot be reached"
+    return str(error)
 
 
 async def ask_larger(body: dict, escalation: Escalation, session: aiohttp.ClientSession) -> Answer:

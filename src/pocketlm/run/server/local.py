@@ -126,13 +126,14 @@ class LocalModel:
         Raises:
             RefusalError: The engine is down (503), or refuses.
         """
-        if not self.ready:
+        ready = self.ready  # the engine may die while it is asked
+        if not ready:
             raise down()
         try:
-            async with self._session.post(self.ready.address + path, data=json.dumps(body)) as response:
+            async with self._session.post(ready.address + path, data=json.dumps(body)) as response:
                 if response.status != 200:
                     answer = json.loads(await response.read() or b"null")
-                    raise from_engine(response.status, answer, self.ready.context, _PROMPT[path])
+                    raise from_engine(response.status, answer, ready.context, _PROMPT[path])
                 yield response
         except (aiohttp.ClientError, ConnectionError, json.JSONDecodeError) as error:
             raise down() from error
@@ -144,8 +145,12 @@ class LocalModel:
             RefusalError: As `post`; or the engine failed on the way.
         """
         usage = {"stream": True, "stream_options": {"include_usage": True}}
-        async with self.post(path, body | usage) as response:
-            answer = await assemble(response.content.iter_any(), chat="chat" in path)
+        whole = body.get("tools") and body.get("logprobs")  # which the engine refuses to stream
+        async with self.post(path, body | ({"stream": False} if whole else usage)) as response:
+            if whole:
+                answer = await response.json()
+            else:
+                answer = await assemble(response.content.iter_any(), chat="chat" in path)
         if "error" in answer:
             raise from_engine(500, answer, self.ready.context if self.ready else 0)
         if not answer["choices"][0]["finish_reason"]:
