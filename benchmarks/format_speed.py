@@ -8,7 +8,7 @@ its matrices in one format after another, and times prompt reading and generatio
 
 import argparse
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -69,8 +69,8 @@ def main() -> None:
                 "format": name,
                 "bits": FORMATS[name].bits if name in FORMATS else 16,
                 "bytes": path.stat().st_size,
-                "prefill": vars(speed.prefill),
-                "decode": vars(speed.decode),
+                "prefill": asdict(speed.prefill),
+                "decode": asdict(speed.decode),
                 "memory": speed.memory_bytes.mean,
             }
             for (name, path), speed in zip(files.items(), speeds.files, strict=True)
