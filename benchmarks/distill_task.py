@@ -28,6 +28,7 @@ from pocketlm.cli.terminal import Screen
 from pocketlm.commands.distillation import Distillation, distill
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
+from pocketlm.measure.tasks import wilson
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
 from pocketlm.model.importance import token_importance
@@ -42,7 +43,6 @@ from pocketlm.steps.quantize import Quantize, quantize
 BATCH = 32
 ANSWER_TOKENS = 16
 LENGTH = 512
-Z = 1.96
 
 
 def arguments() -> argparse.Namespace:
@@ -171,11 +171,8 @@ def answers_in_engine(path: Path, tokenizer: object, examples: list[Example]) ->
 
 def accuracy(said: list[str], examples: list[Example]) -> dict[str, float]:
     """Return the share of right answers with its 95 % interval (Wilson)."""
-    n = len(examples)
-    share = sum(text == example.answer for text, example in zip(said, examples, strict=True)) / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * (share * (1 - share) / n + Z**2 / (4 * n**2)) ** 0.5
-    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+    right = sum(text == example.answer for text, example in zip(said, examples, strict=True))
+    return asdict(wilson(right, len(examples)))
 
 
 def trained(args: argparse.Namespace, teacher: str, student: str, how: Distil, task: Path, screen: Screen) -> Path:

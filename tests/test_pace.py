@@ -12,21 +12,17 @@ TEXT = as_tokens("", torch.randint(3, 300, (8, 32), generator=torch.Generator().
 BATCH = TEXT.first(4).numel()
 
 
-def healing(model: LanguageModel, text: Tokens, seconds: float) -> int:
-    return tokens_in(model, text, seconds)
-
-
 def tuning(model: LanguageModel, text: Tokens, seconds: float) -> int:
     return tuned_tokens_in(model, text, seconds, {"*": "Q4_0"})
 
 
-@pytest.mark.parametrize("fitting", [healing, tuning])
+@pytest.mark.parametrize("fitting", [tokens_in, tuning])
 @pytest.mark.parametrize("windows", [1, 3])
 def test_of_little_text_a_step_reads_as_much(tiny_model: Tiny, fitting, windows: int):
     assert fitting(tiny_model("llama"), as_tokens("", TEXT.first(windows)), 0.0) == BATCH
 
 
-@pytest.mark.parametrize("fitting", [healing, tuning])
+@pytest.mark.parametrize("fitting", [tokens_in, tuning])
 def test_no_time_is_one_batch_and_a_week_is_many_to_two_digits(tiny_model: Tiny, fitting):
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.network.state_dict().items()}

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def test_training_and_candidates_need_more_disk(tiny_model: Tiny, tmp_path: Path
     needed = {(False, 0): 6, (True, 0): 14, (True, 6): 32}
     for (trained, candidates), copies in needed.items():
         for free in (2 * copies * weights, 2 * copies * weights - 1):
-            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
             if free == 2 * copies * weights:
                 check_resources(model, tmp_path, trained, candidates)
             else:

@@ -26,8 +26,8 @@ def run(app: typer.Typer) -> None:
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        resumes = RESUMING.intersection(sys.argv[1:2])
-        _fail(PocketlmError("Stopped." + " The same command goes on from here" * bool(resumes)), INTERRUPTED)
+        more = ". The same command goes on from here" if RESUMING.intersection(sys.argv[1:2]) else ""
+        _fail(PocketlmError(f"Stopped{more}"), INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):
             error.show()  # type: ignore[attr-defined]

@@ -204,8 +204,6 @@ def _decide(
         if most:
             windows = texts.validation.first(DEPTH_WINDOWS)
             damage = depth_damage(model.network, windows, judge(model.network, windows), most, progress)
-            if len(damage) < most:
-                raise BadInputError(f"Cannot drop {most} blocks: the first and the last always stay")
             steps.append(PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True))
         if any(getattr(job, name) is not None for name in WIDTHS):
             steps.append(_widths(job))

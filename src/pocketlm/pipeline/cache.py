@@ -222,7 +222,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise BadInputError(f"Another run uses the cache {folder}. Wait for it to end, or stop it") from error
     except OSError:
         pass
-    yield
-    if number is not None:
-        with suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        if number is not None:
+            with suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_SH)

@@ -125,7 +125,8 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
             costs = costs_here(model, sizes, budget.context, progress)
             check_running(sizes, budget, costs, job.prune)
     effort = effort_of(job.preset)
-    check_resources(model, job.out, _trains(job), effort.candidates if job.prune and effort.candidates > 1 else 0)
+    tried = effort.candidates if job.prune and not recipe and effort.candidates > 1 else 0
+    check_resources(model, job.out, _trains(job), tried)
     floor = parse_quality(job.quality) if job.quality else None
     texts = gather_texts(model, list(job.data), job.seed, progress)
     if recipe and job.format and job.tune:

@@ -66,11 +66,11 @@ def _tokens_in(seconds: float, trial: Distil | Tune, learn: Callable[[Mark], obj
     """Return how many tokens fit into a time, from a training of a few steps."""
     ends: list[float] = []
     learn(lambda done, total, pace: ends.append(time.monotonic()))
-    per_step = trial.tokens // len(ends)
+    per_step = trial.tokens // (1 + TIMED_STEPS)
     tokens = int(SHARE * seconds * per_step * (len(ends) - 1) / (ends[-1] - ends[0]))
     digits = max(0, len(str(tokens)) - 2)
     return max(per_step, tokens // 10**digits * 10**digits)
 
 
 def _copied(model: LanguageModel) -> LanguageModel:
-    return LanguageModel(copy.deepcopy(model.network), model.tokenizer, model.origin)
+    return replace(model, network=copy.deepcopy(model.network))

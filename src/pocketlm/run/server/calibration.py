@@ -208,20 +208,19 @@ def is_right(said: str, answers: Sequence[str]) -> bool:
 
 def _same(one: str, other: str) -> bool:
     try:
-        return _canonical(json.loads(one)) == _canonical(json.loads(other))
+        return _canonical(one) == _canonical(other)
     except ValueError:
         return _plain(one) == _plain(other)
 
 
-def _canonical(value: object) -> str:
+def _canonical(text: str) -> str:
     """Return JSON in one spelling, in which `1` is not `true`, and `1.0` is `1`."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(key)}:{_canonical(value[key])}" for key in sorted(value)) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_canonical, value)) + "]"
-    return json.dumps(value)
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
+
+    return json.dumps(json.loads(text, parse_float=number), sort_keys=True)
 
 
 def _plain(text: str) -> str:
