@@ -343,7 +343,7 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
         ),
         (("--depth", 3), "Nothing to prune: the model has that shape already"),
         (("--depth", 9), "Cannot keep 9 blocks: the model has 3. Give --depth 2 to 3"),
-        (("--depth", 1), "Cannot keep 1 blocks: the model has 3. Give --depth 2 to 3"),
+        (("--depth", 1), "Cannot keep fewer than 2 of 3 blocks: the first and the last always stay"),
         (("--ffn", 100), "--ffn 100 is no multiple of 32, which number formats need. Nearest that fit: 96 or 128"),
         (("--ffn", 0), "--ffn 0 is no multiple of 32, which number formats need. Nearest that fit: 32"),
         (("--hidden", 8), "--hidden 8 is no multiple of 32, which number formats need. Nearest that fit: 32"),

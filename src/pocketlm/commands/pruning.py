@@ -144,8 +144,10 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     if all(getattr(job, part) is None for part in PARTS):
         raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
     blocks = model.network.config.num_hidden_layers
-    least = min(2, blocks)  # the first and the last always stay
-    if job.depth is not None and not least <= job.depth <= blocks:
+    least = min(2, blocks)
+    if job.depth is not None and job.depth < least:
+        raise BadInputError(f"Cannot keep fewer than {least} of {blocks} blocks: the first and the last always stay")
+    if job.depth is not None and job.depth > blocks:
         raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth {least} to {blocks}")
     if job.depth not in (None, blocks) and not anatomy_of(model.network).uniform_blocks:
         raise BadInputError(
