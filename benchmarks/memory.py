@@ -51,8 +51,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--format", default="q4_0")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        random_llama(args.model, args.out)
+        return
     if args.here:
         text = args.out.with_suffix(".txt")  # else the model would write its own, which is slow and beside the point
         text.write_text("\n\n".join(python_topics().documents))
@@ -69,9 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, file = Path(temporary) / "random-1b", Path(temporary) / "random-1b.gguf"
         made = subprocess.run(
-            [sys.executable, "-c", "import sys; from pathlib import Path; from memory import random_llama; "
-             "random_llama(sys.argv[1], Path(sys.argv[2]))", args.model, str(folder)],
-            check=True, capture_output=True, text=True, cwd=Path(__file__).parent,
+            [sys.executable, __file__, args.model, "--make", "--out", str(folder)],
+            check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         command = [sys.executable, __file__, str(folder), "--format", args.format, "--here", "--out", str(file)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
