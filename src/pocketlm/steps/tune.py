@@ -21,7 +21,12 @@ from pocketlm.tensors.formats import Packed, pack, unpack
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """What learns, for how long and how fast."""
+    """What learns, for how long and how fast.
+
+    Rates were tried on the reference model in 62 MB, held-out KL 0.364 before. From 65,536 tokens, in steps of 512:
+    scales at 5e-4, 1e-3 and 2e-3 0.291, 0.291 and 0.303; codes too at 0.002 0.289, and in larger steps at 0.005 and
+    0.02 0.319 and 0.626. From 205,000 tokens: scales 0.276, codes too at 0.002 0.269, in a fifth more time a token.
+    """
 
     step: Literal["tune"] = "tune"
     tokens: int
@@ -30,7 +35,7 @@ class Tune:
     """`scales` (and norms), as in DWQ; `weights` learns the codes too, as in quantization-aware training."""
     scale_rate: float = 1e-3
     """Learning rate of scales, relative to their size, and of norms and biases as they are."""
-    code_rate: float = 0.02
+    code_rate: float = 0.002
     """Learning rate of latent weights, in gaps between two levels."""
     windows_per_step: int = 4
     warm_up: float = 0.1
