@@ -21,7 +21,11 @@ from pocketlm.model.text import as_tokens
 from pocketlm.pipeline import cache
 from pocketlm.pipeline.cache import empty, remove_leftovers, stage
 from pocketlm.pipeline.proof import original_file
-from pocketlm.pipeline.stages import Texts
+from pocketlm.pipeline.stages import Texts, run_recipe
+from pocketlm.plan.recipe import Recipe
+from pocketlm.steps.distil import Distil
+from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.tune import Tune
 
 
 @pytest.fixture(autouse=True)
@@ -192,3 +196,30 @@ def test_a_system_without_locks_has_stages_too(folder: Path, monkeypatch: pytest
     (folder / ".text-0.partial").mkdir()
     remove_leftovers()
     assert (folder / ".text-0.partial").exists(), "whether somebody is at work there cannot be known"
+
+
+@pytest.mark.parametrize("step", [Tune(tokens=8 * 4 * 32), Distil(tokens=8 * 4 * 32)], ids=["tune", "distil"])
+def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(
+    step: Tune | Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pocketlm.model.training.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pocketlm.model.training.CHECKPOINT_SHARE", 0)
+    model = load(str(tiny_folder("llama", tmp_path / "tiny")))
+    windows = torch.randint(3, 300, (40, 32), generator=torch.Generator().manual_seed(0))
+    learnt, held_out = as_tokens("learnt", windows[3:]), as_tokens("held out", windows[:3])
+    texts = Texts(learnt, held_out, held_out, {})
+    stored = Quantize(formats={"*": "Q4_0"}, method="rtn")
+    recipe = Recipe(steps=(stored, step) if isinstance(step, Tune) else (step, stored))
+    done: list[int] = []
+
+    def stopping(what: str, at: int, total: int) -> None:
+        if what.startswith(("tuning", "distilling")):
+            done.append(at)
+            if len(done) == 6:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(model, recipe, texts, stopping)
+    reached = done[-1]
+    run_recipe(model, recipe, texts, stopping)
+    assert done[6] == reached > 1, "what was done before the stop is not done again"

@@ -75,7 +75,7 @@ def test_two_processes_tune_what_one_does(tiny_model: Tiny, apart: Apart):
     assert difference(*apart(work), start) < 0.02
 
 
-def test_own_words_are_drawn_by_each(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+def test_two_processes_learn_from_own_words(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pocketlm.steps.distil.training_devices", lambda *given: (CPU, CPU))
     config = Distil(tokens=2 * 128, windows_per_step=4, evaluations=1, on_policy=0.5, hidden_states=1.0, adapters=2)
     teacher, student = tiny_model("llama"), tiny_model("llama", seed=1)

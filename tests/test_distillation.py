@@ -85,7 +85,7 @@ def test_students_of_every_kind(student: str, more: tuple, folders: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_the_same(folders: dict[str, Path], tmp_path: Path):
+def test_a_killed_run_ends_the_same(folders: dict[str, Path], tmp_path: Path):
     words = ("distill", folders["teacher"], "--student", "depth=3", "--tokens", 30000, "--data", folders["text"])
     with subprocess.Popen(
         command(*words, "-o", tmp_path / "killed"),

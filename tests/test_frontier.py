@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from tests.command_line import pocketlm
@@ -9,7 +10,7 @@ from tests.test_report import report as invented_report
 from tests.tiny import tiny_folder
 
 from pocketlm.report.charts import scatter
-from pocketlm.report.content import Estimate
+from pocketlm.report.content import Estimate, Report
 from pocketlm.report.difference import cautions, differences
 from pocketlm.report.frontier import frontier_data, frontier_page, smallest_within
 
@@ -42,9 +43,14 @@ def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
 
 
 def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
-    ratio = report.product.perplexity_ratio
-    chosen = smallest_within({"only": report})
-    assert chosen == {bound: "only" if ratio.high <= float(bound) else None for bound in chosen}
+    def like(size: int, high: float) -> Report:
+        found = replace(report.product, bytes=size, perplexity_ratio=Estimate(1.01, 1.0, high))
+        others = tuple(each for each in report.files if each is not report.product)
+        return replace(report, files=(*others, found))
+
+    several = {"large": like(300, 1.04), "middle": like(200, 1.15), "small": like(100, 1.2), "wide": like(50, 1.51)}
+    assert smallest_within(several) == {"1.05": "large", "1.15": "middle", "1.5": "small"}
+    assert smallest_within({"wide": several["wide"]}) == {"1.05": None, "1.15": None, "1.5": None}
     data = frontier_data({"only": report})
     assert data["points"][0]["bytes"] == report.product.bytes
     page = frontier_page({"<b>": report}, {"1MB": "cannot & will not"})

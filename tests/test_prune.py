@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pocketlm.commands.pruning import healing_tokens
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
+from pocketlm.export.sparse_bitmask import read_sparse_bitmask
 from pocketlm.model.abreast import DAMPINGS, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
 from pocketlm.model.source import load
@@ -170,8 +171,9 @@ def test_widths_that_stay_are_left_alone(family: str, tiny_model: Tiny):
     model = tiny_model(family)
     before = logits_of(model.network)
     groups = key_value_heads(model.network)
-    model, _ = prune_width(model, PruneWidth(ffn=128, kv_groups=groups, hidden=64), WINDOWS)
+    model, report = prune_width(model, PruneWidth(ffn=128, kv_groups=groups, hidden=64), WINDOWS)
     assert torch.equal(logits_of(model.network), before)
+    assert report.summary == "nothing to narrow: all widths are there already"
 
 
 @pytest.mark.usefixtures("exact")
@@ -324,6 +326,12 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
     assert len(blocks_of(model.network)) == 2
     up = model.network.model.layers[0].mlp.up_proj.weight
     assert ((up.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+    bitmasks = out / "bitmask" / "model.safetensors"
+    assert made["bitmask_bytes"] == bitmasks.stat().st_size
+    whole = dict(model.network.named_parameters())
+    found = read_sparse_bitmask(bitmasks)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name].float(), weight.float()) for name, weight in whole.items())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 import xllamacpp
 from tests.command_line import pocketlm
 from tests.conftest import Tiny
+from tests.serving import serving, tiny_file
 from tests.tiny import tiny_folder
 
 from pocketlm.errors import BadInputError, PocketlmError
@@ -22,7 +23,7 @@ from pocketlm.model.examples import Example, encode_answer, encode_prompt, pack_
 from pocketlm.model.opinions import ids_by_text, keep_opinions, understood
 from pocketlm.model.source import demo_file, load
 from pocketlm.model.targets import open_targets
-from pocketlm.run.remote import LIKELIEST, ask
+from pocketlm.run.remote import LIKELIEST, ask, read_answers
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,14 @@ def test_a_real_server_answers_and_is_asked_only_once(server: str, tmp_path: Pat
     assert kept.read_text() == f"{lines[0]}\n"
     assert ask("http://127.0.0.1:9", [FRANCE], kept) == asked[:1]
     assert ask(server, [FRANCE, SPAIN], kept) == asked[:2]
+
+
+@pytest.mark.slow
+def test_our_own_server_teaches(tmp_path: Path):
+    """It knows its model by one name alone."""
+    with serving(tiny_file(tmp_path, "teacher"), cache=tmp_path / "cache") as running:
+        ask(f"{running.address}/v1", ["Hello"], tmp_path / "answers.jsonl")
+    assert [answer.prompt for answer in read_answers(tmp_path / "answers.jsonl")] == ["Hello"]
 
 
 def reply(text: str, why: str, **more: object) -> bytes:
@@ -185,9 +194,9 @@ def test_a_student_learns_a_servers_probabilities(tmp_path: Path):
     spoken = [token | {"top_logprobs": [token, {"token": by_id[9], "logprob": -1.0}]} for token in said]
     summary = taught(base, reply("No.", "stop", logprobs={"content": spoken}), tmp_path)
     assert "held-out KL to the original fell" in summary
-    for path in (tmp_path / "cache").glob("opinions-*/done.json"):
-        facts = json.loads(path.read_text())["facts"]
-        assert facts["with_probabilities"] == facts["examples"] > 0
+    kept = [json.loads(path.read_text())["facts"] for path in (tmp_path / "cache").glob("opinions-*/done.json")]
+    assert kept
+    assert all(facts["with_probabilities"] == facts["examples"] > 0 for facts in kept)
 
 
 def test_without_prompts_a_remote_teacher_is_refused(tmp_path: Path):

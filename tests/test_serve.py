@@ -471,13 +471,12 @@ def test_other_sites_may_not_use_the_server(server):
 def test_the_page_can_reach_nothing_but_the_server(server):
     page = files("pocketlm.run") / "page" / "index.html"
     response = server.get("/")
-    assert response.status_code == (200 if page.is_file() else 404)
-    if page.is_file():
-        assert response.text == page.read_text(encoding="utf-8")
-        policy = response.headers["Content-Security-Policy"]
-        assert "default-src 'none'" in policy
-        assert "connect-src 'self'" in policy
-        assert "http" not in policy
+    assert response.status_code == 200
+    assert response.text == page.read_text(encoding="utf-8")
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "connect-src 'self'" in policy
+    assert "http" not in policy
 
 
 def test_a_key_is_asked_for(folder, model):

@@ -167,6 +167,11 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
         lines.append(f"{cut.step:<17}{cut.parameters:>13,}  {cells[0]:<25} {cells[1]:<27} {cut.summary}")
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the original's tokens for all")
+    if made.bitmask_bytes is not None:
+        lines.append(
+            f"{out / 'bitmask'} has the weights without their zeros in {made.bitmask_bytes:,} bytes, on disk alone "
+            "(compressed-tensors' sparse-bitmask); a GGUF file stores zeros like any other number"
+        )
     removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
     return [
         *lines,

@@ -13,6 +13,7 @@ from typing import Any
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
+from pocketlm.export.sparse_bitmask import saves_bytes, write_sparse_bitmask
 from pocketlm.measure.quality import Quality
 from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
@@ -95,18 +96,21 @@ class Pruned:
         predicted_bytes: Of the GGUF file.
         actual_bytes: Of the GGUF file.
         healing_tokens: How many tokens of distillation such a cut usually takes to heal.
+        bitmask_bytes: Of the weights in the folder of bitmasks; None where there is none.
     """
 
     cuts: tuple[Cut, ...]
     predicted_bytes: int
     actual_bytes: int
     healing_tokens: int
+    bitmask_bytes: int | None = None
 
 
 def prune(job: Prune, progress: Progress = silent) -> Pruned:
     """Give a model a smaller stock shape, and write the folder `job.out`, whole or not at all.
 
-    The folder has `hf`, which plain transformers loads, `model.gguf` in F16, the recipe, and the choices as a page.
+    The folder has `hf`, which plain transformers loads, `model.gguf` in F16, the recipe, and the choices as a page;
+    where connections were cut also `bitmask`, which stores no zeros.
 
     Raises:
         BadInputError: A shape does not exist for the model, or there is nothing to do.
@@ -128,11 +132,19 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
         actual = (folder / "model.gguf").stat().st_size
-        made = Pruned(tuple(cuts), predicted, actual, tokens)
+        made = Pruned(tuple(cuts), predicted, actual, tokens, _bitmasks(compressed.model, job, folder / "bitmask"))
         (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")
         (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
         write_manifest(folder)
     return made
+
+
+def _bitmasks(model: LanguageModel, job: Prune, folder: Path) -> int | None:
+    """Write the weights without their zeros where connections were cut and that saves bytes; return the bytes."""
+    if (job.sparsity is None and job.pattern is None) or not saves_bytes(model):
+        return None
+    write_sparse_bitmask(model, folder, job.pattern)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def check_shape(model: LanguageModel, job: Prune) -> None:

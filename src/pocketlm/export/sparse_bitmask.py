@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import check_free, write_folder
-from pocketlm.model.anatomy import linears_of
+from pocketlm.model.anatomy import Edge, linears_of
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.tensors.formats.ggml import pack_bits, unpack_bits
 from pocketlm.tensors.formats.integer import DTYPE
@@ -46,14 +46,12 @@ def write_sparse_bitmask(model: LanguageModel, folder: Path, pattern: str | None
         BadInputError: The folder exists, the family has no linears that can be stored so, or it would be no smaller.
     """
     check_free(folder)
-    weights = {name: each.detach().to("cpu", DTYPE) for name, each in model.network.named_parameters()}
     sparse = linear_names(model)
-    zeros = {name: int((weights[name] == 0).sum()) for name in sparse}
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if predicted_bytes(shapes, zeros) >= predicted_bytes(shapes, {}):
+    if not saves_bytes(model):
         raise BadInputError("Too few weights are zero for a bitmask to save anything. Save the model as a plain folder")
+    weights = {name: each.detach().to("cpu", DTYPE) for name, each in model.network.named_parameters()}
     config = copy.deepcopy(model.network.config)
-    share = sum(zeros.values()) / sum(prod(shapes[name]) for name in sparse)
+    share = sum(_zeros(weights[name]) for name in sparse) / sum(weights[name].numel() for name in sparse)
     config.quantization_config = {
         "quant_method": "compressed-tensors",
         "format": "dense",
@@ -76,6 +74,16 @@ def write_sparse_bitmask(model: LanguageModel, folder: Path, pattern: str | None
     write_folder(model, config, tensors, folder)
 
 
+def saves_bytes(model: LanguageModel) -> bool:
+    """Whether a folder of bitmasks is smaller than a plain one: the blocks have torch's linears, and zeros enough."""
+    linears = linears_of(model.network)
+    if not _are_torch_linears(linears):
+        return False
+    shapes = {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}
+    zeros = {name: _zeros(linear.weight) for name, (_, linear) in linears.items()}
+    return predicted_bytes(shapes, zeros) < predicted_bytes(shapes, {})
+
+
 def linear_names(model: LanguageModel) -> list[str]:
     """Return the parameter names of the linears in the blocks.
 
@@ -83,9 +91,17 @@ def linear_names(model: LanguageModel) -> list[str]:
         BadInputError: The family stores them the other way round (GPT-2).
     """
     linears = linears_of(model.network)
-    if not all(isinstance(linear, torch.nn.Linear) for _, linear in linears.values()):
+    if not _are_torch_linears(linears):
         raise BadInputError(f"A {model.family} model has no linears of torch, so it cannot be stored as bitmasks")
     return list(linears)
+
+
+def _are_torch_linears(linears: Mapping[str, tuple[Edge, nn.Module]]) -> bool:
+    return all(isinstance(linear, nn.Linear) for _, linear in linears.values())
+
+
+def _zeros(weight: Tensor) -> int:
+    return int((weight.detach().to(DTYPE) == 0).sum())
 
 
 def squeeze(weight: Tensor) -> dict[str, Tensor]:

@@ -44,8 +44,6 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
         BadInputError: `out` exists and `force` is not given, or it is nothing to replace, or cannot be written, or
             another run is writing it.
     """
-    if out.exists() or out.is_symlink():
-        _check_replaceable(out, force, reads)
     partial, replaced, lock = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced", "lock"))
     with ExitStack() as stack:
         try:
@@ -54,6 +52,10 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
             if mine is False:
                 raise BadInputError(f"Another run is writing {out}. Wait for it, or give another folder with -o")
             stack.callback(lock.unlink, missing_ok=True)
+            if replaced.exists() and not out.exists():  # a run was killed between the two renames
+                replaced.rename(out)
+            if out.exists() or out.is_symlink():
+                _check_replaceable(out, force, reads)
             shutil.rmtree(partial, ignore_errors=True)  # of a killed run
             partial.mkdir()
         except OSError as error:
@@ -63,7 +65,12 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except BaseException:  # one of the two always has the name
+            if replaced.exists():
+                replaced.rename(out)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.files import written_whole
 from pocketlm.report.card import model_card
 from pocketlm.report.content import Report, from_dict, to_dict
 from pocketlm.report.pages import html_page, markdown_page
@@ -69,8 +70,6 @@ def file_sha256(path: Path) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    # Written beside and renamed, so that a cut run never leaves half a file under the final name.
-    # A lone surrogate, which a broken model's tokenizer may yield, must not stop the report.
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(text.encode("utf-8", errors="replace"))
-    beside.replace(path)
+    with written_whole(path) as partial:
+        # A lone surrogate, which a broken model's tokenizer may yield, must not stop the report.
+        partial.write_bytes(text.encode("utf-8", errors="replace"))

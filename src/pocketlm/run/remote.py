@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import BadInputError, PocketlmError
+from pocketlm.model.files import written_whole
 
 KEY = "OPENAI_API_KEY"  # of the environment; sent where it is set
 TIMEOUT = 600  # seconds for one answer
@@ -39,7 +40,6 @@ def ask(
     url: str,
     prompts: list[str],
     kept: Path,
-    model: str = "default",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """Return the server's greedy answers to prompts; those that an earlier run got are not asked for again.
@@ -50,18 +50,19 @@ def ask(
         url: Of the server, such as http://localhost:8080/v1.
         prompts: Each is a conversation's first message.
         kept: A file that every answer is added to, as a line of JSON.
-        model: The name that the server knows the teacher by.
         progress: Called after each answer with how many are there and how many there will be.
 
     Raises:
         BadInputError: Nothing answers at the address, or it refuses.
         PocketlmError: An answer cannot be understood.
     """
-    answers, probabilities = {answer.prompt: answer for answer in read_answers(kept)}, True
+    answers, probabilities = {answer.prompt: answer for answer in _taken_up(kept)}, True
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answers]
+    named = _named(url) if missing else {}
     with kept.open("a", encoding="utf-8") as file:
         for done, prompt in enumerate(dict.fromkeys(prompts), 1):
             if prompt not in answers:
-                answers[prompt], probabilities = _answer(url, prompt, model, probabilities)
+                answers[prompt], probabilities = _answer(url, named, prompt, probabilities)
                 file.write(json.dumps(vars(answers[prompt])) + "\n")
                 file.flush()
             progress(done, len(prompts))
@@ -69,25 +70,40 @@ def ask(
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Return the answers in a file; a last line that a kill cut off is taken away."""
+    """Return the answers in a file."""
+    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _taken_up(path: Path) -> list[Answer]:
+    """Return the answers in a file that may not be there; a last line that a kill cut off is taken away."""
     if not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(whole), encoding="utf-8")
-    return [Answer(**json.loads(line)) for line in whole]
+    written = path.read_bytes()
+    if not written.endswith(b"\n"):
+        with written_whole(path) as partial:
+            partial.write_bytes(written[: written.rfind(b"\n") + 1])
+    return read_answers(path)
 
 
-def _answer(url: str, prompt: str, model: str, probabilities: bool) -> tuple[Answer, bool]:
+def _named(url: str) -> dict[str, str]:
+    """Return what names the server's model in a request, the first that it lists; nothing where there is no list."""
+    try:
+        with urllib.request.urlopen(_request(url, "models"), timeout=TIMEOUT) as response:
+            return {"model": str(json.load(response)["data"][0]["id"])}
+    except (OSError, ValueError, http.client.HTTPException, KeyError, IndexError, TypeError):
+        return {}  # what asks the questions says what is wrong
+
+
+def _answer(url: str, named: dict[str, str], prompt: str, probabilities: bool) -> tuple[Answer, bool]:
     """Return the answer to a prompt, and whether the server takes questions for probabilities."""
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-    body |= {"max_tokens": ANSWER_TOKENS}
+    body = named | {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": ANSWER_TOKENS}
     more = {"logprobs": True, "top_logprobs": LIKELIEST} if probabilities else {}
     try:
-        with urllib.request.urlopen(_request(url, body | more), timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(_request(url, "chat/completions", body | more), timeout=TIMEOUT) as response:
             return _read(prompt, json.load(response)["choices"][0]), probabilities
     except urllib.error.HTTPError as error:
         if probabilities and error.code in REFUSED:
-            return _answer(url, prompt, model, probabilities=False)
+            return _answer(url, named, prompt, probabilities=False)
         raise BadInputError(
             f"The server at {url} refused ({error.code} {error.reason}). Check the address, and {KEY} if it wants a key"
         ) from error
@@ -101,11 +117,12 @@ def _answer(url: str, prompt: str, model: str, probabilities: bool) -> tuple[Ans
         raise PocketlmError(f"The server at {url} did not answer as a chat. It must speak OpenAI's protocol") from error
 
 
-def _request(url: str, body: dict[str, Any]) -> urllib.request.Request:
+def _request(url: str, path: str, body: dict[str, Any] | None = None) -> urllib.request.Request:
     headers = {"Content-Type": "application/json"}
     if os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    return urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    data = None if body is None else json.dumps(body).encode()
+    return urllib.request.Request(f"{url.rstrip('/')}/{path}", data, headers)
 
 
 def _read(prompt: str, choice: dict[str, Any]) -> Answer:
