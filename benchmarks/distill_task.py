@@ -31,11 +31,11 @@ from pocketlm.measure.device import machine, versions
 from pocketlm.measure.tasks import wilson
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
+from pocketlm.model.files import file_sha256
 from pocketlm.model.importance import token_importance
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.pipeline.cache import stage
-from pocketlm.report.write import file_sha256
 from pocketlm.run.engine import Engine
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize, quantize

@@ -26,6 +26,7 @@ from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.measure.device import machine, versions
 from pocketlm.measure.task_files import Task, read_task
 from pocketlm.measure.tasks import Outcome, Z, pair
+from pocketlm.model.files import file_sha256
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.proof import original_file
 from pocketlm.pipeline.scoring import outcomes
@@ -33,7 +34,7 @@ from pocketlm.plan.budget import parse_time
 from pocketlm.report.charts import scatter
 from pocketlm.report.content import Estimate
 from pocketlm.report.pages import style
-from pocketlm.report.write import file_sha256, replace_text
+from pocketlm.report.write import replace_text
 
 ORIGINAL = "original"
 KINDS = {"joint": True, "plain": False}  # whether parts may be removed

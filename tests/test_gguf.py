@@ -293,17 +293,36 @@ def test_what_a_source_file_says_is_kept(tiny: Callable, tmp_path: Path):
     assert kept == {key: value for key, value in after.fields.items() if key.startswith("tokenizer.")}
 
 
-def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path):
-    model = load(str(tiny_folder("llama", tmp_path / "model")))
-    with torch.no_grad():
-        model.network.model.layers[2].mlp.down_proj.weight[3, 5] = 1e6
-    out = tmp_path / "out"
+def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, out = load(str(tiny_folder("llama", tmp_path / "model"))), tmp_path / "out"
     out.mkdir()
-    with pytest.raises(BadInputError, match="larger than F16"):
-        write_gguf(model, {}, out / "model.gguf")
+
+    def full(*_: Any) -> None:
+        assert list(out.iterdir()), "the head is written"
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pocketlm.export.gguf._plain_bytes", full)
+        with pytest.raises(OSError, match="full"):
+            write_gguf(model, {}, out / "model.gguf")
     assert list(out.iterdir()) == []
-    write_gguf(model, {}, out / "model.gguf", plain="BF16")
+    write_gguf(model, {}, out / "model.gguf")
     assert [file.name for file in out.iterdir()] == ["model.gguf"]
+
+
+def test_a_weight_that_f16_cannot_hold_makes_its_matrix_bf16(tmp_path: Path):
+    model = load(str(tiny_folder("llama", tmp_path / "model")))
+    name = "model.layers.2.mlp.down_proj.weight"
+    with torch.no_grad():
+        model.network.get_parameter(name)[3, 5] = 1e6
+    write_gguf(model, {}, tmp_path / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert {each for each, kind in types.items() if kind == "BF16"} == {"blk.2.ffn_down.weight"}
+    assert set(types.values()) == {"F16", "F32", "BF16"}
+    shapes = parameter_shapes(model.network.config)
+    assert predicted_bytes(metadata_bytes(model), "llama", shapes, {}) == (tmp_path / "model.gguf").stat().st_size
+    again = load(str(tmp_path / "model.gguf")).network.get_parameter(name)
+    assert torch.equal(again.float(), model.network.get_parameter(name).bfloat16().float())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import check_bytes
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
+from pocketlm.model.files import file_sha256
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.account import run_facts
 from pocketlm.pipeline.artefact import make_report, new_folder
@@ -22,7 +23,7 @@ from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.pipeline.trials import Limit, alone_of, search
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.report.content import Report
-from pocketlm.report.write import file_sha256, write_manifest, write_reports
+from pocketlm.report.write import write_manifest, write_reports
 
 
 def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], None] = lambda planned: None) -> Report:

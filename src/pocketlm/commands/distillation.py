@@ -18,6 +18,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
 from pocketlm.model.examples import Example, pack_examples, read_examples, split_examples, that_fit
+from pocketlm.model.files import file_sha256
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.learning import Lessons
@@ -35,7 +36,7 @@ from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.report.distilled import distilled_page
-from pocketlm.report.write import file_sha256, write_manifest
+from pocketlm.report.write import write_manifest
 from pocketlm.run.remote import Answer, ask, read_answers
 from pocketlm.steps.distil import Distil, alike, distil
 from pocketlm.steps.prune_depth import PruneDepth
@@ -364,7 +365,5 @@ def _measured(teacher: LanguageModel, start: Start, made: Path, texts: Texts, pr
             files[name] = Path(beside) / f"{name.replace(' ', '-')}.gguf"
             write_gguf(models[name], {}, files[name])
         qualities = measure_models(files, models, texts.test.windows, progress).qualities
-    counts = tuple(
-        sum(parameter.numel() for parameter in models[name].network.parameters()) for name in ("teacher", "student")
-    )
+    counts = tuple(models[name].parameters for name in ("teacher", "student"))
     return Distilled((), counts, qualities, 0, {})

@@ -60,7 +60,7 @@ def inspect(source: str) -> Inspection:
         name=model.origin.base_model,
         family=model.family,
         license=model.origin.license,
-        parameters=sum(parameter.numel() for parameter in model.network.parameters()),
+        parameters=model.parameters,
         bytes=file.stat().st_size,
         tied=sizes.tied,
         chat=model.is_chat,

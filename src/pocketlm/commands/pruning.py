@@ -243,7 +243,7 @@ def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: P
             name = f"{place} {done.facts['step']}"
             models[name], files[name] = load(str(done.folder / "hf")), Path(beside) / f"{place}.gguf"
             write_gguf(models[name], {}, files[name])
-        counts = [sum(parameter.numel() for parameter in each.network.parameters()) for each in models.values()]
+        counts = [each.parameters for each in models.values()]
         qualities = measure_models(files, models, texts.test.windows, progress).qualities
     return [
         Cut(done.facts["step"], done.facts["summary"], done.facts["details"], count, quality)

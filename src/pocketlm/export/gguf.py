@@ -15,7 +15,6 @@ import torch
 from gguf import GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from pocketlm.errors import BadInputError
 from pocketlm.model.gguf_config import hyperparameters, rope_factors
 from pocketlm.model.gguf_file import (
     TYPES,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 Plain = Literal["F16", "BF16", "F32"]
 _HEADER_BYTES = 24  # letters, version, two counts
+_F16_MAX = torch.finfo(torch.float16).max
 # What a source file says about its own weights and is no longer true of these, or is said anew.
 _STALE = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment",
           "general.size_label", "general.quantized_by", "general.base_model.", "quantize.")  # fmt: skip
@@ -62,7 +62,8 @@ def write_gguf(model: LanguageModel, packed: Mapping[str, Packed], path: Path, p
         model: Its weights are converted tensor by tensor, so no second copy of the model is held.
         packed: By transformers parameter name; rows are the outputs of a linear in every family.
         path: The file to make; one that is there is replaced.
-        plain: Type of the matrices that are not packed; vectors are always F32.
+        plain: Type of the matrices that are not packed; vectors are always F32, and a matrix with a weight that F16
+            cannot hold is BF16.
 
     Raises:
         BadInputError: The model or its tokenizer cannot be expressed in GGUF.
@@ -173,6 +174,8 @@ def _entries(model: LanguageModel, packed: Mapping[str, Packed], plain: Plain) -
             entries.append(_Entry(target, packed[name].format.name, shape, read))
         else:
             kind = _plain_type(shape, plain)
+            if kind == "F16" and parameter.abs().max() > _F16_MAX:
+                kind = "BF16"  # as many bytes
             entries.append(_Entry(target, kind, shape, partial(_plain_bytes, parameter, change, config, kind)))
     factors = rope_factors(config)
     if factors is not None:
@@ -192,8 +195,6 @@ def _plain_bytes(parameter: Tensor, change: Change, config: "PreTrainedConfig", 
         return weight.bfloat16().contiguous().view(torch.int16).numpy()
     if kind == "F16":
         weight = weight.half()
-        if weight.isinf().any():
-            raise BadInputError("A weight is larger than F16 can hold (65504): keep plain weights as BF16")
     return weight.contiguous().numpy()
 
 

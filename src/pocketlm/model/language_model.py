@@ -45,6 +45,11 @@ class LanguageModel:
         return bool(self.tokenizer.chat_template)
 
     @property
+    def parameters(self) -> int:
+        """How many weights the network has; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where the network's weights are."""
         return self.network.get_input_embeddings().weight.device

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.model.anatomy import FAMILIES, anatomy_for
 from pocketlm.model.attention import slice_attention
+from pocketlm.model.files import file_sha256
 from pocketlm.model.gguf_config import config_from_gguf
 from pocketlm.model.gguf_file import GgufFile, read_gguf, read_tensor
 from pocketlm.model.gguf_layout import ROPE_FACTORS, from_gguf, parameter_part
@@ -127,7 +128,7 @@ def _load_gguf(source: str, path: Path, dtype: torch.dtype) -> LanguageModel:
     state = {name: weight.to(dtype) for name, weight in _parameters(file, config)}
     network = _build(config, state, dtype, path)
     network.generation_config.eos_token_id = end_ids(file) or None
-    sha256, name = _sha256(path), _DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem)
+    sha256, name = file_sha256(path), _DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem)
     origin = Origin(
         source=source,
         kind="gguf",
@@ -197,9 +198,9 @@ def _load_folder(source: str, folder: Path, dtype: torch.dtype, kind: str = "fol
     network = _folder_network(folder, config, dtype)
     for name, parameter in network.named_parameters():
         _check_finite(folder, name, parameter)
-    hashes = [_sha256(file) for file in weights]
+    hashes = [file_sha256(file) for file in weights]
     sha256 = hashes[0] if len(hashes) == 1 else _hash_of(*hashes)
-    company = [f"{file.name} {_sha256(file)}" for each in _COMPANY for file in sorted(folder.glob(each))]
+    company = [f"{file.name} {file_sha256(file)}" for each in _COMPANY for file in sorted(folder.glob(each))]
     license, name = _card_license(folder), source if kind == "hub" else folder.resolve().name
     origin = Origin(
         source=source,
@@ -343,11 +344,6 @@ def _check_finite(path: Path, name: str, weight: Tensor) -> None:
     # A sum is finite unless a weight is not, or it overflows: a fast first look, for the whole model.
     if not weight.sum().isfinite() and not weight.isfinite().all():
         raise BadInputError(f"{path} holds NaN or infinite weights in `{name}`: the model is damaged")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash_of(*parts: object) -> str:

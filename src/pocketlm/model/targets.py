@@ -10,7 +10,6 @@ the cumulative distribution, from a random start: as unbiased as independent dra
 One file of `safetensors` per shard of windows, read by memory mapping; the index has their hashes and is written last.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.compute import as_forward
-from pocketlm.model.files import written_whole
+from pocketlm.model.files import file_sha256, written_whole
 from pocketlm.model.sweep import final_hidden
 from pocketlm.tensors.divergence import Sparse
 
@@ -209,7 +208,7 @@ def write_opinions(windows: list[list[dict[int, float]]], folder: Path, vocabula
 
 
 def _indexed(folder: Path, windows: int, length: int, sampling: Sampling) -> Targets:
-    files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     index = {"windows": windows, "length": length, "sampling": asdict(sampling), "files": files}
     with written_whole(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1))
@@ -226,18 +225,13 @@ def open_targets(folder: Path) -> Targets:
         raise BadInputError(f"{folder} has no finished targets: {INDEX} is missing. Make them again")
     index = json.loads((folder / INDEX).read_text())
     for name, expected in index["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             raise BadInputError(f"{folder / name} is damaged or missing. Delete {folder} and make the targets again")
     return Targets(folder, tuple(range(index["windows"])))
 
 
 def _shard(folder: Path, window: int) -> Path:
     return folder / f"{window // SHARD:05d}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

@@ -131,7 +131,7 @@ def make_report(
             family=original.family,
             sha256=original.origin.sha256,
             is_chat=original.is_chat,
-            parameters=content.Change(_count(original), _count(compressed.model)),
+            parameters=content.Change(original.parameters, compressed.model.parameters),
             blocks=content.Change(before.num_hidden_layers, after.num_hidden_layers),
             ffn_width=content.Change(ffn_width(original.network), ffn_width(compressed.model.network)),
         ),
@@ -221,10 +221,6 @@ def _cache_note(proof: Proof) -> str:
 def _machine(here: Machine) -> dict[str, str | int]:
     memory = "not stated" if here.memory_bytes is None else say_bytes(here.memory_bytes)
     return {"processor": here.cpu, "cores": here.cores, "memory": memory, "system": here.system}
-
-
-def _count(model: LanguageModel) -> int:
-    return sum(parameter.numel() for parameter in model.network.parameters())
 
 
 def _parts(original: Path, exported: Path) -> tuple[content.PartSize, ...]:

@@ -28,9 +28,8 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
     Raises:
         OutOfResourcesError: It would; the message says how much is missing and what helps.
     """
-    parameters = sum(parameter.numel() for parameter in model.network.parameters())
     copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates
-    disk = 2 * copies * parameters
+    disk = 2 * copies * model.parameters
     for folder in (cache_folder(), out.resolve()):
         free = shutil.disk_usage(_existing(folder)).free
         if free < disk:
@@ -39,7 +38,7 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
                 "Free some space, run `pocketlm clean --yes`, or set POCKETLM_CACHE to another disk"
             )
     # One copy is loaded already.
-    copy = (4 if trained else model.network.dtype.itemsize) * parameters
+    copy = (4 if trained else model.network.dtype.itemsize) * model.parameters
     memory, available = ((TRAINING_COPIES if trained else COPIES) - 1) * copy, machine().memory_available_bytes
     if available is not None and available < memory:
         raise OutOfResourcesError(

@@ -1,11 +1,10 @@
 """Write the reports into an artefact folder, and the manifest that seals it."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.files import written_whole
+from pocketlm.model.files import file_sha256, written_whole
 from pocketlm.report.card import model_card
 from pocketlm.report.content import Report, from_dict, to_dict
 from pocketlm.report.pages import html_page, markdown_page
@@ -60,12 +59,6 @@ def read_report(folder: Path) -> Report:
         ) from error
     except (ValueError, AttributeError) as error:
         raise BadInputError(f"{path} is no report of pocketlm: {error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:
