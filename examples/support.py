@@ -125,7 +125,8 @@ def main() -> None:
         endpoint = Escalation(url, args.escalate_model if args.escalate_to else "larger", 0.0, timeout=120)
         with Screen() as screen:
             settings = EngineSettings(str(small), "small", key="", slots=AT_ONCE, context=None, threads=None)
-            found = calibrate(settings, held_back, args.target, endpoint, screen.progress)
+            kept = args.out / "calibrating.answers"
+            found = calibrate(settings, held_back, args.target, endpoint, kept, screen.progress)
         print("\n".join(calibration_lines(found)))
         point = found.chosen or max(found.curve, key=lambda each: each.accuracy)
         options = ["--escalate-to", url, "--escalate-model", endpoint.model]

@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
@@ -291,6 +292,42 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
     assert f"--threshold {found['chosen']['threshold']} --confidence {found['measure']}" in done.stdout
     refused = pocketlm("calibrate", small, tmp_path / "none.jsonl", "-o", out, cache=folder)
     assert refused.returncode == 2
+
+
+def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tmp_path):
+    asked: list[str] = []
+    limit = 5
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["messages"][0]["content"])
+            self.send_response(200 if len(asked) <= limit else 500)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    data, out = tmp_path / "data.jsonl", tmp_path / "calibration.json"
+    data.write_text("\n".join(json.dumps({"prompt": f"Question {i}?", "answer": "yes"}) for i in range(12)))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        larger = ("--escalate-to", f"http://127.0.0.1:{http.server_port}/v1", "--escalate-model", "large")
+        options = (*larger, "-o", out, "--threads", 1, "--context", 512, "--slots", 1)
+        failed = pocketlm("calibrate", small, data, *options, cache=folder)
+        assert failed.returncode == 2
+        assert "The larger model did not answer" in failed.stderr
+        first, limit = set(asked[:5]), 100
+        asked.clear()
+        done = pocketlm("calibrate", small, data, *options, cache=folder)
+        http.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == 7
+    assert not first & set(asked)
+    found = json.loads(out.read_text())
+    assert (found["examples"], found["larger_accuracy"]) == (12, 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "calibration.json"}
 
 
 def test_where_the_calibration_cannot_be_written_no_question_is_asked(folder, small, tmp_path):

@@ -10,7 +10,7 @@ import typer
 from pocketlm.errors import OutOfResourcesError, PocketlmError, is_disk_full
 
 INTERRUPTED = 130
-RESUMING = {"fit", "quantize", "prune", "distill"}
+RESUMING = {"fit", "quantize", "prune", "distill", "calibrate"}
 
 
 def run(app: typer.Typer) -> None:

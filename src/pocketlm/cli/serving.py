@@ -112,7 +112,8 @@ def calibrate(
     larger = _escalation(escalate_to, escalate_model, threshold, "mean", timeout=120)
     settings = EngineSettings(str(gguf_file(file)), file, key="", slots=slots, context=context, threads=threads)
     with Screen() as screen:
-        found = run(settings, data, target_accuracy, larger, screen.progress)
+        kept = out.with_name(f".{out.name}.answers")
+        found = run(settings, data, target_accuracy, larger, kept, screen.progress)
     replace_text(out, json.dumps(asdict(found), indent=1) + "\n")
     print_result([*lines(found), "", f"wrote {out}"], asdict(found), json_output)
 

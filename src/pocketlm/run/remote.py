@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import BadInputError, PocketlmError
-from pocketlm.model.files import written_whole
+from pocketlm.model.files import json_lines
 
 KEY = "OPENAI_API_KEY"  # of the environment; sent where it is set
 TIMEOUT = 600  # seconds for one answer
@@ -56,7 +56,7 @@ def ask(
         BadInputError: Nothing answers at the address, or it refuses.
         PocketlmError: An answer cannot be understood.
     """
-    answers, probabilities = {answer.prompt: answer for answer in _taken_up(kept)}, True
+    answers, probabilities = {answer.prompt: answer for answer in read_answers(kept)}, True
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answers]
     named = _named(url) if missing else {}
     with kept.open("a", encoding="utf-8") as file:
@@ -70,19 +70,8 @@ def ask(
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Return the answers in a file."""
-    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _taken_up(path: Path) -> list[Answer]:
-    """Return the answers in a file that may not be there; a last line that a kill cut off is taken away."""
-    if not path.exists():
-        return []
-    written = path.read_bytes()
-    if not written.endswith(b"\n"):
-        with written_whole(path) as partial:
-            partial.write_bytes(written[: written.rfind(b"\n") + 1])
-    return read_answers(path)
+    """Return the answers in a file that may not be there."""
+    return [Answer(**line) for line in json_lines(path)]
 
 
 def _named(url: str) -> dict[str, str]:

@@ -4,12 +4,13 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pocketlm.errors import BadInputError, PocketlmError
+from pocketlm.model.files import file_sha256, json_lines
 from pocketlm.run.server.answers import Answer, confidence
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.escalation import Escalation, ask_larger
@@ -99,9 +100,12 @@ def calibrate(
     data: Path,
     target: float,
     larger: Escalation | None,
+    kept: Path,
     progress: Progress,
 ) -> Calibration:
     """Answer the examples with the local model and draw the curve of accuracy against escalations.
+
+    What is answered when something fails, or a person stops it, is not asked again by the next run.
 
     Args:
         settings: The local model.
@@ -109,13 +113,27 @@ def calibrate(
             texts of which any is right.
         target: Accuracy to reach, 0 to 1.
         larger: The larger model, to be measured too; where None, it is taken to be always right.
+        kept: A file that every answer is added to as a line of JSON; it is deleted at the end.
         progress: Told how many examples are done.
 
     Raises:
         BadInputError: The data cannot be read, or the engine or the larger model refuses an example.
     """
-    judged = asyncio.run(_judge(settings, read_examples(data), larger, progress))
+    examples = read_examples(data)
+    asked = {"model": file_sha256(Path(settings.path)), "data": file_sha256(data), "context": settings.context}
+    known = _take_up(kept, asked | ({"url": larger.url, "larger": larger.model} if larger else {}))
+    judged = asyncio.run(_judge(settings, examples, larger, known, kept, progress))
+    kept.unlink()
     return choose(judged, target)
+
+
+def _take_up(kept: Path, asked: dict[str, Any]) -> dict[int, Judged]:
+    """Return what an earlier run was answered, by the examples' places, where it asked the same; else begin anew."""
+    first, *lines = json_lines(kept) or [None]
+    if first == asked:
+        return {place: Judged(**judged) for place, judged in lines}
+    kept.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    return {}
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -154,33 +172,40 @@ def _example(line: dict[str, Any]) -> Example:
 
 
 async def _judge(
-    settings: EngineSettings, examples: Sequence[Example], larger: Escalation | None, progress: Progress
+    settings: EngineSettings,
+    examples: Sequence[Example],
+    larger: Escalation | None,
+    known: dict[int, Judged],
+    kept: Path,
+    progress: Progress,
 ) -> list[Judged]:
     import aiohttp
 
-    model, done = LocalModel(settings, queue=len(examples)), 0
+    model, judged = LocalModel(settings, queue=len(examples)), dict(known)
 
-    async def one(example: Example) -> Judged:
-        nonlocal done
+    async def one(place: int, example: Example) -> None:
         async with model.line.turn():
             body = example.asked.for_engine(model.ready.wraps_tools if model.ready else False)
             answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
             theirs = await ask_larger(example.asked.for_others(), larger, session) if larger else None
-        done += 1
-        progress(_WHAT, done, len(examples))
-        return Judged(
+        judged[place] = Judged(
             {measure: confidence(answer, measure) for measure in MEASURES},
             is_right(_said(answer), example.answers),
             None if theirs is None else is_right(_said(theirs), example.answers),
         )
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([place, asdict(judged[place])]) + "\n")
+        progress(_WHAT, len(judged), len(examples))
 
     try:
         await model.start()
         if not model.ready.chats:
             raise BadInputError(f"{settings.path} has no chat template, so `serve` does not chat with it")
         async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(example)) for example in examples]
-        return [task.result() for task in tasks]
+            for place, example in enumerate(examples):
+                if place not in known:
+                    group.create_task(one(place, example))
+        return [judged[place] for place in range(len(examples))]
     except ExceptionGroup as group:
         raise _worded(group.exceptions[0]) from group
     finally:
