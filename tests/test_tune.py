@@ -134,7 +134,7 @@ def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(family: str, kin
     rounded, packed = quantized(tiny_model(family), "Q2_0")
     student, opinion = tiny_model(family), judge(teacher.network, HELD_OUT)
     before = divergence_of(rounded.network, HELD_OUT, opinion)
-    config = Tune(tokens=30 * 4 * 32, train=kind, scale_rate=3e-3, evaluations=3)
+    config = Tune(tokens=30 * 4 * 32, train=kind, scale_rate=3e-3, code_rate=0.02, evaluations=3)
     calls: list[tuple[int, int]] = []
     student, stored, report = tune(
         teacher, student, packed, config, (WINDOWS, HELD_OUT), lambda done, total, _: calls.append((done, total))
