@@ -18,7 +18,7 @@ from pocketlm.pipeline.planning import Fit, load_for, prepare
 from pocketlm.pipeline.stages import silent
 from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, best_of, search
 from pocketlm.plan.budget import Budget
-from pocketlm.plan.decide import Decision, Wanted, decide, recipe_of
+from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, recipe_of
 from pocketlm.plan.effort import PRESETS, expected_seconds
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan
@@ -52,6 +52,8 @@ def test_more_effort_takes_longer_and_known_damages_less():
     seconds = [expected_seconds(effort, 0.5, 512, prunes=True, known=False) for effort in PRESETS.values()]
     assert seconds == sorted(seconds)
     assert expected_seconds(PRESETS["fast"], 0.5, 512, prunes=True, known=True) < seconds[0]
+    best = Wanted(budget=Budget("any", 1), effort=PRESETS["best"])
+    assert [most_candidates(replace(best, vocabulary=own_text)) for own_text in (False, True)] == [4, 6]
     alone = replace(PRESETS["balanced"], candidates=1)
     assert expected_seconds(alone, 0.5, 512, True, True) == expected_seconds(
         PRESETS["balanced"], 0.5, 512, prunes=False, known=True

@@ -20,7 +20,7 @@ from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.trials import Search
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
-from pocketlm.plan.decide import Decision, Wanted, may_prune, uniform_recipe
+from pocketlm.plan.decide import Decision, Wanted, may_prune, most_candidates, uniform_recipe
 from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
@@ -199,7 +199,7 @@ def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, tex
     Raises:
         ImpossibleBudgetError: What must be done takes longer than the time allows.
     """
-    effort, known = wanted.effort, damages_known(model, texts)
+    effort, known = replace(wanted.effort, candidates=most_candidates(wanted)), damages_known(model, texts)
     prunes = may_prune(sizes, wanted)
     one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
     asked = effort if job.heal is None else replace(effort, tokens=0)  # whose learning takes what was asked for

@@ -239,6 +239,11 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windo
     return Recipe(steps=tuple(steps), seed=seed)
 
 
+def most_candidates(wanted: Wanted) -> int:
+    """Return how many plans are built at most: whole, with fewer blocks, narrower FFNs, both, and with fewer tokens."""
+    return min(wanted.effort.candidates, 4 + len(VOCABULARIES) * wanted.vocabulary)
+
+
 def _kinds(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted) -> list[Plan]:
     """Return the best plan of each kind that fits: formats alone, fewer blocks, narrower FFNs, both.
 
