@@ -15,7 +15,7 @@ from pathlib import Path
 from common import command_line, write_results
 
 from pocketlm.cli.terminal import Screen
-from pocketlm.export.sparse_bitmask import linear_names, predicted_bytes
+from pocketlm.export.sparse_bitmask import predicted_bytes, zero_counts
 from pocketlm.measure.device import machine, versions
 from pocketlm.measure.quality import Logits, compare
 from pocketlm.model.compute import fast_forward
@@ -61,9 +61,8 @@ def logits_of(model: LanguageModel) -> Logits:
 
 def bytes_of(model: LanguageModel) -> int:
     """Return the bytes of the tensors with the blocks as bitmasks."""
-    weights = dict(model.network.named_parameters())
-    zeros = {name: int((weights[name] == 0).sum()) for name in linear_names(model)}
-    return predicted_bytes({name: tuple(weight.shape) for name, weight in weights.items()}, zeros)
+    shapes = {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}
+    return predicted_bytes(shapes, zero_counts(model))
 
 
 def row_of(config: Sparsify, args: argparse.Namespace, dense: Logits, screen: Screen) -> dict:

@@ -144,6 +144,7 @@ def main() -> None:
     (args.out / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
     text = page(args, figures, found, point.threshold)
     (args.out / "result.md").write_text(text, encoding="utf-8")
+    kept.unlink()
     print(text)
 
 

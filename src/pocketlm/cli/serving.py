@@ -115,6 +115,7 @@ def calibrate(
         kept = out.with_name(f".{out.name}.answers")
         found = run(settings, data, target_accuracy, larger, kept, screen.progress)
     replace_text(out, json.dumps(asdict(found), indent=1) + "\n")
+    kept.unlink()
     print_result([*lines(found), "", f"wrote {out}"], asdict(found), json_output)
 
 

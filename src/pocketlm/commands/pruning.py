@@ -67,6 +67,11 @@ class Prune:
     seed: int = 0
     force: bool = False  # replace `out`
 
+    @property
+    def cuts_connections(self) -> bool:
+        """Whether single connections go."""
+        return self.sparsity is not None or self.pattern is not None
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -141,7 +146,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
 
 def _bitmasks(model: LanguageModel, job: Prune, folder: Path) -> int | None:
     """Write the weights without their zeros where connections were cut and that saves bytes; return the bytes."""
-    if (job.sparsity is None and job.pattern is None) or not saves_bytes(model):
+    if not job.cuts_connections or not saves_bytes(model):
         return None
     write_sparse_bitmask(model, folder, job.pattern)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -165,8 +170,7 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
         )
-    sparse = job.sparsity is not None or job.pattern
-    if sparse:
+    if job.cuts_connections:
         check_sparsity(model, _sparsify(job))
     elif job.method:
         raise BadInputError("--method is how connections are chosen: give --sparsity or --pattern too, or leave it out")
@@ -178,7 +182,7 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
     unchanged = checked(model.network, _widths(job)) == present_widths(model.network) and job.depth in (None, blocks)
-    if unchanged and not sparse and job.vocab is None:
+    if unchanged and not job.cuts_connections and job.vocab is None:
         raise BadInputError("Nothing to prune: the model has that shape already. `pocketlm inspect` shows it")
 
 
@@ -225,10 +229,9 @@ def _decide(
             rate = NEW_TOKENS_RATE if job.vocab else Distil(tokens=1).learning_rate
             tokens = tokens_in(model, texts.calibration, job.heal)
             steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
-        sparse = job.sparsity is not None or job.pattern is not None
-        if sparse:  # last: healing would fill the zeros again
+        if job.cuts_connections:  # last: healing would fill the zeros again
             steps.append(_sparsify(job))
-        steps.append(Quantize(formats={"*": "F16"}, keep_zeros=sparse))
+        steps.append(Quantize(formats={"*": "F16"}, keep_zeros=job.cuts_connections))
         return {"recipe": to_dict(Recipe(steps=tuple(steps), seed=job.seed)), "damage": damage}
 
     done = stage("prune-plan", {"model": model.origin.key, "asked": asked, **texts.sha256}, produce)

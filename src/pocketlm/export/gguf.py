@@ -174,7 +174,7 @@ def _entries(model: LanguageModel, packed: Mapping[str, Packed], plain: Plain) -
             entries.append(_Entry(target, packed[name].format.name, shape, read))
         else:
             kind = _plain_type(shape, plain)
-            if kind == "F16" and parameter.abs().max() > _F16_MAX:
+            if kind == "F16" and torch.linalg.vector_norm(parameter, torch.inf) > _F16_MAX:
                 kind = "BF16"  # as many bytes
             entries.append(_Entry(target, kind, shape, partial(_plain_bytes, parameter, change, config, kind)))
     factors = rope_factors(config)

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import check_free, write_folder
-from pocketlm.model.anatomy import Edge, linears_of
+from pocketlm.model.anatomy import linears_of
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.tensors.formats.ggml import pack_bits, unpack_bits
 from pocketlm.tensors.formats.integer import DTYPE
@@ -46,12 +46,12 @@ def write_sparse_bitmask(model: LanguageModel, folder: Path, pattern: str | None
         BadInputError: The folder exists, the family has no linears that can be stored so, or it would be no smaller.
     """
     check_free(folder)
-    sparse = linear_names(model)
-    if not saves_bytes(model):
+    zeros, shapes = zero_counts(model), _shapes(model)
+    if not _are_fewer(shapes, zeros):
         raise BadInputError("Too few weights are zero for a bitmask to save anything. Save the model as a plain folder")
     weights = {name: each.detach().to("cpu", DTYPE) for name, each in model.network.named_parameters()}
     config = copy.deepcopy(model.network.config)
-    share = sum(_zeros(weights[name]) for name in sparse) / sum(weights[name].numel() for name in sparse)
+    share = sum(zeros.values()) / sum(prod(shapes[name]) for name in zeros)
     config.quantization_config = {
         "quant_method": "compressed-tensors",
         "format": "dense",
@@ -66,7 +66,7 @@ def write_sparse_bitmask(model: LanguageModel, folder: Path, pattern: str | None
     }
     tensors = {}
     for name, weight in weights.items():
-        if name not in sparse:
+        if name not in zeros:
             tensors[name] = weight.contiguous()
             continue
         stem = name.removesuffix("weight")
@@ -76,12 +76,16 @@ def write_sparse_bitmask(model: LanguageModel, folder: Path, pattern: str | None
 
 def saves_bytes(model: LanguageModel) -> bool:
     """Whether a folder of bitmasks is smaller than a plain one: the blocks have torch's linears, and zeros enough."""
-    linears = linears_of(model.network)
-    if not _are_torch_linears(linears):
-        return False
-    shapes = {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}
-    zeros = {name: _zeros(linear.weight) for name, (_, linear) in linears.items()}
-    return predicted_bytes(shapes, zeros) < predicted_bytes(shapes, {})
+    return _has_torch_linears(model) and _are_fewer(_shapes(model), zero_counts(model))
+
+
+def zero_counts(model: LanguageModel) -> dict[str, int]:
+    """Return how many weights are zero as they are stored, by the parameter names of the linears in the blocks.
+
+    Raises:
+        BadInputError: As `linear_names`.
+    """
+    return {name: int((model.network.get_parameter(name).to(DTYPE) == 0).sum()) for name in linear_names(model)}
 
 
 def linear_names(model: LanguageModel) -> list[str]:
@@ -90,18 +94,21 @@ def linear_names(model: LanguageModel) -> list[str]:
     Raises:
         BadInputError: The family stores them the other way round (GPT-2).
     """
-    linears = linears_of(model.network)
-    if not _are_torch_linears(linears):
+    if not _has_torch_linears(model):
         raise BadInputError(f"A {model.family} model has no linears of torch, so it cannot be stored as bitmasks")
-    return list(linears)
+    return list(linears_of(model.network))
 
 
-def _are_torch_linears(linears: Mapping[str, tuple[Edge, nn.Module]]) -> bool:
-    return all(isinstance(linear, nn.Linear) for _, linear in linears.values())
+def _has_torch_linears(model: LanguageModel) -> bool:
+    return all(isinstance(linear, nn.Linear) for _, linear in linears_of(model.network).values())
 
 
-def _zeros(weight: Tensor) -> int:
-    return int((weight.detach().to(DTYPE) == 0).sum())
+def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in model.network.named_parameters()}
+
+
+def _are_fewer(shapes: Mapping[str, tuple[int, ...]], zeros: Mapping[str, int]) -> bool:
+    return predicted_bytes(shapes, zeros) < predicted_bytes(shapes, {})
 
 
 def squeeze(weight: Tensor) -> dict[str, Tensor]:

@@ -57,8 +57,7 @@ def ask(
         PocketlmError: An answer cannot be understood.
     """
     answers, probabilities = {answer.prompt: answer for answer in read_answers(kept)}, True
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answers]
-    named = _named(url) if missing else {}
+    named = {} if answers.keys() >= set(prompts) else _named(url)
     with kept.open("a", encoding="utf-8") as file:
         for done, prompt in enumerate(dict.fromkeys(prompts), 1):
             if prompt not in answers:

@@ -113,7 +113,7 @@ def calibrate(
             texts of which any is right.
         target: Accuracy to reach, 0 to 1.
         larger: The larger model, to be measured too; where None, it is taken to be always right.
-        kept: A file that every answer is added to as a line of JSON; it is deleted at the end.
+        kept: A file that every answer is added to as a line of JSON, to be deleted when the result is safe.
         progress: Told how many examples are done.
 
     Raises:
@@ -123,7 +123,6 @@ def calibrate(
     asked = {"model": file_sha256(Path(settings.path)), "data": file_sha256(data), "context": settings.context}
     known = _take_up(kept, asked | ({"url": larger.url, "larger": larger.model} if larger else {}))
     judged = asyncio.run(_judge(settings, examples, larger, known, kept, progress))
-    kept.unlink()
     return choose(judged, target)
 
 
