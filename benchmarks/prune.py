@@ -5,8 +5,8 @@
         --out benchmarks/results/prune.md
 
 MODEL is a Hugging Face folder of a LLaMA-like model, and so is FOLDER, made by a script of `peers`. Some text
-calibrates, other text measures. Every shape is made alone, from the original, by every method; nothing is trained.
-Writes a table (Markdown) and the same as JSON.
+calibrates, other text measures, as many windows of each file. Every shape is made alone, from the original, by every
+method; nothing is trained. Writes a table (Markdown) and the same as JSON.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import command_line, write_results
+from common import command_line, windows_in_turn, write_results
 from simple_choices import FFN, HEADS, narrow_hidden, narrow_inner, statistics
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.model.surgery import drop_blocks
 from pocketlm.model.sweep import final_hidden
-from pocketlm.model.text import pack_windows, read_corpus
 from pocketlm.plan.importance import block_influence, perplexity, perplexity_without
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
@@ -118,9 +117,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     model = load(args.model)
-    text = read_corpus(args.calibrate).documents
-    text = pack_windows(text, model.tokenizer, args.solving_windows + JUDGING_WINDOWS, LENGTH)
-    windows = pack_windows(read_corpus(args.measure).documents, model.tokenizer, args.windows, LENGTH)
+    text = windows_in_turn(args.calibrate, model.tokenizer, args.solving_windows + JUDGING_WINDOWS, LENGTH)
+    windows = windows_in_turn(args.measure, model.tokenizer, args.windows, LENGTH)
     opinion, rows = judge(model.network, windows), []
 
     def measured(shape: str, method: str, network: nn.Module, seconds: float) -> None:
@@ -128,6 +126,10 @@ def main() -> None:
         kl = opinion.divergence(hidden.flatten(0, 1), network.lm_head.weight) if rows else 0.0
         row = {"shape": shape, "method": method, "parameters": sum(p.numel() for p in network.parameters())}
         row |= {"perplexity": perplexity(hidden, network.lm_head, windows), "kl": kl, "seconds": round(seconds)}
+        row["texts"] = {
+            path.name: perplexity(hidden[at :: len(args.measure)], network.lm_head, windows[at :: len(args.measure)])
+            for at, path in enumerate(args.measure)
+        }
         rows.append(row)
         print(row, flush=True)
 
@@ -149,8 +151,8 @@ def page(args: argparse.Namespace, rows: list[dict]) -> list[str]:
         "",
         f"`{command_line()}`",
         "",
-        f"{here.cpu}, {args.threads} threads; " + ", ".join(f"{name} {which}" for name, which in versions().items()),
-        f". {args.windows} windows of {LENGTH} tokens measure; {args.solving_windows} others are solved on. Forward",
+        f"{here.cpu}, {args.threads} threads; {', '.join(f'{name} {which}' for name, which in versions().items())}.",
+        f"{args.windows} windows of {LENGTH} tokens measure; {args.solving_windows} others are solved on. Forward",
         "passes are in bfloat16 where the hardware has it. Nothing is trained; each shape is made alone.",
         "",
         *table(rows),
@@ -159,25 +161,26 @@ def page(args: argparse.Namespace, rows: list[dict]) -> list[str]:
 
 def table(rows: list[dict]) -> list[str]:
     """Lay the figures out as Markdown."""
-    heads = (
-        "shape",
-        "method",
-        "parameters",
-        "perplexity",
-        "increase",
-        "share of the best simple choice",
-        "KL",
-        "seconds",
-    )
+    texts = list(rows[0]["texts"]) if len(rows[0]["texts"]) > 1 else []
+    heads = ["shape", "method", "parameters", "perplexity", "share of the best simple choice's increase", "KL"]
+    heads += [f"{name}: perplexity (share)" for name in texts] + ["seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    base = rows[0]["perplexity"]
     for row in rows:
-        increase = row["perplexity"] - base
-        others = [r["perplexity"] - base for r in rows if r["shape"] == row["shape"] and _is_simple(r["method"])]
-        share = "" if _is_simple(row["method"]) or not others or row is rows[0] else f"{increase / min(others):.2f}"
-        cells = (row["shape"], row["method"], f"{row['parameters']:,}", f"{row['perplexity']:.2f}", f"{increase:.2f}")
-        lines.append("| " + " | ".join([*cells, share, f"{row['kl']:.4f}", str(row["seconds"])]) + " |")
+        cells = [row["shape"], row["method"], f"{row['parameters']:,}", f"{row['perplexity']:.2f}"]
+        cells += [_share(rows, row, lambda each: each["perplexity"]), f"{row['kl']:.4f}"]
+        for name in texts:
+            share = _share(rows, row, lambda each, name=name: each["texts"][name])
+            cells.append(f"{row['texts'][name]:.2f}" + (f" ({share})" if share else ""))
+        lines.append("| " + " | ".join([*cells, str(row["seconds"])]) + " |")
     return lines
+
+
+def _share(rows: list[dict], row: dict, of: Callable[[dict], float]) -> str:
+    """Return a row's increase over that of the best simple choice of its shape, nothing for a simple choice itself."""
+    others = [of(each) - of(rows[0]) for each in rows if each["shape"] == row["shape"] and _is_simple(each["method"])]
+    if _is_simple(row["method"]) or not others:
+        return ""
+    return f"{(of(row) - of(rows[0])) / min(others):.2f}"
 
 
 def _is_simple(method: str) -> bool:
