@@ -6,8 +6,7 @@
 
 Every size is made twice by `pocketlm fit --sweep`'s own machinery: with all that it may do (joint), and with formats
 alone (plain). Files and scores are kept, in --work and in the cache: a run that was stopped goes on where it was.
-Text is read in llama.cpp. Tasks are multiple choice as `pocketlm evaluate --task` reads it, but in torch with the
-weights that each file decodes to: with few bits llama.cpp takes five times as long. Writes Markdown, JSON, a picture.
+Tasks are what `pocketlm evaluate --task` reads; all files are read in llama.cpp. Writes Markdown, JSON and a picture.
 """
 
 import argparse
@@ -17,24 +16,20 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-import torch
 from common import command_line, write_results
-from torch import Tensor, nn
 
 from pocketlm.api import Fit, evaluate, load, sweep
 from pocketlm.cli.terminal import Screen
-from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.measure.device import machine, versions
 from pocketlm.measure.task_files import Task, read_task
-from pocketlm.measure.tasks import Z, chosen, likelihoods, pair
+from pocketlm.measure.tasks import Outcome, Z, pair
 from pocketlm.model.files import file_sha256
-from pocketlm.model.sweep import final_hidden
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.proof import original_file
-from pocketlm.pipeline.scoring import choice_pairs
+from pocketlm.pipeline.scoring import outcomes
 from pocketlm.plan.budget import parse_time
 from pocketlm.report.charts import scatter
 from pocketlm.report.content import Estimate
@@ -102,32 +97,17 @@ def quality(args: argparse.Namespace, file: Path, screen: Screen) -> dict:
 
 
 def solve(file: Path, tasks: list[Task], screen: Screen) -> list[list[bool]]:
-    """Return which items of each task a file has right, by likelihood per byte of the choice."""
+    """Return which items of each task a file has right, by what its kind of task is judged by."""
 
-    def produce(folder: Path) -> list[list[bool]]:
-        model, found = load(str(file)), []
-        context = model.network.config.max_position_embeddings
-        for task in tasks:
-            found.append([])
-            for item in task.items:
-                pairs = choice_pairs(item, model.tokenizer)
-                sums = [total for total, _ in likelihoods(pairs, partial(read, model.network), context)]
-                found[-1].append(chosen(item, sums).normed)
-                screen.progress(f"{task.name}, {file.name}", len(found[-1]), len(task.items))
-        return found
+    def produce(folder: Path) -> list:
+        return [[_hit(each) for each in row] for row in outcomes(file, load(str(file)), tasks, screen.progress)]
 
     inputs = {"file": file_sha256(file), "tasks": [asdict(task) for task in tasks]}
-    return stage("frontier-tasks-in-torch", inputs, produce).facts
+    return stage("frontier-tasks", inputs, produce).facts
 
 
-@torch.no_grad()
-def read(network: nn.Module, prompt: Sequence[int], endings: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits before each token of each ending, as `Engine.continuations` does."""
-    longest = max(len(ending) for ending in endings)
-    windows = torch.tensor([[*prompt, *ending, *[0] * (longest - len(ending))] for ending in endings])
-    hidden = final_hidden(network, windows)[:, len(prompt) - 1 : -1]
-    head = network.lm_head.weight.float().T
-    return [rows[: len(ending)] @ head for rows, ending in zip(hidden, endings, strict=True)]
+def _hit(outcome: Outcome) -> bool:
+    return outcome.right if outcome.normed is None else outcome.normed
 
 
 def mean_of(values: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -230,8 +210,6 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     with Screen() as screen:
         tasks = [read_task(path, args.items) for path in args.task]
-        if any(task.kind != "choices" for task in tasks):
-            raise BadInputError("Only tasks of multiple choice are scored here")
         files = {ORIGINAL: {"file": str(original_file(load(args.model)))}, **make(args, screen)}
         files |= {name: {"file": path} for name, _, path in (peer.partition("=") for peer in args.peer)}
         rows = [row_of(args, name, facts, tasks, screen) for name, facts in files.items()]
@@ -243,10 +221,9 @@ def main() -> None:
         f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores; " + ", ".join(f"{name} {which}" for name, which in versions().items()) + ".",
-        f"{args.windows} windows of held-out text, read in llama.cpp. Joint files may lose parts and heal,",
+        f"{args.windows} windows of held-out text, all files read in llama.cpp. Joint files may lose parts and heal,",
         "plain ones choose formats alone. Brackets are 95 % intervals: bootstrap over windows, paired; over items"
-        + (f" of tasks ({', '.join(f'{task.name}: {len(task.items)}' for task in tasks)}), which" if tasks else "."),
-        *(["are read in torch with the weights that each file decodes to, by likelihood per byte."] if tasks else []),
+        + (f" of tasks ({', '.join(f'{task.name}: {len(task.items)}' for task in tasks)})." if tasks else "."),
         "Seconds are of the whole `fit`, its proof included; the first size also measures what the others find in the",
         "cache.",
         "",

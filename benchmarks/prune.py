@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import command_line, windows_in_turn, write_results
+from common import command_line, write_results
 from simple_choices import FFN, HEADS, narrow_hidden, narrow_inner, statistics
+from texts import windows_in_turn
 from torch import Tensor, nn
 
 from pocketlm.cli.terminal import Screen

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from common import command_line, write_results
+from texts import windows_in_turn
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.sparse_bitmask import predicted_bytes, zero_counts
@@ -21,7 +22,6 @@ from pocketlm.measure.quality import Logits, compare
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.model.text import pack_windows, read_corpus
 from pocketlm.steps.sparsify import Sparsify, sparsify
 
 import torch  # isort: skip
@@ -69,7 +69,7 @@ def row_of(config: Sparsify, args: argparse.Namespace, dense: Logits, screen: Sc
     """Cut and measure; return the figures."""
     model = load(args.model)
     calibration, held_out = (
-        pack_windows(read_corpus(files).documents, model.tokenizer, count, 512)
+        windows_in_turn(files, model.tokenizer, count, 512)
         for files, count in ((args.calibrate, args.calibration_windows), (args.text, args.windows))
     )
     began = time.process_time()
