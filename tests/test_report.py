@@ -738,6 +738,22 @@ def test_numbers_are_worded():
     assert wording.rate(Rate(139.24, 2.06)) == "139.2 ± 2.1"
 
 
+def test_settings_and_changes_read_as_people_write_them():
+    assert wording.setting(["a.txt", "b.txt"]) == "a.txt, b.txt"
+    assert wording.setting(True) == "yes"
+    assert wording.setting(0.5) == "0.5"
+    assert wording.change(Change(30, 24)) == "30 to 24"
+    assert wording.change(Change(1536, 1536)) == "1,536"
+
+
+def test_files_of_one_budget_stand_at_one_place():
+    points = [(39.99738, Estimate(3.0, 2.6, 3.4), "plain"), (39.99741, Estimate(1.8, 1.5, 2.1), "40MB")]
+    drawn = str(charts.scatter([("compressed", points)], "t"))
+    one, other = (float(x) for x in re.findall(r'cx="([\d.]+)%"', drawn))
+    assert 20 < one < 80
+    assert abs(one - other) < 0.1
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.99, 1.46), (0.0, 0.45), (65.1, 82.2), (1.0, 1.0), (-3, 11)])
 def test_ticks_enclose_the_values_and_are_even(low, high):
     ticks = charts.nice_ticks(low, high)

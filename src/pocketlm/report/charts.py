@@ -11,6 +11,8 @@ from markupsafe import Markup, escape
 
 from pocketlm.report.content import Estimate
 
+LEAST_SPAN = 0.1  # of a scatter's x, as a share of the largest
+
 
 def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float | None, limit_label: str) -> Markup:
     """Draw bars made of parts on one scale, with a line at `limit` where there is one.
@@ -197,7 +199,10 @@ def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]],
         title: What is shown, for those who cannot see it.
     """
     points = [(kind, *point) for kind, each in series for point in each]
-    across = nice_ticks(min((x for _, x, *_ in points), default=0), max((x for _, x, *_ in points), default=1))
+    left, right = min((x for _, x, *_ in points), default=0), max((x for _, x, *_ in points), default=1)
+    if right - left < LEAST_SPAN * abs(right):  # files for one budget: a few bytes are no distance
+        left, right = (1 - LEAST_SPAN / 2) * left, (1 + LEAST_SPAN / 2) * right
+    across = nice_ticks(left, right)
     upwards = nice_ticks(
         min((y.low for *_, y, _ in points), default=0), max((y.high for *_, y, _ in points), default=1)
     )

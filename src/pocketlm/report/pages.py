@@ -48,6 +48,7 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"cell": cell, "fence": fence, "size": wording.size, "duration": wording.duration}
     environment.filters |= {"count": wording.count, "percent": wording.percent, "estimate": wording.estimate}
+    environment.filters |= {"change": wording.change, "setting": wording.setting}
     environment.tests["fault"] = is_fault
     report = values["report"]
     return environment.get_template(template).render(

@@ -2,7 +2,7 @@
 
 import math
 
-from pocketlm.report.content import Estimate, Rate
+from pocketlm.report.content import Change, Estimate, Rate
 
 MISSING = "not measured"
 
@@ -27,6 +27,19 @@ def count(number: int) -> str:
         if abs(number) >= scale * 0.9995:
             return f"{number / (1e3 if suffix == 'k' else scale):.1f} {suffix}"
     return f"{number:,}"
+
+
+def change(counts: Change) -> str:
+    """Return a count before and after, or once where it stayed: `30 to 24`, `1,536`."""
+    before, after = (f"{count:,}" for count in (counts.before, counts.after))
+    return before if before == after else f"{before} to {after}"
+
+
+def setting(value: object) -> str:
+    """Return a setting as people write it: lists by commas, truth as yes or no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def number(value: float | None, decimals: int = 2) -> str:
