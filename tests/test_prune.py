@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from pocketlm.commands.pruning import healing_tokens
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.sparse_bitmask import read_sparse_bitmask
-from pocketlm.model.abreast import DAMPINGS, abreast
+from pocketlm.model.abreast import DAMPINGS, abreast, rescale_end
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.judge import Judge, judge
 from pocketlm.model.source import load
 from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream
 from pocketlm.plan.importance import block_influence, perplexity_without
@@ -191,9 +193,8 @@ def test_writers_are_resolved_towards_the_stream_of_the_original(tiny_model: Tin
     network.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: heard.update(t=a[0]))
     original.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: wanted.update(t=a[0]))
     logits_of(network), logits_of(original)
-    scale = wanted["t"].double().square().mean(-1, keepdim=True).sqrt()
-    x = (heard["x"].double() / scale).flatten(0, 1)
-    missing = ((wanted["t"] - heard["t"]).double() / scale).flatten(0, 1)
+    x = heard["x"].double().flatten(0, 1)
+    missing = (wanted["t"] - heard["t"]).double().flatten(0, 1)
     taught, held = pair.moments("self_attn.o_proj")
     cut = len(x) * 3 // 4
     for part, rows in ((taught, slice(cut)), (held, slice(cut, None))):
@@ -223,6 +224,38 @@ def test_repair_leaves_what_stands_before_the_first_gap_alone(tiny_model: Tiny):
     model, _ = prune_depth(model, PruneDepth(drop=(2,), repair=True), WINDOWS)
     after = blocks_of(model.network)[0].state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.usefixtures("exact")
+@every_family
+def test_a_model_that_is_too_sure_is_made_as_sure_as_the_original(family: str, tiny_model: Tiny):
+    network = tiny_model(family).network
+    truth, opinion = logits_of(network), judge(network, WINDOWS)
+    anatomy = anatomy_of(network)
+    norm = network.get_submodule(anatomy.final_norm)
+    norm.weight.data = 1.5 * (norm.weight.data + anatomy.norm_offset) - anatomy.norm_offset
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data *= 1.5
+    assert torch.allclose(logits_of(network), 1.5 * truth, rtol=1e-3, atol=1e-3)
+    rescale_end(network, WINDOWS, opinion)
+    assert torch.allclose(logits_of(network), truth, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("same_head", [True, False])
+def test_the_scale_is_the_best_of_a_fine_grid(same_head: bool):
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    hidden, head = draw(60, 16), draw(50, 16) / 2
+    opinion = Judge(hidden, head, (hidden @ head.T).softmax(-1) @ head, (hidden @ head.T).logsumexp(-1))
+    other, weight = 1.3 * hidden + 0.5 * draw(60, 16), head if same_head else head + 0.1 * draw(50, 16)
+    truth = (hidden.double() @ head.double().T).log_softmax(-1)
+
+    def divergence(scale: float) -> float:
+        mine = (scale * (other.double() @ weight.double().T)).log_softmax(-1)
+        return (truth.exp() * (truth - mine)).sum().item()
+
+    best = min((step / 1000 for step in range(300, 1500)), key=divergence)
+    assert 0.4 < best < 0.95
+    assert opinion.best_scale(other, weight) == pytest.approx(best, abs=2e-3)
 
 
 def test_repair_needs_text(tiny_model: Tiny):

@@ -20,8 +20,7 @@ def made(rows: int, channels: int, tokens: int = 300, seed: int = 0) -> tuple[Te
 
 def damped(x: Tensor, damping: float) -> Tensor:
     """Inputs with the rows that a ridge stands for."""
-    ridge = (damping * x.square().sum(0).mean()).sqrt()
-    return torch.cat([x, ridge * torch.eye(x.shape[1], dtype=x.dtype)])
+    return torch.cat([x, (damping * x.square().sum(0)).sqrt().diag()])
 
 
 def loss(weight: Tensor, x: Tensor, gone: list[int], damping: float = 0.01) -> float:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.abreast import DAMPINGS, rescale_end
 from pocketlm.model.anatomy import anatomy_of, blocks_of, ffn_width, read_weight, write_weight
+from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load
 from pocketlm.model.sweep import sweep
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
-from pocketlm.steps.prune_width import SPACE, PruneWidth, kept_channels, prune_width, reader_of
+from pocketlm.steps.prune_width import SPACE, PruneWidth, kept_channels, prune_width
 from pocketlm.steps.quantize import Quantize, embedding_name, quantize
 from pocketlm.tensors.formats import FORMATS, unpack
-from pocketlm.tensors.reconstruction import solve_readers
+from pocketlm.tensors.reconstruction import Moments, removal_order, solve_missing, solve_readers
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 droppable = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3_text"])
@@ -169,17 +171,58 @@ def test_biases_are_cut_with_their_channels(family: str, changes: dict, tiny_mod
     assert_reloads(model, tmp_path)
 
 
+def heard(network: nn.Module, paths: dict[str, bool]) -> dict[str, Tensor]:
+    """Run the text and return what modules read (False) or put out (True), (tokens, width) float64."""
+    found, handles = {}, []
+    for path, output in paths.items():
+        module = network.get_submodule(path)
+
+        def keep(module: nn.Module, args: tuple, out: Tensor | tuple, path: str = path, output: bool = output):
+            value = out if output else args[0]
+            found[path] = (value[0] if isinstance(value, tuple) else value).flatten(0, 1).double()
+
+        handles.append(module.register_forward_hook(keep))
+    logits_of(network)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def halves(x: Tensor, t: Tensor) -> list[Moments]:
+    cut = 3 * len(x) // 4
+    return [Moments((a.T @ a).float(), (b.T @ a).float()) for a, b in ((x[:cut], t[:cut]), (x[cut:], t[cut:]))]
+
+
 @pytest.mark.usefixtures("exact")
 @every_family
-def test_pruned_readers_are_resolved_on_what_the_narrowed_blocks_before_deliver(family: str, tiny_model: Tiny):
-    """Block by block: each reader is the least-squares solution on the text as it arrives there."""
-    network = tiny_model(family).network
-    for layer in sweep(network, WINDOWS):
-        gram, reader = layer.gram[SPACE], reader_of(layer)
-        keep = kept_channels(layer, [64])[64]
-        narrow = torch.zeros_like(read_weight(reader))
-        narrow[:, keep] = solve_readers(read_weight(reader), gram, keep)
-        write_weight(reader, narrow)  # zeroed channels are removed channels
+def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(family: str, tiny_model: Tiny):
+    """The obvious way: both networks run whole for every matrix, removed channels are zeroed, sums are in float64."""
+    original, network = tiny_model(family).network, tiny_model(family).network
+    anatomy, opinion = anatomy_of(network), judge(original, WINDOWS)
+    attention, ffn = anatomy.writers("residual")
+    for index in range(len(blocks_of(network))):
+        block = f"{anatomy.blocks}.{index}"
+        for path in (attention, ffn):
+            behind, output = (f"{block}.{anatomy.norms['mlp_in']}", False) if path == attention else (block, True)
+            linear = f"{block}.{path}"
+            if anatomy.norms_behind:  # what the linear itself put out is what there should be
+                behind, output = linear, True
+            read = heard(network, {linear: False})[linear]
+            missing = heard(original, {behind: output})[behind] - heard(network, {behind: output})[behind]
+            module = network.get_submodule(linear)
+            weight = read_weight(module).double()
+            keep = torch.arange(weight.shape[1])
+            if path == ffn:
+                gram = (read.T @ read).float()
+                keep = torch.ones(128, dtype=torch.bool)
+                keep[removal_order(weight, gram, 64)] = False
+                keep = keep.nonzero().squeeze(1)
+                narrow = torch.zeros_like(weight)
+                narrow[:, keep] = solve_readers(weight, gram, keep)
+                missing, weight = missing + read @ (weight - narrow).T, narrow
+            weight[:, keep] += solve_missing(*halves(read[:, keep], missing), DAMPINGS)
+            write_weight(module, weight.float())
+    rescale_end(network, WINDOWS, opinion)
     model, _ = prune_width(tiny_model(family), PruneWidth(ffn=64), WINDOWS)
     truth = logits_of(network)
     assert torch.allclose(logits_of(model.network), truth, atol=2e-3 * truth.abs().max().item())

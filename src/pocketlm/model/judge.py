@@ -40,6 +40,29 @@ class Judge:
                 total += kl_divergence(self.hidden[chunk] @ truth.T, logits).sum().item()
         return total / len(hidden)
 
+    @torch.no_grad()
+    def best_scale(self, hidden: Tensor, head: Tensor, steps: int = 4) -> float:
+        """Return the factor on another final hidden state, (tokens, width), that brings its opinion closest to this.
+
+        KL(p ‖ softmax(f z)) is convex in f, with slope Σ (q - p) z and curvature Var_q(z): Newton's method.
+        """
+        same, weight, truth, scale = torch.equal(head, self.head), head.float(), self.head.float(), 1.0
+        for _ in range(steps):
+            slope = curvature = 0.0
+            for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+                chunk = slice(start, start + POSITIONS_AT_ONCE)
+                logits = hidden[chunk] @ weight.T
+                mine = (scale * logits).softmax(-1)
+                mean = torch.linalg.vecdot(mine, logits)
+                if same:
+                    wanted = torch.linalg.vecdot(self.expected[chunk], hidden[chunk])
+                else:
+                    wanted = torch.linalg.vecdot((self.hidden[chunk] @ truth.T).softmax(-1), logits)
+                slope += (mean - wanted).sum().item()
+                curvature += torch.linalg.vecdot(mine, (logits - mean[:, None]).square()).sum().item()
+            scale *= min(2.0, max(0.5, 1 - slope / max(curvature * scale, 1e-30)))
+        return scale
+
 
 @torch.no_grad()
 def judge(network: nn.Module, windows: Tensor) -> Judge:

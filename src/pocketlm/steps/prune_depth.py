@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.abreast import abreast
+from pocketlm.model.abreast import JUDGED, abreast, rescale_end
 from pocketlm.model.anatomy import anatomy_of, blocks_of
+from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import drop_blocks
 from pocketlm.steps.report import StepReport
@@ -34,7 +35,8 @@ def prune_depth(
     """Remove blocks; the model that comes out has a stock shape with fewer blocks.
 
     To repair it, every output matrix from the first removed block on is re-solved by least squares, without training,
-    so that the residual stream behind it is what it was in the original, behind the removed blocks that follow.
+    so that the residual stream behind it is what it was in the original, behind the removed blocks that follow. Then
+    the logits are scaled by one factor, through the last norm, so that the model is as sure as it was.
 
     Args:
         model: Changed in place and returned.
@@ -56,16 +58,20 @@ def prune_depth(
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
         )
-    if config.repair and dropped:
+    repaired = bool(config.repair and dropped)
+    if repaired:
         if windows is None or not len(windows):
             raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
+        opinion = judge(model.network, windows[:JUDGED])
         for pair in abreast(model.network, windows, frozenset(dropped)):
             if pair.index + 1 >= dropped[0]:
                 for path in pair.writers:
                     pair.resolve_writer(path, pair.moments(path))
             progress(pair.index + 1, total)
     drop_blocks(model.network, set(dropped))
+    if repaired:
+        rescale_end(model.network, windows[:JUDGED], opinion)
     names = ", ".join(map(str, dropped)) or "none"
-    how = ", the others re-solved" if config.repair and dropped else ""
+    how = ", the others re-solved" if repaired else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
     return model, StepReport("prune_depth", summary, {"dropped": dropped})
