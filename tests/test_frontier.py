@@ -58,6 +58,15 @@ def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
     assert "cannot &amp; will not" in page
 
 
+def test_a_kl_that_cannot_be_is_told_from_one_that_was_not_measured(report):
+    trimmed = replace(report.product, divergence=None)
+    others = tuple(each for each in report.files if each is not report.product)
+    respelled = replace(report, files=(*others, trimmed))
+    assert "another vocabulary" in frontier_page({"1MB": respelled}, {})
+    unmeasured = replace(trimmed, perplexity_ratio=None)
+    assert "another vocabulary" not in frontier_page({"1MB": replace(report, files=(*others, unmeasured))}, {})
+
+
 def test_a_result_differs_from_itself_in_nothing(report):
     assert all(one == other for _, one, other in differences(report, report))
     assert cautions(report, report) == ["Both have the same recipe"]

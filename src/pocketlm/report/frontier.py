@@ -110,7 +110,10 @@ def _row(name: str, report: Report) -> tuple[str, ...]:
     product, plain = report.product, report.file("plain")
     speed = rate(product.speed.decode_tokens_per_second) if product.speed else "not measured"
     ratio = _worded(product.perplexity_ratio)
-    return f"{name} ({size(product.bytes)})", ratio, _worded(product.divergence), speed, _beside(plain)
+    divergence = _worded(product.divergence)
+    if product.divergence is None and product.perplexity_ratio is not None:
+        divergence = "not available (another vocabulary)"
+    return f"{name} ({size(product.bytes)})", ratio, divergence, speed, _beside(plain)
 
 
 def _beside(plain: MeasuredFile | None) -> str:
