@@ -59,11 +59,11 @@ def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
 
 
 def test_a_kl_that_cannot_be_is_told_from_one_that_was_not_measured(report):
-    trimmed = replace(report.product, divergence=None)
+    trimmed = replace(report.product, divergence=None, bits_per_byte=Estimate(1.2, 1.1, 1.3))
     others = tuple(each for each in report.files if each is not report.product)
     respelled = replace(report, files=(*others, trimmed))
     assert "another vocabulary" in frontier_page({"1MB": respelled}, {})
-    unmeasured = replace(trimmed, perplexity_ratio=None)
+    unmeasured = replace(trimmed, bits_per_byte=None)
     assert "another vocabulary" not in frontier_page({"1MB": replace(report, files=(*others, unmeasured))}, {})
 
 

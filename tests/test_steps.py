@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import Tiny
+from tests.test_reconstruction import halves
 from tests.tiny import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import SPACE, PruneWidth, kept_channels, prune_width
 from pocketlm.steps.quantize import Quantize, embedding_name, quantize
 from pocketlm.tensors.formats import FORMATS, unpack
-from pocketlm.tensors.reconstruction import Moments, removal_order, solve_missing, solve_readers
+from pocketlm.tensors.reconstruction import removal_order, solve_missing, solve_readers
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 droppable = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3_text"])
@@ -171,26 +172,16 @@ def test_biases_are_cut_with_their_channels(family: str, changes: dict, tiny_mod
     assert_reloads(model, tmp_path)
 
 
-def heard(network: nn.Module, paths: dict[str, bool]) -> dict[str, Tensor]:
-    """Run the text and return what modules read (False) or put out (True), (tokens, width) float64."""
-    found, handles = {}, []
-    for path, output in paths.items():
-        module = network.get_submodule(path)
-
-        def keep(module: nn.Module, args: tuple, out: Tensor | tuple, path: str = path, output: bool = output):
-            value = out if output else args[0]
-            found[path] = (value[0] if isinstance(value, tuple) else value).flatten(0, 1).double()
-
-        handles.append(module.register_forward_hook(keep))
+def heard(network: nn.Module, path: str, output: bool) -> Tensor:
+    """Run the text and return what a module reads or puts out, (tokens, width) float64."""
+    found = []
+    handle = network.get_submodule(path).register_forward_hook(
+        lambda module, args, out: found.append(out if output else args[0])
+    )
     logits_of(network)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def halves(x: Tensor, t: Tensor) -> list[Moments]:
-    cut = 3 * len(x) // 4
-    return [Moments((a.T @ a).float(), (b.T @ a).float()) for a, b in ((x[:cut], t[:cut]), (x[cut:], t[cut:]))]
+    handle.remove()
+    (value,) = found
+    return (value[0] if isinstance(value, tuple) else value).flatten(0, 1).double()
 
 
 @pytest.mark.usefixtures("exact")
@@ -207,13 +198,13 @@ def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(fam
             linear = f"{block}.{path}"
             if anatomy.norms_behind:  # what the linear itself put out is what there should be
                 behind, output = linear, True
-            read = heard(network, {linear: False})[linear]
-            missing = heard(original, {behind: output})[behind] - heard(network, {behind: output})[behind]
+            read = heard(network, linear, output=False)
+            missing = heard(original, behind, output) - heard(network, behind, output)
             module = network.get_submodule(linear)
             weight = read_weight(module).double()
             keep = torch.arange(weight.shape[1])
             if path == ffn:
-                gram = (read.T @ read).float()
+                gram = read.T @ read
                 keep = torch.ones(128, dtype=torch.bool)
                 keep[removal_order(weight, gram, 64)] = False
                 keep = keep.nonzero().squeeze(1)

@@ -100,12 +100,17 @@ class Pair:
         """
         linear, sums = self.block.get_submodule(path), _Sums()
         for batch, (inputs, stream) in enumerate(self._arrivals(path)):
-            behind, before, scale = self._wanted(path, batch)
-            if self.basis is not None and not self.anatomy.norms_behind:
-                behind = behind - (1 - NARROW_SHARE) * (before - stream)
             with fast_forward(inputs.device):  # rounded as the original's output is: that is nothing to make good
                 output = linear(inputs).float()
-            sums.add(inputs.float() / scale, (behind - output - (0 if self.anatomy.norms_behind else stream)) / scale)
+            (behind, before), added_to = self._wanted(path, batch), 0 if self.anatomy.norms_behind else stream
+            if self.basis is None:
+                sums.add(inputs.float(), behind - output - added_to)
+                continue
+            scale = behind.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+            behind, before = behind.float() @ self.basis, before.float() @ self.basis
+            if not self.anatomy.norms_behind:
+                behind = behind - (1 - NARROW_SHARE) * (before - stream)
+            sums.add(inputs.float() / scale, (behind - output - added_to) / scale)
         return sums.parts
 
     def resolve_writer(self, path: str, moments: tuple[Moments, Moments], keep: Tensor | None = None) -> None:
@@ -119,7 +124,7 @@ class Pair:
             keep: The columns that are left; all where None.
         """
         self.touched = True
-        linear, solved = self.block.get_submodule(path), 0.0
+        linear = self.block.get_submodule(path)
         weight = read_weight(linear).float()
         if keep is not None:
             taught, held = moments
@@ -147,10 +152,10 @@ class Pair:
         """The linears that write the residual stream, in order."""
         return self.anatomy.writers("residual")
 
-    def _wanted(self, path: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the original has behind a writer and before it, and what each token is divided by.
+    def _wanted(self, path: str, batch: int) -> tuple[Tensor, Tensor]:
+        """Return what the original has behind a writer and before it.
 
-        The first two in the kept directions. Behind the last writer of a block dropped blocks that follow count too.
+        Behind the last writer of a block dropped blocks that follow count too.
         """
         position = self.writers.index(path)
         before = self.clean[batch] + sum(self.wrote[writer][batch] for writer in self.writers[:position])
@@ -160,10 +165,7 @@ class Pair:
             behind = self.goal[batch]
         else:
             behind = before + self.wrote[path][batch]
-        if self.basis is None:
-            return behind, before, torch.ones_like(behind[..., :1])
-        size = behind.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-        return behind.float() @ self.basis, before.float() @ self.basis, size
+        return behind, before
 
     def _arrivals(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what a linear reads now, and the residual stream that its output is added to, batch by batch."""

@@ -46,7 +46,7 @@ class Judge:
 
         KL(p ‖ softmax(f z)) is convex in f, with slope Σ (q - p) z and curvature Var_q(z): Newton's method.
         """
-        same, weight, truth, scale = torch.equal(head, self.head), head.float(), self.head.float(), 1.0
+        weight, scale, wanted = head.float(), 1.0, self._expected_logits(hidden, head)
         for _ in range(steps):
             slope = curvature = 0.0
             for start in range(0, len(hidden), POSITIONS_AT_ONCE):
@@ -54,14 +54,18 @@ class Judge:
                 logits = hidden[chunk] @ weight.T
                 mine = (scale * logits).softmax(-1)
                 mean = torch.linalg.vecdot(mine, logits)
-                if same:
-                    wanted = torch.linalg.vecdot(self.expected[chunk], hidden[chunk])
-                else:
-                    wanted = torch.linalg.vecdot((self.hidden[chunk] @ truth.T).softmax(-1), logits)
-                slope += (mean - wanted).sum().item()
+                slope += (mean - wanted[chunk]).sum().item()
                 curvature += torch.linalg.vecdot(mine, (logits - mean[:, None]).square()).sum().item()
             scale *= min(2.0, max(0.5, 1 - slope / max(curvature * scale, 1e-30)))
         return scale
+
+    def _expected_logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Return Σ p z of another final hidden state under its head, (tokens,)."""
+        if torch.equal(head, self.head):
+            return torch.linalg.vecdot(self.expected, hidden)
+        weight, truth = head.float(), self.head.float()
+        parts = zip(self.hidden.split(POSITIONS_AT_ONCE), hidden.split(POSITIONS_AT_ONCE), strict=True)
+        return torch.cat([torch.linalg.vecdot((ours @ truth.T).softmax(-1) @ weight, h) for ours, h in parts])
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from markupsafe import Markup
 from pocketlm.report import charts
 from pocketlm.report.content import Estimate, MeasuredFile, Report
 from pocketlm.report.pages import cell, page
+from pocketlm.report.tables import against
 from pocketlm.report.wording import interval, middle, rate, size
 
 BOUNDS = (1.05, 1.15, 1.5)  # of the perplexity ratio, for which the smallest file is named
@@ -110,10 +111,7 @@ def _row(name: str, report: Report) -> tuple[str, ...]:
     product, plain = report.product, report.file("plain")
     speed = rate(product.speed.decode_tokens_per_second) if product.speed else "not measured"
     ratio = _worded(product.perplexity_ratio)
-    divergence = _worded(product.divergence)
-    if product.divergence is None and product.perplexity_ratio is not None:
-        divergence = "not available (another vocabulary)"
-    return f"{name} ({size(product.bytes)})", ratio, divergence, speed, _beside(plain)
+    return f"{name} ({size(product.bytes)})", ratio, str(against(product, product.divergence)), speed, _beside(plain)
 
 
 def _beside(plain: MeasuredFile | None) -> str:

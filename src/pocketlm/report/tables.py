@@ -65,9 +65,9 @@ def measures(report: Report) -> list[Row]:
             "of the original's tokens" if per_byte else "lower is better",
             [_estimate(file.perplexity) for file in files],
         ),
-        row("Perplexity ratio", "to the original", [_against(file, file.perplexity_ratio) for file in files]),
-        row("KL divergence", "nats per token", [_against(file, file.divergence) for file in files]),
-        row("Agreement", "same first choice", [_against(file, file.agreement, 100, "%") for file in files]),
+        row("Perplexity ratio", "to the original", [against(file, file.perplexity_ratio) for file in files]),
+        row("KL divergence", "nats per token", [against(file, file.divergence) for file in files]),
+        row("Agreement", "same first choice", [against(file, file.agreement, 100, "%") for file in files]),
         *(row(name, unit, [_speed(file, name) for file in files]) for name, unit in _SPEEDS),
     ]
 
@@ -104,7 +104,8 @@ def _estimate(value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
     return Cell(text) if value is None or text == MISSING else Cell(text, interval(value, scale, unit))
 
 
-def _against(file: MeasuredFile, value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+def against(file: MeasuredFile, value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+    """Return a figure of a file against the original, or why there is none."""
     if value is None and file.bits_per_byte is not None and file.role != "original":
         return Cell("not available", "another vocabulary")
     return Cell("reference") if file.role == "original" else _estimate(value, scale, unit)
