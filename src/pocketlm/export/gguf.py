@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -44,7 +44,7 @@ _FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
     """A tensor of the file to be; `read` makes its bytes when their turn comes."""
 
     name: str
@@ -74,8 +74,13 @@ def write_gguf(model: LanguageModel, packed: Mapping[str, Packed], path: Path, p
         if len(entry.shape) > 1:
             weights[entry.type] += prod(entry.shape)
     fields = _metadata(model) | {"general.file_type": field(int(_file_type(weights.most_common(1)[0][0])))}
+    write_entries(LAYOUTS[model.family].architecture, fields, entries, path)
+
+
+def write_entries(architecture: str, fields: Mapping[str, Field], entries: Sequence[Entry], path: Path) -> None:
+    """Write fields and tensors to `path`, which appears only when it is complete; the architecture is no field here."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = GGUFWriter(beside, LAYOUTS[model.family].architecture)
+    writer = GGUFWriter(beside, architecture)
     try:
         for key, value in fields.items():
             writer.add_key_value(key, value.value, value.type, sub_type=value.item)
@@ -157,7 +162,7 @@ def _plain_type(shape: tuple[int, ...], plain: Plain) -> str:
     return plain if len(shape) > 1 else "F32"
 
 
-def _entries(model: LanguageModel, packed: Mapping[str, Packed], plain: Plain) -> list[_Entry]:
+def _entries(model: LanguageModel, packed: Mapping[str, Packed], plain: Plain) -> list[Entry]:
     config = model.network.config
     parameters = dict(model.network.named_parameters())  # a tied embedding comes once
     strangers = sorted(set(packed) - set(parameters))
@@ -171,15 +176,15 @@ def _entries(model: LanguageModel, packed: Mapping[str, Packed], plain: Plain) -
             if packed[name].shape != shape:
                 raise ValueError(f"{name} is {shape} in the model and {packed[name].shape} packed")
             read = partial(_packed_bytes, packed[name], change, config)
-            entries.append(_Entry(target, packed[name].format.name, shape, read))
+            entries.append(Entry(target, packed[name].format.name, shape, read))
         else:
             kind = _plain_type(shape, plain)
             if kind == "F16" and torch.linalg.vector_norm(parameter, torch.inf) > _F16_MAX:
                 kind = "BF16"  # as many bytes
-            entries.append(_Entry(target, kind, shape, partial(_plain_bytes, parameter, change, config, kind)))
+            entries.append(Entry(target, kind, shape, partial(_plain_bytes, parameter, change, config, kind)))
     factors = rope_factors(config)
     if factors is not None:
-        entries.append(_Entry(ROPE_FACTORS, "F32", tuple(factors.shape), factors.numpy))
+        entries.append(Entry(ROPE_FACTORS, "F32", tuple(factors.shape), factors.numpy))
     return entries
 
 

@@ -226,16 +226,21 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
     return GgufFile(path, fields, placed)
 
 
+def read_bytes(file: GgufFile, name: str) -> np.ndarray:
+    """Return a tensor as it is stored, uint8: (..., bytes of a row)."""
+    info = file.tensors[name]
+    size = tensor_bytes(info.type, info.shape)
+    data = np.fromfile(file.path, np.uint8, size, offset=info.offset)
+    return data.reshape(*info.shape[:-1], size // prod(info.shape[:-1]))
+
+
 def read_tensor(file: GgufFile, name: str) -> Tensor:
     """Decode one tensor to float32, in the shape and order of the file.
 
     Raises:
         BadInputError: Nothing here decodes the tensor's type.
     """
-    info = file.tensors[name]
-    size = tensor_bytes(info.type, info.shape)
-    data = np.fromfile(file.path, np.uint8, size, offset=info.offset)
-    rows = data.reshape(*info.shape[:-1], size // prod(info.shape[:-1]))
+    info, rows = file.tensors[name], read_bytes(file, name)
     if info.type in FORMATS and info.type in _YOUNG_TYPES:
         return unpack(Packed(FORMATS[info.type], torch.from_numpy(rows), info.shape)).decode()
     plain = {"F32": np.float32, "F16": np.float16}.get(info.type)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import BadInputError, MissingExtraError
+from pocketlm.export.twin import twin
 from pocketlm.measure.tasks import Pair, Share, Z, joined, likelihoods, pair
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.run.engine import Engine
@@ -60,7 +61,7 @@ def score_harness(
     found = {}
     for role, (path, subject) in subjects.items():
         context = min(CONTEXT, subject.network.config.max_position_embeddings)
-        with Engine(path, context=context) as engine:
+        with twin(path) as quick, Engine(quick, context=context) as engine:
             model = _adapter(engine, subject.tokenizer)
             found[role] = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0)
     return [score for task in found["model"]["samples"] for score in _scores(task, found)]

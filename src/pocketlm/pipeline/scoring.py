@@ -1,4 +1,7 @@
-"""Files on tasks, in the engine: the likeliest choice or label, or the answer that a model writes."""
+"""Files on tasks, in the engine: the likeliest choice or label, or the answer that a model writes.
+
+Tasks are much text, so a file is read by its twin where the engine has no fast kernel for its weights.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -6,6 +9,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from pocketlm.export.twin import twin
 from pocketlm.measure.task_files import Item, Kind, Task
 from pocketlm.measure.tasks import Outcome, Pair, TaskResult, chosen, joined, likelihoods, matches, result
 from pocketlm.model.examples import encode_answer, encode_prompt
@@ -61,7 +65,8 @@ def outcomes(path: Path, model: LanguageModel, tasks: Sequence[Task], progress: 
     found: list[list[Outcome]] = []
     if not tasks:
         return found
-    with Engine(path, context=min(CONTEXT, model.network.config.max_position_embeddings)) as engine:
+    context = min(CONTEXT, model.network.config.max_position_embeddings)
+    with twin(path) as quick, Engine(quick, context=context) as engine:
         for task in tasks:
             found.append([])
             for item in task.items:
