@@ -14,7 +14,7 @@ from pocketlm.pipeline.artefact import sensitivity_of
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
 from pocketlm.report import charts, tables, wording
-from pocketlm.report.answers import compare, repeats_itself
+from pocketlm.report.answers import compare, folded, repeats_itself
 from pocketlm.report.content import (
     BudgetFacts,
     Change,
@@ -654,6 +654,19 @@ def test_loops_are_found(text):
 )
 def test_honest_text_is_no_loop(text):
     assert not repeats_itself(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("First.\n" + "Boil an egg:\n" * 23 + "Boil", "First.\nBoil an egg: … [23 times]\nBoil"),
+        ("ha" * 40, "ha … [40 times]"),
+        ("| a |\n" + "-" * 40, "| a |\n" + "-" * 40),
+        ("No, no, no.", "No, no, no."),
+    ],
+)
+def test_loops_are_shown_once(text, shown):
+    assert folded(text) == shown
 
 
 def test_answer_notes():

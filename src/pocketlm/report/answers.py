@@ -24,6 +24,20 @@ def repeats_itself(text: str) -> bool:
     return len(groups) >= 20 and len(set(groups)) < len(groups) / 2
 
 
+def folded(text: str) -> str:
+    """Return a text whose loops are said once, each with how many times it was said: a page shows no screens of one."""
+
+    def once(match: re.Match[str]) -> str:
+        found = match[1] or match[2]
+        if not re.search(r"\w", found):
+            return match[0]
+        phrase = found[: (found + found).index(found, 1)]  # what was found may be two or three of them already
+        end = phrase[len(phrase.rstrip()) :]
+        return f"{phrase.rstrip()} … [{len(match[0]) // len(phrase)} times]{end}"
+
+    return _LOOP.sub(once, text)
+
+
 def faults(text: str) -> list[str]:
     """Return what is wrong with an answer, in words; an empty list where nothing is found."""
     if not text.strip():

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from pocketlm.report import charts, tables, wording
-from pocketlm.report.answers import is_fault
+from pocketlm.report.answers import folded, is_fault
 from pocketlm.report.content import Estimate, Report, UnitCost
 from pocketlm.report.verdict import judge
 
@@ -48,7 +48,7 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"cell": cell, "fence": fence, "size": wording.size, "duration": wording.duration}
     environment.filters |= {"count": wording.count, "percent": wording.percent, "estimate": wording.estimate}
-    environment.filters |= {"change": wording.change, "setting": wording.setting}
+    environment.filters |= {"change": wording.change, "setting": wording.setting, "folded": folded}
     environment.tests["fault"] = is_fault
     report = values["report"]
     return environment.get_template(template).render(
