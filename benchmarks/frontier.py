@@ -38,6 +38,8 @@ from pocketlm.report.write import replace_text
 
 ORIGINAL = "original"
 KINDS = {"joint": True, "plain": False}  # whether parts may be removed
+LOOKS = {"original": "peer", "plain": "plain", "compressed": "joint"}  # kind of file by the style's class; last on top
+NAMES = {"peer": "other files (--peer)", "plain": "formats alone", "joint": "joint"}
 
 
 def arguments() -> argparse.Namespace:
@@ -173,35 +175,37 @@ def _cell(interval: dict | None, scale: float = 1, unit: str = "") -> str:
 
 
 def picture(rows: list[dict]) -> str:
-    """Return the frontier as SVG: perplexity ratio over megabytes, and the mean of the tasks where there are any."""
-    drawn = [row for row in rows if "refused" not in row]
-    panels = [("Perplexity ratio over megabytes", lambda row: row.get("ratio"))]
+    """Return the frontier as SVG: the rise of perplexity as a logarithm, and the mean of the tasks if there are any."""
+    drawn = [row for row in rows if "refused" not in row and row["name"] != ORIGINAL]
+    panels = [("Logarithm of the perplexity ratio (nats per token) over megabytes", _lost)]
     if any("tasks" in row for row in drawn):
         panels.append(("Mean of the tasks over megabytes", lambda row: row["tasks"]["mean"]))
     parts = []
     for index, (title, of) in enumerate(panels):
         series = []
-        for look, kind in (("original", "peer"), ("plain", "plain"), ("compressed", "joint")):
-            members = [row for row in drawn if of(row) and row["name"] != ORIGINAL and _kind(row["name"]) == kind]
-            points = [(row["bytes"] / 1e6, Estimate(**of(row)), _label(row["name"])) for row in members]
-            series.append((look, points))
+        for look, kind in LOOKS.items():
+            members = [row for row in drawn if _kind(row["name"]) == kind]
+            series.append((look, [(row["bytes"] / 1e6, Estimate(**of(row)), "") for row in members]))
         body = scatter(series, title)
-        parts.append(f'<svg x="20" y="{20 + 330 * index}" width="720"><text y="12">{title}</text>')
+        parts.append(f'<svg x="20" y="{46 + 330 * index}" width="720"><text y="12">{title}</text>')
         parts.append(f'<svg y="26" width="720">{body}</svg></svg>')
-    height = 330 * len(panels) + 20
+    for place, (look, kind) in enumerate(LOOKS.items()):
+        at = 26 + 240 * place
+        parts.append(f'<circle fill="var(--{look})" cx="{at}" cy="20" r="5"/>')
+        parts.append(f'<text x="{at + 12}" y="24">{NAMES[kind]}</text>')
+    height = 330 * len(panels) + 46
     look = style() + "svg { font: 13px sans-serif; } text { fill: var(--ink); } .back { fill: var(--paper); }"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}"><style>{look}</style>'
     return f'{head}<rect class="back" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
 
 
+def _lost(row: dict) -> dict[str, float]:
+    return {end: math.log(value) for end, value in row["ratio"].items()}
+
+
 def _kind(name: str) -> str:
     kind = name.partition(" ")[0]
     return kind if kind in KINDS else "peer"
-
-
-def _label(name: str) -> str:
-    """Return what stands beside a dot: the size of a joint file, the name of a peer, nothing of a plain one."""
-    return {"joint": name.partition(" ")[2], "plain": "", "peer": name}[_kind(name)]
 
 
 def main() -> None:
@@ -221,7 +225,8 @@ def main() -> None:
         f"`{command_line()}`",
         "",
         f"{here.cpu}, {here.cores} cores; " + ", ".join(f"{name} {which}" for name, which in versions().items()) + ".",
-        f"{args.windows} windows of held-out text, all files read in llama.cpp. Joint files may lose parts and heal,",
+        f"{args.windows} windows of held-out text, all files read in llama.cpp, by tasks with Q2_0 as Q4_0 (the same",
+        "weights). Joint files may lose parts and heal,",
         "plain ones choose formats alone. Brackets are 95 % intervals: bootstrap over windows, paired; over items"
         + (f" of tasks ({', '.join(f'{task.name}: {len(task.items)}' for task in tasks)})." if tasks else "."),
         "Seconds are of the whole `fit`, its proof included; the first size also measures what the others find in the",
