@@ -244,6 +244,8 @@ def abreast(
         yield pair
         same = not pair.drifted and not pair.touched
         states = pair.left = own if same else _through(block, states, pair.keywords)
+        # Whoever has the loop still holds this pair while the next one is listened to.
+        pair.states, pair.clean, pair.read, pair.wrote = [], [], {}, {}
 
 
 def _through(block: nn.Module, states: list[Tensor], keywords: list[dict]) -> list[Tensor]:
@@ -251,17 +253,19 @@ def _through(block: nn.Module, states: list[Tensor], keywords: list[dict]) -> li
 
 
 def _listen(pair: Pair) -> list[Tensor]:
-    """Run the original, note what its linears read and wrote, and return its output."""
-    spaces = {edge.reads: edge.path for edge in reversed(pair.anatomy.edges) if edge.writes != "residual"}
+    """Run the original, note of what its linears read and wrote what is wanted, and return its output."""
+    edges = () if pair.basis is None else reversed(pair.anatomy.edges)  # what reads a whole stream is left alone
+    spaces = {edge.reads: edge.path for edge in edges if edge.writes != "residual"}
+    writers = pair.writers if pair.anatomy.norms_behind else pair.writers[:-1]  # behind the last is the block's output
     pair.read = {space: [] for space in spaces}
-    pair.wrote = {path: [] for path in pair.writers}
+    pair.wrote = {path: [] for path in writers}
     out = []
     for states, keywords in zip(pair.clean, pair.keywords, strict=True):
-        with listening(pair.original, list(spaces.values()), pair.writers) as (read, wrote):
+        with listening(pair.original, list(spaces.values()), writers) as (read, wrote):
             out.append(run_block(pair.original, states, keywords))
         for space, path in spaces.items():
             pair.read[space].append(read[path])
-        for path in pair.writers:
+        for path in writers:
             pair.wrote[path].append(wrote[path])
     return out
 
