@@ -292,6 +292,10 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
     assert f"--threshold {found['chosen']['threshold']} --confidence {found['measure']}" in done.stdout
     refused = pocketlm("calibrate", small, tmp_path / "none.jsonl", "-o", out, cache=folder)
     assert refused.returncode == 2
+    before = data.read_text()
+    refused = pocketlm("calibrate", small, data, "-o", data, cache=folder)
+    assert "no calibration" in refused.stderr
+    assert data.read_text() == before
 
 
 def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tmp_path):

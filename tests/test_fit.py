@@ -15,6 +15,7 @@ from tests.tiny import tiny_folder
 from pocketlm.errors import BadInputError, VerificationError
 from pocketlm.export.verify import check_bytes
 from pocketlm.pipeline.artefact import new_folder
+from pocketlm.report.write import write_manifest
 
 RECIPE = """
 steps:
@@ -187,9 +188,11 @@ def test_force_replaces_results_alone(llama, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "notes")
     made = tmp_path / "made"
     shutil.copytree(llama, made / "model")
-    (made / "manifest.json").write_text("{}")
     (made / "words.txt").write_text("words")
-    for out in (tmp_path / "notes", tmp_path / "file", tmp_path / "link"):
+    write_manifest(made)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "an app of the web"}')
+    for out in (tmp_path / "notes", tmp_path / "file", tmp_path / "link", tmp_path / "app"):
         with pytest.raises(BadInputError, match="not a folder that pocketlm wrote"), new_folder(out, force=True):
             pass
     for read in (made / "model", made / "words.txt", made):
@@ -199,6 +202,10 @@ def test_force_replaces_results_alone(llama, tmp_path):
     assert done.returncode == 2, done.stderr
     assert (made / "words.txt").read_text() == "words"
     assert (tmp_path / "notes" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "keep me"
+    (made / "mine.txt").write_text("keep me")
+    with pytest.raises(BadInputError, match=r"mine\.txt in it, which pocketlm did not write"), new_folder(made, True):
+        pass
+    (made / "mine.txt").unlink()
     with new_folder(made, True) as folder:
         (folder / "new").write_text("")
     assert [path.name for path in made.iterdir()] == ["new"]
@@ -207,7 +214,7 @@ def test_force_replaces_results_alone(llama, tmp_path):
 
 def test_what_fails_leaves_the_old_result(tmp_path):
     (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "manifest.json").write_text("{}")
+    write_manifest(tmp_path / "made")
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "made", True):
         raise ZeroDivisionError
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / "made", True) as folder:
@@ -366,15 +373,24 @@ def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tm
     assert model["agreement"]["value"] == 1
 
 
-def test_doctor_and_clean(tmp_path):
+def test_doctor_and_clean(llama, tmp_path):
     done = pocketlm("doctor", "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cache writable"] is True
-    kept = tmp_path / "cache" / "plan-1234"
+    kept, photos = tmp_path / "cache" / "plan-1234", tmp_path / "cache" / "photos"
     kept.mkdir(parents=True)
     (kept / "done.json").write_text("{}")
+    photos.mkdir()
     shown = pocketlm("clean", cache=tmp_path / "cache")
     assert "plan-1234" in shown.stdout
     assert kept.exists()
     assert pocketlm("clean", "--yes", cache=tmp_path / "cache").returncode == 0
     assert not kept.exists()
+    assert photos.exists()
+    (tmp_path / "file").write_text("")
+    done = pocketlm("doctor", "--json", cache=tmp_path / "file" / "below")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cache writable"] is False
+    done = pocketlm("fit", llama, "--size", "60%", "--dry-run", cache=tmp_path / "file" / "below")
+    assert done.returncode == 2, done.stderr
+    assert "Set POCKETLM_CACHE" in done.stderr

@@ -34,6 +34,10 @@ def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}
     assert pocketlm(*asked, cache=tmp_path).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}, "nothing is made twice"
+    (out / f"{small}B" / "model.gguf").unlink()
+    assert "--force" in pocketlm(*asked, cache=tmp_path).stderr
+    assert pocketlm(*asked, "--force", cache=tmp_path).returncode == 0
+    assert (out / f"{small}B" / "model.gguf").is_file()
     beside = pocketlm("diff", out / f"{small}B", out / f"{large}B", cache=tmp_path)
     assert beside.returncode == 0, beside.stderr
     assert re.search(r"^embedding +\S.*\d", beside.stdout, re.MULTILINE)

@@ -11,11 +11,11 @@ from tests.tiny import tiny_folder
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.task_files import Item, read_task
+from pocketlm.measure.task_files import Item, Task, read_task
 from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result, wilson
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.pipeline.artefact import task_score
-from pocketlm.pipeline.scoring import label_pairs, write
+from pocketlm.pipeline.scoring import check_items, label_pairs, write
 from pocketlm.run.engine import Engine
 
 ITEM = Item("The operators of the language are", (" evaluated left to right", " no objects", " names"), 1)
@@ -106,6 +106,15 @@ def test_a_model_without_a_template_writes_a_line(tiny_model, tmp_path):
         for prompt in ("The operators", "A name is", "a", "In Python,", "1"):
             said = write(engine, model.tokenizer, prompt).lstrip()
             assert "\n" not in said.removesuffix("\n"), prompt
+
+
+def test_an_item_without_room_is_named_before_any_work(tiny_model):
+    model = tiny_model("llama")
+    for kind, long in (("written", Item("word " * 5000, (), "b")), ("choices", Item("a", (" b", " c" * 5000), 0))):
+        fine = Item("a", long.choices and (" b", " c"), long.answer)
+        check_items(model, [Task("t", kind, (fine, fine))])
+        with pytest.raises(BadInputError, match="Item 2 of the task t does not fit"):
+            check_items(model, [Task("t", kind, (fine, long))])
 
 
 def test_per_byte_prefers_the_long_choice():
@@ -224,7 +233,7 @@ def test_the_choices_of_a_classification_are_the_labels_of_the_whole_file(tmp_pa
     ["{", "[]", '{"prompt": "a", "choices": ["b", "c"]}', '{"prompt": "a", "choices": ["b"], "answer": 0}',
      '{"prompt": "", "choices": ["b", "c"], "answer": 0}', '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
      '{"prompt": "a", "choices": ["b", "b", "c"], "answer": 0}', '{"prompt": "a", "answer": "c"}',
-     '{"ctx": "a", "endings": ["b", "c"], "label": "d"}'],
+     '{"ctx": "a", "endings": ["b", "c"], "label": "d"}', '{"prompt": "a\\ud800", "answer": "b"}', "[" * 100_000],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row):
     path = tmp_path / "task.jsonl"

@@ -19,6 +19,7 @@ from pocketlm.pipeline.artefact import make_report, new_folder
 from pocketlm.pipeline.cache import remove_leftovers
 from pocketlm.pipeline.planning import Fit, Planned, check_job, load_for, prepare
 from pocketlm.pipeline.proof import plain_file, prove, simpler_choice
+from pocketlm.pipeline.scoring import check_items
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.pipeline.trials import Limit, alone_of, search
 from pocketlm.plan.recipe import to_yaml
@@ -42,6 +43,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     limit = Limit(job.time, time.monotonic()) if job.time else None
     with new_folder(job.out, job.force, (job.model, *job.data, *job.tasks, job.recipe)) as folder:
         model, tasks = load_for(job), [read_task(path, TASK_ITEMS) for path in job.tasks]
+        check_items(model, tasks)
         texts, planned = prepare(job, model, progress)
         announce(planned)
         planned = try_candidates(model, planned, texts, limit, progress)

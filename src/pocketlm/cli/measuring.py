@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pocketlm.cli.options import Data, Debug, Json, Model, gguf_file, print_result
+from pocketlm.cli.options import MOST_THREADS, Data, Debug, Json, Model, gguf_file, print_result
 from pocketlm.errors import BadInputError
 
 
@@ -84,7 +84,8 @@ def diff(
 def bench(
     files: Annotated[list[Path], typer.Argument(help="GGUF files or folders made by `fit`; compared to the first.")],
     threads: Annotated[
-        list[int] | None, typer.Option(help="CPU threads; one per core if not given; repeatable.", min=1)
+        list[int] | None,
+        typer.Option(help="CPU threads; one per core if not given; repeatable.", min=1, max=MOST_THREADS),
     ] = None,
     prompt: Annotated[list[int] | None, typer.Option(help="Tokens to read, 512 by default; repeatable.", min=1)] = None,
     generate: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,

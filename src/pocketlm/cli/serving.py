@@ -46,7 +46,8 @@ def serve(
     escalate_to: Url = None,
     escalate_model: LargerModel = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Ask the larger model below this confidence (`pocketlm calibrate`).")
+        float | None,
+        typer.Option(help="Ask the larger model below this confidence (`pocketlm calibrate`).", min=0, max=1),
     ] = None,
     confidence: Measure = "mean",
     escalate_timeout: Annotated[float, typer.Option(help="Seconds the larger model may take.", min=0.1)] = 30.0,
@@ -101,13 +102,15 @@ def calibrate(
     from pocketlm.cli.terminal import Screen
     from pocketlm.report.write import replace_text
     from pocketlm.run.server.calibration import calibrate as run
-    from pocketlm.run.server.calibration import lines
+    from pocketlm.run.server.calibration import is_calibration, lines
     from pocketlm.run.server.engine_process import EngineSettings
 
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):  # before hours of answers
         raise BadInputError(
             f"Cannot write {out}: its folder cannot be written, or it is one. Give another file with -o"
         )
+    if out.exists() and not is_calibration(out):
+        raise BadInputError(f"{out} exists already and is no calibration. Give another file with -o")
     threshold = 0.0 if escalate_to or escalate_model else None
     larger = _escalation(escalate_to, escalate_model, threshold, "mean", timeout=120)
     settings = EngineSettings(str(gguf_file(file)), file, key="", slots=slots, context=context, threads=threads)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.pipeline.harness import HarnessScore, score_harness
 from pocketlm.pipeline.proof import measure_models, original_file
-from pocketlm.pipeline.scoring import score_tasks
+from pocketlm.pipeline.scoring import check_items, score_tasks
 from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.sizes import budget_range, sizes_of
 from pocketlm.run.speed import WORKER
@@ -106,7 +107,10 @@ def evaluate_tasks(
         BadInputError: A task or a model cannot be used.
     """
     read = [read_task(path, limit) for path in tasks]
-    return score_tasks(_subjects(source, reference), read, progress)
+    subjects = _subjects(source, reference)
+    for _, model in subjects.values():
+        check_items(model, read)
+    return score_tasks(subjects, read, progress)
 
 
 def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit: int) -> list[HarnessScore]:
@@ -163,8 +167,10 @@ def bench(
 def doctor() -> dict[str, object]:
     """Return what this machine and this installation can do, as plain facts."""
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {key.replace("_", " "): value for key, value in asdict(machine(folder)).items()}
+    with suppress(OSError):  # what is wrong with it is said below
+        folder.mkdir(parents=True, exist_ok=True)
+    there = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    facts = {key.replace("_", " "): value for key, value in asdict(machine(there)).items()}
     return {
         "pocketlm": pocketlm.__version__,
         **facts,

@@ -12,7 +12,7 @@ from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.budget import parse_size
 from pocketlm.report.content import Report
 from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
-from pocketlm.report.write import read_report, replace_text
+from pocketlm.report.write import is_whole, read_report, replace_text
 
 LARGE = 10**12  # bytes, of which any share that is a size is some
 
@@ -77,8 +77,8 @@ def sweep(
 
 
 def _made_before(folder: Path, command: str) -> Report | None:
-    """Return the report of a folder that an earlier run of the same command finished."""
-    if not (folder / "report.json").is_file():
+    """Return the report of a folder that an earlier run of the same command finished, if all of it is still there."""
+    if not is_whole(folder):
         return None
     report = read_report(folder)
     return report if command and report.command == command else None

@@ -25,7 +25,7 @@ from pocketlm.pipeline.stages import Compressed, Texts
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.report import content
-from pocketlm.report.write import MANIFEST
+from pocketlm.report.write import strangers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -82,8 +82,13 @@ def _check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None
     inside = [path for path in read if path.resolve().is_relative_to(out.resolve())]
     if inside:
         raise BadInputError(f"{out} has {inside[0]} in it, which is read. Give another folder with -o")
-    made = (out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))
-    if out.is_symlink() or not made or Path.cwd().is_relative_to(out.resolve()):
+    others = strangers(out) if out.is_dir() and any(out.iterdir()) else []
+    if others:
+        raise BadInputError(
+            f"{out} has {others[0]} in it, which pocketlm did not write: --force does not replace it. "
+            "Give another folder with -o"
+        )
+    if out.is_symlink() or not out.is_dir() or others is None or Path.cwd().is_relative_to(out.resolve()):
         raise BadInputError(
             f"{out} is not a folder that pocketlm wrote, or you are in it: --force does not replace it. "
             "Give another folder with -o"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ except ImportError:  # Windows has none: there, one run at a time
     fcntl = None
 
 DONE = "done.json"
+STAGE = re.compile(r"\.?[\w-]+-[0-9a-f]{24}(\.partial|\.unfinished)?")  # of a folder
 MADE: set[Path] = set()  # by this process
 # Rooms whose code decides what a stage computes; a change there must not reuse old results.
 ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run", "pipeline", "commands")
@@ -84,10 +86,11 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
 
     Raises:
         OutOfResourcesError: The disk is full.
+        BadInputError: The cache cannot be written.
     """
     folder, key = _place(name, inputs)
+    _make_cache(folder.parent)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         _in_use(folder.parent)
         if not (folder / DONE).is_file():
             lock = folder.parent / f".{folder.name}.lock"
@@ -103,6 +106,20 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
         raise
     record = json.loads((folder / DONE).read_text())
     return Finished(folder, key, record["facts"], record["seconds"], reused=folder not in MADE)
+
+
+def _make_cache(folder: Path) -> None:
+    """Make the cache's folder.
+
+    Raises:
+        BadInputError: That is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+        raise BadInputError(f"The cache {folder} cannot be made: {error.strerror}. Set POCKETLM_CACHE") from error
+    if not os.access(folder, os.W_OK):
+        raise BadInputError(f"The cache {folder} cannot be written. Set POCKETLM_CACHE to a folder that can")
 
 
 def _make(folder: Path, produce: Callable[[Path], Any]) -> None:
@@ -173,10 +190,15 @@ def remove_leftovers() -> None:
 
 def kept() -> list[tuple[str, int]]:
     """Return the name and bytes of every stage in the cache."""
-    folders = sorted(path for path in cache_folder().glob("*") if path.is_dir())
+    folders = sorted(path for path in cache_folder().glob("*") if path.is_dir() and _is_stage(path))
     return [
         (folder.name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) for folder in folders
     ]
+
+
+def _is_stage(folder: Path) -> bool:
+    """Whether a folder in the cache is of a stage, finished or not; a person may keep other things beside them."""
+    return (folder / DONE).is_file() or bool(STAGE.fullmatch(folder.name))
 
 
 def empty() -> None:
@@ -192,7 +214,8 @@ def empty() -> None:
         for name, _ in kept():
             shutil.rmtree(folder / name)
         for lock in folder.glob(".*.lock"):
-            lock.unlink()
+            if not lock.stat().st_size:  # as ours are
+                lock.unlink()
 
 
 @cache

@@ -9,6 +9,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from pocketlm.errors import BadInputError
 from pocketlm.export.twin import twin
 from pocketlm.measure.task_files import Item, Kind, Task
 from pocketlm.measure.tasks import Outcome, Pair, TaskResult, chosen, joined, likelihoods, matches, result
@@ -43,6 +44,30 @@ def score_tasks(
     ]
 
 
+def check_items(model: LanguageModel, tasks: Sequence[Task]) -> None:
+    """Refuse items that the model has no room for, before any work.
+
+    Raises:
+        BadInputError: There is one; the message says which.
+    """
+    context, tokenizer = _context(model), model.tokenizer
+    for task in tasks:
+        for number, item in enumerate(task.items, 1):
+            if task.kind == "written":
+                fits = len(encode_prompt(tokenizer, item.prompt)) < context
+            else:
+                fits = all(before and 0 < len(after) < context for before, after in _pairs(task.kind, item, tokenizer))
+            if not fits:
+                raise BadInputError(
+                    f"Item {number} of the task {task.name} does not fit: prompt and answer have {context:,} tokens "
+                    "together. Shorten it, or leave it out"
+                )
+
+
+def _context(model: LanguageModel) -> int:
+    return min(CONTEXT, model.network.config.max_position_embeddings)
+
+
 def _said(progress: Progress, role: str, task: str, done: int, total: int) -> None:
     progress(f"{task}, {role}", done, total)
 
@@ -65,8 +90,7 @@ def outcomes(path: Path, model: LanguageModel, tasks: Sequence[Task], progress: 
     found: list[list[Outcome]] = []
     if not tasks:
         return found
-    context = min(CONTEXT, model.network.config.max_position_embeddings)
-    with twin(path) as quick, Engine(quick, context=context) as engine:
+    with twin(path) as quick, Engine(quick, context=_context(model)) as engine:
         for task in tasks:
             found.append([])
             for item in task.items:
@@ -80,8 +104,12 @@ def _outcome(kind: Kind, item: Item, engine: Engine, tokenizer: Any) -> Outcome:
         said = write(engine, tokenizer, item.prompt)
         wrong = tuple(fault for fault in faults(said) if fault != "broken characters")  # a limit may cut one in two
         return Outcome(matches(said, str(item.answer)), faults=wrong)
-    pairs = label_pairs(item, tokenizer) if kind == "labels" else choice_pairs(item, tokenizer)
+    pairs = _pairs(kind, item, tokenizer)
     return chosen(item, [total for total, _ in likelihoods(pairs, engine.continuations, engine.context)])
+
+
+def _pairs(kind: Kind, item: Item, tokenizer: Any) -> list[Pair]:
+    return label_pairs(item, tokenizer) if kind == "labels" else choice_pairs(item, tokenizer)
 
 
 def choice_pairs(item: Item, tokenizer: Any) -> list[Pair]:

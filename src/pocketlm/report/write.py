@@ -43,6 +43,32 @@ def write_manifest(folder: Path) -> None:
     replace_text(folder / MANIFEST, json.dumps({"schema": 1, "files": entries}, indent=2) + "\n")
 
 
+def strangers(folder: Path) -> list[str] | None:
+    """Return the files of a folder that its manifest does not list; None where there is no manifest of this program."""
+    listed = _listed(folder)
+    if listed is None:
+        return None
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in names if name != MANIFEST and name not in listed]
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether every file that a folder's manifest lists is there with as many bytes."""
+    listed = _listed(folder)
+    return listed is not None and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in listed.items()
+    )
+
+
+def _listed(folder: Path) -> dict[str, int] | None:
+    """Return the bytes of each file in a folder's manifest; other programs have manifests of that name too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {entry["path"]: entry["bytes"] for entry in manifest["files"]} if manifest["schema"] == 1 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_report(folder: Path) -> Report:
     """Read the report of a folder made by `fit`.
 

@@ -304,6 +304,14 @@ def _point(judged: Sequence[Judged], measure: Measure, threshold: float) -> Poin
     )
 
 
+def is_calibration(path: Path) -> bool:
+    """Return whether a file is what `calibrate` wrote."""
+    try:
+        return {"target", "curve"} <= set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """Return Wilson's interval of a share, 95 % by default (Wilson 1927)."""
     share, weight = right / count, z * z / count
