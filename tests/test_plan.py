@@ -203,6 +203,13 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ({"steps": [LAST_STEP, TUNE, TUNE]}, "this one has: quantize, tune, tune"),
         ({"steps": [LAST_STEP, TUNE | {"train": "all"}]}, "r.yaml: steps.1.tune.train: Input should be 'scales' or"),
         ({"steps": [LAST_STEP, LAST_STEP]}, "this one has: quantize, quantize"),
+        ({"steps": [LAST_STEP | {"windows": 0}]}, "`windows` of at least 1 and `learned_rounding` of at least 0"),
+        ({"steps": [LAST_STEP | {"learned_rounding": -3}]}, "given: 64, -3"),
+        (
+            {"steps": [LAST_STEP, TUNE | {"warm_up": 5}]},
+            "`tune` needs `tokens` of at least 1 and `warm_up` from 0 to 1",
+        ),
+        ({"steps": [{"step": "distil", "tokens": 0}, LAST_STEP]}, "`distil` needs `tokens` of at least 1"),
     ],
 )
 def test_what_is_not_a_recipe_is_refused_with_the_place(data: object, words: str):

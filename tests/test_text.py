@@ -199,6 +199,8 @@ def test_chat_messages_of_every_kind(tmp_path: Path):
         ("latin.txt", "caf\xe9".encode("latin-1"), "latin.txt is not UTF-8 text: byte 3 cannot be read"),
         ("a.jsonl", '{"text": "ok"}\n\n{"text": oops}\n', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", '{"text": "ok"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"text": "ok"}\n{"text": "bad \\ud800 x"}', "a.jsonl, line 2: '\\ud800' is half of a character"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", '{"content": "x"}', "a.jsonl, line 1: neither a `text` nor `messages`"),
         ("a.jsonl", '{"text": 3}', "line 1: neither a `text` nor `messages`"),
         ("a.jsonl", '["text"]', "line 1: neither a `text` nor `messages`"),

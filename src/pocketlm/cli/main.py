@@ -10,7 +10,7 @@ import typer
 
 from pocketlm.cli import measuring, serving
 from pocketlm.cli.exits import run
-from pocketlm.cli.options import Data, Debug, Json, Model, Threads, fixed_formats, read_format
+from pocketlm.cli.options import Data, Debug, Json, Model, Seed, Threads, fixed_formats, read_format
 from pocketlm.cli.options import gguf_file as _gguf
 from pocketlm.cli.options import print_result as _print
 from pocketlm.errors import BadInputError
@@ -57,7 +57,7 @@ def fit(
     heal: Annotated[
         str | None, typer.Option(help="Time to learn after pruning, such as 5m; 0 switches it off.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    seed: Seed = 0,
     sweep: Annotated[
         str | None, typer.Option(help="Several sizes in one run: 40MB,60MB,80MB; the frontier of size and quality.")
     ] = None,
@@ -125,7 +125,7 @@ def quantize(
         str, typer.Option(help="Time to tune scales and norms against the original afterwards, such as 10m.")
     ] = "0",
     data: Data = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     json_output: Json = False,
@@ -185,7 +185,7 @@ def prune(
     heal: Annotated[str, typer.Option(help="Time for distillation afterwards, such as 10m.")] = "0",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     data: Data = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -252,7 +252,7 @@ def distill(
     gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf in F16 too.")] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     data: Data = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     json_output: Json = False,
     debug: Debug = False,

@@ -1,12 +1,12 @@
 """Task files: JSONL in our own fields or in those of common benchmarks, read into one kind of item."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.text import value_of_line
 
 Kind = Literal["choices", "labels", "written"]
 FIELDS = "prompt with choices and answer, with label, or with answer alone"
@@ -80,10 +80,7 @@ def read_task(path: Path, limit: int | None = None) -> Task:
 
 def _row(line: str, place: str) -> dict[str, Any]:
     """Return the object of a line in our own fields."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise BadInputError(f"{place}: no JSON ({problem})") from problem
+    row = value_of_line(line, place)
     match row:
         case {"query": str(query), "choices": _, "gold": answer}:
             ending = "\nAnswer:" if query.startswith("Question:") else ""

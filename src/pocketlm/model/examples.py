@@ -15,6 +15,7 @@ import torch
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.learning import Lessons
+from pocketlm.model.text import check_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +48,7 @@ def read_examples(path: Path, answered: bool = True) -> list[Example]:
         try:
             entry = json.loads(line)
             example = Example(entry["prompt"], entry["answer"] if answered else "")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise BadInputError(
                 f'{path}, line {number}: not an example. Write {{"prompt": "...", "answer": "..."}} on each line'
             ) from error
@@ -57,6 +58,7 @@ def read_examples(path: Path, answered: bool = True) -> list[Example]:
             or answered > bool(example.answer)
         ):
             raise BadInputError(f"{path}, line {number}: `prompt` and `answer` must be text, and the answer not empty")
+        check_characters(entry, line, f"{path}, line {number}")
         examples.append(example)
     if not examples:
         raise BadInputError(f"{path} has no examples. Write one JSON object per line")

@@ -222,12 +222,15 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         family = config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        quantized = config.get("quantization_config")
+        method = quantized.get("quant_method", "some method") if quantized else None
+        if not isinstance(family, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(
             f"{file} cannot be read as a model's config: it is no JSON object with a `model_type`. Download it again"
         ) from error
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    if method:
         raise BadInputError(
             f"{folder} is already quantized ({method}): its weights would be rounded a second time. "
             "Give the original, unquantized model"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -200,11 +200,43 @@ def _texts(path: Path) -> list[str]:
     return [_text_of_line(path, number, line) for number, line in lines if line.strip()]
 
 
-def _text_of_line(path: Path, number: int, line: str) -> str:
+def value_of_line(line: str, place: str) -> Any:
+    """Return the value of a line of JSON.
+
+    Raises:
+        BadInputError: It is none, or has half of a character.
+    """
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInputError(f"{path}, line {number}: not JSON ({error.msg}). One JSON object per line") from error
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise BadInputError(f"{place}: not JSON ({reason}). One JSON object per line") from error
+    check_characters(value, line, place)
+    return value
+
+
+def check_characters(value: object, line: str, place: str) -> None:
+    """Refuse half of a character, one surrogate alone, which JSON can name and no tokenizer reads.
+
+    Args:
+        value: Of the line.
+        line: As it is in the file.
+        place: For the message.
+
+    Raises:
+        BadInputError: There is one.
+    """
+    if "\\ud" not in line.lower():
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise BadInputError(f"{place}: {half!a} is half of a character. Remove it, or add the other half") from error
+
+
+def _text_of_line(path: Path, number: int, line: str) -> str:
+    entry = value_of_line(line, f"{path}, line {number}")
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return entry["text"]
     messages = entry.get("messages") if isinstance(entry, dict) else None

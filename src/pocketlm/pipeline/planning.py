@@ -116,7 +116,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     sizes = sizes_of(model)
     budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     check_fixed(sizes, dict(job.fixed))
-    if job.format:
+    if job.format is not None:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
     costs = None
     if budget and not recipe:
@@ -230,7 +230,7 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
     if job.bits is not None:
         return bits_budget(sizes, job.bits)
     whole = model.origin.file_bytes if model.origin.kind == "gguf" else sizes.total_f16
-    size = parse_size(job.size, whole) if job.size else None
+    size = None if job.size is None else parse_size(job.size, whole)
     if not (job.ram or job.speed or job.quality or job.accuracy):
         return size
     memory = parse_size(job.ram, whole) if job.ram else None

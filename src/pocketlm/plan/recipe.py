@@ -64,6 +64,7 @@ def from_dict(data: object, where: str) -> Recipe:
             f"{where}: a recipe ends with one `quantize` step, which one `tune` may follow; "
             f"this one has: {', '.join(names) or 'none'}"
         )
+    _check_numbers(recipe, where)
     _check_zeros_stay(recipe, where)
     if "trim_vocabulary" in names[1:]:
         raise BadInputError(
@@ -71,6 +72,23 @@ def from_dict(data: object, where: str) -> Recipe:
             f"this recipe has: {', '.join(names)}"
         )
     return recipe
+
+
+def _check_numbers(recipe: Recipe, where: str) -> None:
+    """Refuse numbers that a step could only fail on, after the steps before it."""
+    for step in recipe.steps:
+        match step:
+            case Quantize(windows=windows, learned_rounding=rounds) if windows < 1 or rounds < 0:
+                raise BadInputError(
+                    f"{where}: `quantize` needs `windows` of at least 1 and `learned_rounding` of at least 0; "
+                    f"given: {windows}, {rounds}"
+                )
+            case Distil(tokens=tokens, warm_up=rise) | Tune(tokens=tokens, warm_up=rise):
+                if tokens < 1 or not 0 <= rise <= 1:
+                    raise BadInputError(
+                        f"{where}: `{step.step}` needs `tokens` of at least 1 and `warm_up` from 0 to 1; "
+                        f"given: {tokens}, {rise:g}"
+                    )
 
 
 def _check_zeros_stay(recipe: Recipe, where: str) -> None:
