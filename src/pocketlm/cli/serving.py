@@ -47,7 +47,11 @@ def serve(
     escalate_model: LargerModel = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Ask the larger model below this confidence (`pocketlm calibrate`).", min=0, max=1),
+        typer.Option(
+            help="Ask the larger model below this confidence, of 0 to 1; above 1 always (`pocketlm calibrate`).",
+            min=0,
+            max=2,
+        ),
     ] = None,
     confidence: Measure = "mean",
     escalate_timeout: Annotated[float, typer.Option(help="Seconds the larger model may take.", min=0.1)] = 30.0,

@@ -173,11 +173,10 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
             "(compressed-tensors' sparse-bitmask); a GGUF file stores zeros like any other number"
         )
     removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
-    healing = (
-        f"{removed:.1%} of the parameters are gone: about {made.healing_tokens:,} tokens of distillation usually heal"
-    )
+    gone = f"{removed:.1%} of the parameters are gone"
+    healing = f"{gone}: about {made.healing_tokens:,} tokens of distillation usually heal that"
     if any(cut.step == "sparsify" for cut in made.cuts):
-        healing = "distillation would fill the zeros again: --heal lets the model learn before they are made"
+        healing = f"{gone}; distillation would fill the zeros again: --heal lets the model learn before they are made"
     return [
         *lines,
         "read in llama.cpp on text that no step has seen; in brackets: 95 % intervals, bootstrap over windows, paired",
