@@ -229,6 +229,22 @@ def test_what_fails_leaves_the_old_result(tmp_path):
         pass
 
 
+def test_what_appears_during_the_work_stays_and_so_does_the_work(tmp_path):
+    def work(out):
+        with new_folder(out, False) as new:
+            (new / "model").write_text("hours")
+            out.mkdir()
+            (out / "thesis").write_text("years")
+
+    for times in (2, 3):
+        with pytest.raises(BadInputError, match=f"the result is in .*out-{times}"):
+            work(tmp_path / "out")
+        assert (tmp_path / "out" / "thesis").read_text() == "years"
+        assert (tmp_path / f"out-{times}" / "model").read_text() == "hours"
+        shutil.rmtree(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_runs_do_not_write_the_same_folder(tmp_path):
     with new_folder(tmp_path / "out", False) as folder:
         (folder / "mine").write_text("")

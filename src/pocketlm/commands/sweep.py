@@ -53,6 +53,8 @@ def sweep(
     """
     if not sizes:
         raise BadInputError("A sweep needs sizes, such as --sweep 40MB,60MB,80MB")
+    if job.time:
+        raise BadInputError("--time is for one size: leave it out of a sweep, or give --preset fast")
     for size in sizes:
         parse_size(size, LARGE)  # what cannot be read is said before any is made
     reports: dict[str, Report] = {}

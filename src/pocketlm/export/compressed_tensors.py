@@ -164,6 +164,11 @@ def _check(model: LanguageModel, formats: Mapping[str, str], linears: Mapping[st
             f"compressed-tensors folders quantize linears only, and {strangers[0]} of this {model.family} model is "
             "none. Leave embeddings, and heads tied to them, at 16 bits; GPT-2 cannot be stored this way"
         )
+    if len(set(formats.values())) > 1 and any(name.endswith("-asym") for name in formats.values()):
+        raise BadInputError(
+            "transformers loads a folder with zero points (`-asym`) only where all linears have that one format. "
+            "Give all the same, or symmetric ones"
+        )
     for path in linears:
         parent, _, leaf = path.rpartition(".")
         for joined in JOINED:

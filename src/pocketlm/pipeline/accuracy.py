@@ -42,7 +42,12 @@ def quality_for(
     alone = replace(wanted, prune=False, effort=effort, heal_seconds=None, tune_seconds=0.0)
     recipes = {quality: _recipe(model, alone, engine, texts, quality, progress) for quality in QUALITIES}
     met = [quality for quality in QUALITIES if recipes[quality]]
-    first = _accuracy(model, recipes[met[0]], texts, task, progress) if met else 0.0
+    if not met:
+        raise ImpossibleBudgetError(
+            f"An accuracy of {least:g} on {task.name} cannot be met within {wanted.budget.text}: formats alone expect "
+            f"less than a quality of {QUALITIES[-1]:g} there. Ask for a larger budget"
+        )
+    first = _accuracy(model, recipes[met[0]], texts, task, progress)
     if first < least:
         raise ImpossibleBudgetError(
             f"An accuracy of {least:g} on {task.name} cannot be met: the best file within what else is asked for is "

@@ -1,6 +1,7 @@
 """The folder that a run leaves: files, measurements, reports, and the hashes of all of them."""
 
 import datetime
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,8 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
 
     Raises:
         BadInputError: `out` exists and `force` is not given, or it is nothing to replace, or cannot be written, or
-            another run is writing it.
+            another run is writing it. Where somebody fills it during the work, the result gets another name, which the
+            message has.
     """
     partial, replaced, lock = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced", "lock"))
     with ExitStack() as stack:
@@ -57,11 +59,20 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
             if out.exists() or out.is_symlink():
                 _check_replaceable(out, force, reads)
             shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # first: a signal may come right behind the next
             partial.mkdir()
         except OSError as error:
             raise BadInputError(f"Cannot write {out}: {error.strerror}. Give another folder with -o") from error
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial
+        if out.exists() or out.is_symlink():
+            try:  # hours may have gone by
+                _check_replaceable(out, force, reads)
+            except BadInputError as error:
+                beside = next(
+                    path for path in (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)) if not path.exists()
+                )
+                partial.rename(beside)
+                raise BadInputError(f"{out} is not as it was when the work began: the result is in {beside}") from error
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
@@ -82,6 +93,8 @@ def _check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None
     inside = [path for path in read if path.resolve().is_relative_to(out.resolve())]
     if inside:
         raise BadInputError(f"{out} has {inside[0]} in it, which is read. Give another folder with -o")
+    if out.is_mount():
+        raise BadInputError(f"{out} is where a disk is mounted and cannot be replaced. Give a folder in it with -o")
     others = strangers(out) if out.is_dir() and any(out.iterdir()) else []
     if others:
         raise BadInputError(

@@ -133,14 +133,13 @@ def label_pairs(item: Item, tokenizer: Any) -> list[Pair]:
 def write(engine: Engine, tokenizer: Any, prompt: str) -> str:
     """Return what a model answers, the likeliest token each time, until it ends its turn or at most WRITTEN tokens.
 
-    A model without a chat template goes on with the prompt, up to the end of the line that it begins.
-
-    Raises:
-        BadInputError: The prompt does not fit the context.
+    A model without a chat template goes on with the prompt, up to the end of the line that it begins. What does not fit
+    the context goes from the prompt's front: with fewer tokens in the vocabulary a prompt has more.
     """
 
     def line_ends(said: list[int]) -> bool:
         return not tokenizer.chat_template and "\n" in tokenizer.decode(said).lstrip()
 
-    said = engine.generate(encode_prompt(tokenizer, prompt), WRITTEN, line_ends)
+    ids = encode_prompt(tokenizer, prompt)[1 - engine.context :]
+    said = engine.generate(ids, WRITTEN, line_ends)
     return tokenizer.decode(said, skip_special_tokens=True)
