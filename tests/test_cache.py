@@ -190,6 +190,15 @@ def test_a_full_disk_is_told_whoever_finds_it(error: Exception, folder: Path):
         stage("text", {}, lambda work: 1 / 0)
 
 
+def test_a_cache_that_can_only_be_read_gives_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    stage("text", {"of": 1}, lambda work: {"made": True})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert stage("text", {"of": 1}, lambda work: {}).facts == {"made": True}
+    with pytest.raises(BadInputError, match=r"cannot be written\. Set POCKETLM_CACHE"):
+        stage("text", {"of": 2}, lambda work: {})
+    assert not list(folder.glob(".*"))
+
+
 def test_a_system_without_locks_has_stages_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "fcntl", None)
     assert stage("text", {}, lambda work: {"made": 1}).facts == {"made": 1}

@@ -282,6 +282,8 @@ def _cut(folder: Path, name: str) -> None:
             lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
             r"already quantized \(gptq\)",
         ),
+        (lambda f: edit(f / "config.json", quantization_config="awq"), r"already quantized \(awq\)"),
+        (lambda f: edit(f / "config.json", model_type=["llama"]), r"architecture `\['llama'\]` is not supported"),
         (lambda f: edit(f / "config.json", num_hidden_layers=4), "do not fit its config: 9 are missing"),
         (lambda f: edit(f / "config.json", num_hidden_layers=2), "do not fit its config: 9 are too many"),
         (lambda f: edit(f / "config.json", intermediate_size=96), "cannot be loaded|other shapes"),

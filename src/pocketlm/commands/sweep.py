@@ -48,7 +48,8 @@ def sweep(
         announce: Called with each plan before it is run.
 
     Raises:
-        BadInputError: No sizes are given, a size is no size, or the folder of one holds something else.
+        BadInputError: No sizes are given, a size is no size, the folder of one holds something else, or the job has a
+            time, which is of one run.
         ImpossibleBudgetError: None of the sizes can be met.
     """
     if not sizes:
@@ -80,7 +81,7 @@ def sweep(
 
 def _made_before(folder: Path, command: str) -> Report | None:
     """Return the report of a folder that an earlier run of the same command finished, if all of it is still there."""
-    if not is_whole(folder):
+    if not (folder / "report.json").is_file() or not is_whole(folder):
         return None
     report = read_report(folder)
     return report if command and report.command == command else None

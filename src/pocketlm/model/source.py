@@ -221,16 +221,13 @@ def _folder_config(folder: Path) -> dict[str, Any]:
         raise BadInputError(f"{folder} is not a model folder: it has no config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        family = config["model_type"]
-        quantized = config.get("quantization_config")
-        method = quantized.get("quant_method", "some method") if quantized else None
-        if not isinstance(family, str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        family, quantized = str(config["model_type"]), config.get("quantization_config")
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(
             f"{file} cannot be read as a model's config: it is no JSON object with a `model_type`. Download it again"
         ) from error
-    if method:
+    if quantized:
+        method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else quantized
         raise BadInputError(
             f"{folder} is already quantized ({method}): its weights would be rounded a second time. "
             "Give the original, unquantized model"

@@ -29,7 +29,7 @@ except ImportError:  # Windows has none: there, one run at a time
     fcntl = None
 
 DONE = "done.json"
-STAGE = re.compile(r"\.?[\w-]+-[0-9a-f]{24}(\.partial|\.unfinished)?")  # of a folder
+STAGE = re.compile(r"\.?[\w-]+-[0-9a-f]{24}(\.partial|\.unfinished)?")  # the name of a stage's folder
 MADE: set[Path] = set()  # by this process
 # Rooms whose code decides what a stage computes; a change there must not reuse old results.
 ROOMS = ("tensors", "model", "steps", "plan", "export", "measure", "run", "pipeline", "commands")
@@ -93,6 +93,7 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
     try:
         _in_use(folder.parent)
         if not (folder / DONE).is_file():
+            _check_writable(folder.parent)
             lock = folder.parent / f".{folder.name}.lock"
             with held(lock, wait=True):
                 if not (folder / DONE).is_file():  # nobody finished it while this process waited
@@ -118,6 +119,14 @@ def _make_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
         raise BadInputError(f"The cache {folder} cannot be made: {error.strerror}. Set POCKETLM_CACHE") from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a cache that can only be read; what is finished in it is taken all the same.
+
+    Raises:
+        BadInputError: It cannot be written.
+    """
     if not os.access(folder, os.W_OK):
         raise BadInputError(f"The cache {folder} cannot be written. Set POCKETLM_CACHE to a folder that can")
 
