@@ -59,6 +59,15 @@ def test_the_floor_is_found_by_bisection(
     assert len(measured) <= 4
 
 
+def test_where_no_floor_fits_the_budget_nothing_is_said_to_be_measured(
+    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(accuracy, "_recipe", lambda *_: None)
+    wanted, task = Wanted(budget=Budget("50MB", 10**9)), Task("own", "choices", ())
+    with pytest.raises(ImpossibleBudgetError, match="cannot be met within 50MB: formats alone expect less than a qual"):
+        quality_for(tiny_model("llama"), wanted, 0.0, TEXTS, task, 0.5, silent)
+
+
 @pytest.mark.slow
 def test_the_lowest_quality_that_reaches_an_accuracy_is_taken(
     tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

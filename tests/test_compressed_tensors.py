@@ -254,6 +254,14 @@ def test_linears_that_vllm_joins_need_one_format(tiny_model: Tiny, tmp_path: Pat
 # ---- refusals ----
 
 
+def test_zero_points_beside_another_format_are_refused(tiny_model: Tiny, tmp_path: Path):
+    model = tiny_model("llama")
+    packed = quantize(model, {"self_attn": "int4-g32-asym", "mlp": "int8-row"})
+    with pytest.raises(BadInputError, match="only where all linears have that one format"):
+        write_compressed_tensors(model, packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_embeddings_tied_heads_and_convolutions_are_refused(tiny_model: Tiny):
     tied = tiny_model("llama")
     for model, name in (

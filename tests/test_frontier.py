@@ -46,6 +46,12 @@ def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
     assert "There is no report" in nothing.stderr
 
 
+def test_a_time_is_of_one_run(tmp_path):
+    done = pocketlm("fit", "demo", "--sweep", "40MB,60MB", "--time", "30m", "-o", tmp_path / "out", cache=tmp_path)
+    assert done.returncode == 2
+    assert "--time is for one size" in done.stderr
+
+
 def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
     def like(size: int, high: float) -> Report:
         found = replace(report.product, bytes=size, perplexity_ratio=Estimate(1.01, 1.0, high))

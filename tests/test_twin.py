@@ -9,6 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.tiny import tiny_folder
 
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.twin import FAST, SLOW, twin, widen
@@ -18,7 +19,6 @@ from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import decode_row
 from pocketlm.steps.quantize import Quantize, quantize
 from pocketlm.tensors.formats import Packed
-from tiny import tiny_folder
 
 ROWS, COLUMNS = 3, 192
 

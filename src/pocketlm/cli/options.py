@@ -15,7 +15,6 @@ Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1, max=MOST_THREADS)]
-
 Seed = Annotated[int, typer.Option(help="The same seed gives the same file.", min=0, max=2**63 - 1)]
 
 

@@ -19,6 +19,7 @@ from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.pipeline.harness import HarnessScore, score_harness
+from pocketlm.pipeline.preflight import existing
 from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.scoring import check_items, score_tasks
 from pocketlm.pipeline.stages import Progress, silent
@@ -169,8 +170,7 @@ def doctor() -> dict[str, object]:
     folder = cache_folder()
     with suppress(OSError):  # what is wrong with it is said below
         folder.mkdir(parents=True, exist_ok=True)
-    there = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    facts = {key.replace("_", " "): value for key, value in asdict(machine(there)).items()}
+    facts = {key.replace("_", " "): value for key, value in asdict(machine(existing(folder))).items()}
     return {
         "pocketlm": pocketlm.__version__,
         **facts,

@@ -1,9 +1,9 @@
 """A file's twin, to read much text with: the same weights in a number format that the engine is fast in.
 
-llama.cpp has but a generic kernel for Q2_0 on x86, at a twentieth of Q4_0's speed. Whatever Q2_0 holds, Q4_0 holds
-too: its levels -1 to 2 are among -8 to 7, its fp16 scale serves two blocks of 32 weights instead of one of 64. And
-llama.cpp rounds activations to Q8_0 in front of both, so logits differ as they do between a batch of another size: by
-the order of sums, and by the activations that this rounds the other way.
+llama.cpp has but a generic kernel for Q2_0 on x86, at a twentieth of Q4_0's speed (benchmarks/format_speed.py).
+Whatever Q2_0 holds, Q4_0 holds too: its levels -1 to 2 are among -8 to 7, its fp16 scale serves two blocks of 32
+weights instead of one of 64. And llama.cpp rounds activations to Q8_0 in front of both, so logits differ as those of
+one file do between batches of two sizes: by the order of sums, and by the activations that this rounds the other way.
 """
 
 import tempfile

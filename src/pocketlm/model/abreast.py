@@ -48,8 +48,8 @@ class Pair:
         keywords: What the model passes to the block beside the states, per batch.
         left: What the block as it was left puts out; there when the walk has gone on.
         touched: Whether the block was changed.
-        read: What the original's linears read, by space and batch.
-        wrote: What the original's writers of the residual stream put out, by path and batch.
+        read: What the original's linears read, by space and batch; nothing in a whole stream.
+        wrote: What the original's writers of the residual stream put out, by path and batch, as far as it is wanted.
         basis: (old width, new width), the directions of the residual stream that are kept; None for all.
     """
 
@@ -68,7 +68,7 @@ class Pair:
     wrote: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def resolve_readers(self, space: str) -> None:
-        """Re-solve what reads the residual stream through a norm, towards what the original's linears put out."""
+        """Re-solve what reads a narrowed stream through a norm, towards what the original's linears put out."""
         self.touched = True
         paths = self.anatomy.readers(space)
         seen = _Sums()

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import BadInputError, MissingExtraError
-from pocketlm.export.twin import twin
 from pocketlm.measure.tasks import Pair, Share, Z, joined, likelihoods, pair
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.scoring import reading
 from pocketlm.run.engine import Engine
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-CONTEXT = 2048  # tokens at most
 WRITTEN = 256  # tokens at most where a task does not say
 
 
@@ -60,8 +59,7 @@ def score_harness(
         raise BadInputError(f"The harness has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them")
     found = {}
     for role, (path, subject) in subjects.items():
-        context = min(CONTEXT, subject.network.config.max_position_embeddings)
-        with twin(path) as quick, Engine(quick, context=context) as engine:
+        with reading(path, subject) as engine:
             model = _adapter(engine, subject.tokenizer)
             found[role] = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0)
     return [score for task in found["model"]["samples"] for score in _scores(task, found)]

@@ -31,7 +31,7 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
     copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates
     disk = 2 * copies * model.parameters
     for folder in (cache_folder(), out.resolve()):
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(existing(folder)).free
         if free < disk:
             raise OutOfResourcesError(
                 f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
@@ -47,5 +47,6 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
         )
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """Return a path itself, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.parents) if path.exists())

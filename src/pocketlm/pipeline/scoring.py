@@ -3,7 +3,8 @@
 Tasks are much text, so a file is read by its twin where the engine has no fast kernel for its weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -52,7 +53,9 @@ def check_items(model: LanguageModel, tasks: Sequence[Task]) -> None:
     """
     context, tokenizer = _context(model), model.tokenizer
     for task in tasks:
-        for number, item in enumerate(task.items, 1):
+        # All items have the same labels, and what is too long of a prompt in front of one is left out.
+        items = task.items[:1] if task.kind == "labels" else task.items
+        for number, item in enumerate(items, 1):
             if task.kind == "written":
                 fits = len(encode_prompt(tokenizer, item.prompt)) < context
             else:
@@ -62,6 +65,18 @@ def check_items(model: LanguageModel, tasks: Sequence[Task]) -> None:
                     f"Item {number} of the task {task.name} does not fit: prompt and answer have {context:,} tokens "
                     "together. Shorten it, or leave it out"
                 )
+
+
+@contextmanager
+def reading(path: Path, model: LanguageModel) -> Iterator[Engine]:
+    """Load a GGUF file, or its twin, for tasks.
+
+    Args:
+        path: The file.
+        model: The same model, for its longest context.
+    """
+    with twin(path) as quick, Engine(quick, context=_context(model)) as engine:
+        yield engine
 
 
 def _context(model: LanguageModel) -> int:
@@ -90,7 +105,7 @@ def outcomes(path: Path, model: LanguageModel, tasks: Sequence[Task], progress: 
     found: list[list[Outcome]] = []
     if not tasks:
         return found
-    with twin(path) as quick, Engine(quick, context=_context(model)) as engine:
+    with reading(path, model) as engine:
         for task in tasks:
             found.append([])
             for item in task.items:

@@ -294,8 +294,8 @@ def _quantize(
     model = _reload(original, before)
     statistics = texts.calibration.first(step.windows)
     with set_aside(original, kept.folder / "hf"):
-        chosen = step.method == "descent" and any(form != "F16" for form in step.formats.values())
-        weights = _importance(model, before, step, texts, progress) if chosen else None
+        weighed = step.method == "descent" and not step.rounds_nothing
+        weights = _importance(model, before, step, texts, progress) if weighed else None
         _, packed, report = quantize(model, step, statistics, lambda i, n: progress("quantizing", i, n), weights)
     write_packed(packed, folder)
     return asdict(report)

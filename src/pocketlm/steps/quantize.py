@@ -50,6 +50,11 @@ class Quantize:
     text, four times as many hardly more (SmolLM2-135M, benchmarks/calibration.py)."""
     seed: int = 0
 
+    @property
+    def rounds_nothing(self) -> bool:
+        """Whether every matrix stays in 16 bits."""
+        return all(form == "F16" for form in self.formats.values())
+
 
 def _codes(
     method: str, weight: Tensor, gram: Tensor, form: Format, drift: Tensor | None, mask: Tensor | None
@@ -85,7 +90,7 @@ def quantize(
         BadInputError: A format is unknown or does not fit a tensor's row length.
     """
     check_formats(tensors_of(model), config.formats)
-    if all(form == "F16" for form in config.formats.values()):
+    if config.rounds_nothing:
         return model, {}, StepReport("quantize", "every matrix stays in 16 bits", {})
     if config.keep_zeros:
         _check_zeros(tensors_of(model), config)
