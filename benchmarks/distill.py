@@ -205,9 +205,9 @@ def opinion_on_disk(teacher: LanguageModel, windows: Tensor, sampling: Sampling,
     """Return the teacher's opinion on windows, written once."""
 
     def produce(folder: Path) -> dict:
-        began, predicted = time.monotonic(), predicted_bytes(teacher.network, windows, sampling)
+        began, predicted = time.monotonic(), predicted_bytes(teacher, windows, sampling)
         write_targets(
-            teacher.network,
+            teacher,
             windows,
             unfinished(folder),
             sampling,

@@ -159,6 +159,6 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights_with_all_that_l
 
 def test_what_was_kept_on_disk_cannot_judge_new_words(tiny_model: Tiny, tmp_path: Path):
     teacher = tiny_model("llama")
-    kept = write_targets(teacher.network, WINDOWS, tmp_path, Sampling())
+    kept = write_targets(teacher, WINDOWS, tmp_path, Sampling())
     with pytest.raises(BadInputError, match="need the teacher itself"):
         distil(teacher, tiny_model("llama"), Distil(tokens=64, on_policy=0.5), Lessons(WINDOWS, targets=kept), HELD_OUT)

@@ -87,7 +87,7 @@ def test_distillation_leaves_nothing_behind(tiny_model: Tiny, family: str, setti
 def test_targets_on_disk_come_along(
     tiny_model: Tiny, tmp_path: Path, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
-    kept = write_targets(tiny_model("llama").network, WINDOWS, tmp_path, Sampling(kind=kind, count=5))
+    kept = write_targets(tiny_model("llama"), WINDOWS, tmp_path, Sampling(kind=kind, count=5))
     request.getfixturevalue("other_device")
     lessons = Lessons(WINDOWS, torch.arange(32).expand(6, 32).contiguous(), WINDOWS > 100, targets=kept)
     # How often to repeat a number is asked of the device, which has none.

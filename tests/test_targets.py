@@ -15,7 +15,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.model import learning, targets
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.learning import Lessons, distillation_step
-from pocketlm.model.targets import Sampling, draw, fitting, open_targets, predicted_bytes, write_targets
+from pocketlm.model.targets import Sampling, draw, fitting, open_targets, predicted_bytes, words_of, write_targets
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.tensors.divergence import Loss, Sparse, sparse_kl_with_gradient
 
@@ -107,14 +107,18 @@ def test_sampled_targets_have_the_teachers_gradient_on_average(
 ):
     monkeypatch.setattr(targets, "SHORT_IDS", 65536 if short else 16)
     monkeypatch.setattr(learning, "POSITIONS_AT_ONCE", 17)
-    teacher, student = tiny_model("llama").network, tiny_model("llama", num_hidden_layers=2).network
+    teacher, student = tiny_model("llama"), tiny_model("llama", num_hidden_layers=2).network
+    # Targets know tokens alone; so that the live loss does too, there is no padding.
+    words = len(teacher.tokenizer)
+    for network in (teacher.network, student):
+        network.lm_head.weight = nn.Parameter(network.lm_head.weight[:words].detach().clone())
 
     def gradient(lessons: Lessons, asked: nn.Module | None) -> tuple[float, Tensor]:
         student.zero_grad()
         loss = distillation_step(asked, student, lessons)
         return loss, student.lm_head.weight.grad.clone()
 
-    live_loss, live = gradient(Lessons(WINDOWS[:2]), teacher)
+    live_loss, live = gradient(Lessons(WINDOWS[:2]), teacher.network)
     losses, errors, total = [], [], torch.zeros_like(live)
     for seed in range(30):
         kept = write_targets(teacher, WINDOWS[:2], tmp_path / str(seed), Sampling(count=20), seed)
@@ -131,8 +135,8 @@ def test_sampled_targets_have_the_teachers_gradient_on_average(
 
 @pytest.mark.usefixtures("exact")
 def test_top_targets_are_a_lower_bound_of_the_divergence(tiny_model: Tiny, tmp_path: Path):
-    teacher, student = tiny_model("llama").network, tiny_model("llama", num_hidden_layers=2).network
-    truth = divergence_of(student, WINDOWS[:2], judge(teacher, WINDOWS[:2]))
+    teacher, student = tiny_model("llama"), tiny_model("llama", num_hidden_layers=2).network
+    truth = divergence_of(student, WINDOWS[:2], judge(teacher.network, WINDOWS[:2]))
     bounds = []
     for count in (1, 20, 255):
         kept = write_targets(teacher, WINDOWS[:2], tmp_path / str(count), Sampling(kind="top", count=count))
@@ -145,7 +149,7 @@ def test_top_targets_are_a_lower_bound_of_the_divergence(tiny_model: Tiny, tmp_p
 def test_what_was_interrupted_goes_on_and_is_the_same(
     kind: str, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    teacher = tiny_model("qwen2").network
+    teacher = tiny_model("qwen2")
     sampling = Sampling(kind=kind, count=9)
     whole = write_targets(teacher, WINDOWS, tmp_path / "whole", sampling)
     honest, calls = targets.opinion, []
@@ -175,7 +179,7 @@ def test_what_was_interrupted_goes_on_and_is_the_same(
 
 
 def test_a_damaged_file_is_noticed(tiny_model: Tiny, tmp_path: Path):
-    write_targets(tiny_model("llama").network, WINDOWS[:2], tmp_path, Sampling(count=5))
+    write_targets(tiny_model("llama"), WINDOWS[:2], tmp_path, Sampling(count=5))
     path = next(tmp_path.glob("*.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -185,8 +189,8 @@ def test_a_damaged_file_is_noticed(tiny_model: Tiny, tmp_path: Path):
 
 
 def test_the_size_is_predicted_and_small(tiny_model: Tiny, tmp_path: Path):
-    teacher = tiny_model("llama").network
-    sampling = fitting(len(teacher.lm_head.weight), "sampled")
+    teacher = tiny_model("llama")
+    sampling = fitting(words_of(teacher), "sampled")
     predicted = predicted_bytes(teacher, WINDOWS, sampling)
     kept = write_targets(teacher, WINDOWS, tmp_path, sampling)
     actual = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / WINDOWS.numel()
@@ -194,15 +198,30 @@ def test_the_size_is_predicted_and_small(tiny_model: Tiny, tmp_path: Path):
     assert kept.read().lengths.float().mean() < sampling.count
 
 
+@pytest.mark.parametrize("kind", ["sampled", "top"])
+def test_rows_of_padding_are_no_tokens(kind: str, tiny_model: Tiny, tmp_path: Path):
+    """A teacher is sure of rows that are padding, which its student does not have."""
+    teacher, words = tiny_model("qwen2"), len(tiny_model("qwen2").tokenizer)
+    head = teacher.network.lm_head.weight
+    assert words < len(head)
+    head.data[words:] = 3 * head.data[: len(head) - words]
+    kept = write_targets(teacher, WINDOWS[:2], tmp_path, Sampling(kind=kind, count=20)).read()
+    assert kept.ids.max() < words
+    if kind == "sampled":
+        assert torch.allclose(kept.weights.sum(), torch.tensor(2.0 * WINDOWS.shape[1]))
+    student = tiny_model("qwen2", vocab_size=words, num_hidden_layers=2).network
+    assert distillation_step(None, student, Lessons(WINDOWS[:2], targets=open_targets(tmp_path))) > 0
+
+
 @pytest.mark.parametrize("sampling", [Sampling(count=256), Sampling(kind="top", count=10**6), Sampling(count=0)])
 def test_more_than_there_is_cannot_be_kept(sampling: Sampling, tiny_model: Tiny, tmp_path: Path):
     with pytest.raises(BadInputError, match="give 1 to"):
-        write_targets(tiny_model("llama").network, WINDOWS, tmp_path, sampling)
+        write_targets(tiny_model("llama"), WINDOWS, tmp_path, sampling)
 
 
 def test_learning_from_disk_ends_near_learning_from_the_teacher(tiny_model: Tiny, tmp_path: Path):
     teacher, start = tiny_model("llama"), tiny_model("llama", num_hidden_layers=2)
-    kept = write_targets(teacher.network, WINDOWS, tmp_path, Sampling(count=40))
+    kept = write_targets(teacher, WINDOWS, tmp_path, Sampling(count=40))
     config = Distil(tokens=150 * 4 * 24, learning_rate=1e-3)
     ends = []
     for windows in (WINDOWS, Lessons(WINDOWS, targets=kept)):

@@ -24,7 +24,7 @@ from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.learning import Lessons
 from pocketlm.model.opinions import Opinion, keep_opinions
 from pocketlm.model.source import load
-from pocketlm.model.targets import fitting, open_targets, predicted_bytes, write_targets
+from pocketlm.model.targets import fitting, open_targets, predicted_bytes, words_of, write_targets
 from pocketlm.model.training import LOSSES
 from pocketlm.pipeline.artefact import new_folder
 from pocketlm.pipeline.cache import remove_leftovers, stage, unfinished
@@ -319,13 +319,13 @@ def _from_disk(
     job: Distillation, teacher: LanguageModel, lessons: Lessons, of_text: dict[str, str], progress: Progress
 ) -> tuple[Lessons, dict[str, Any]]:
     """Return lessons with the teacher's opinion from disk, written once, and what it takes."""
-    sampling = fitting(len(teacher.network.lm_head.weight), job.targets)
+    sampling = fitting(words_of(teacher), job.targets)
 
     def produce(folder: Path) -> dict[str, float]:
-        predicted = predicted_bytes(teacher.network, lessons.ids, sampling)
+        predicted = predicted_bytes(teacher, lessons.ids, sampling)
         what = f"keeping the teacher's opinion ({predicted:.0f} bytes a token)"
         work = unfinished(folder)
-        write_targets(teacher.network, lessons.ids, work, sampling, job.how.seed, lambda i, n: progress(what, i, n))
+        write_targets(teacher, lessons.ids, work, sampling, job.how.seed, lambda i, n: progress(what, i, n))
         shutil.copytree(work, folder, dirs_exist_ok=True)
         actual = sum(path.stat().st_size for path in folder.iterdir()) / lessons.numel()
         return {"target_bytes_predicted": round(predicted, 1), "target_bytes": round(actual, 1)}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pocketlm.errors import BadInputError
 from pocketlm.model.compute import as_forward
 from pocketlm.model.files import file_sha256, written_whole
+from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import final_hidden
 from pocketlm.tensors.divergence import Sparse
 
@@ -110,9 +111,12 @@ def draw(probabilities: Tensor, count: int, generator: torch.Generator) -> tuple
 
 
 @torch.no_grad()
-def opinion(network: nn.Module, windows: Tensor, sampling: Sampling, generator: torch.Generator) -> dict[str, Tensor]:
+def opinion(
+    teacher: LanguageModel, windows: Tensor, sampling: Sampling, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Return what is kept of a teacher's opinion on windows, (windows, length), by name as it is stored."""
-    hidden, head = final_hidden(network, windows).flatten(0, 1), as_forward(network.lm_head.weight)
+    network = teacher.network
+    hidden, head = final_hidden(network, windows).flatten(0, 1), as_forward(network.lm_head.weight[: words_of(teacher)])
     columns: dict[str, list[Tensor]] = {"lengths": [], "ids": [], "weights": [], "entropy": []}
     for chunk in hidden.split(POSITIONS_AT_ONCE):
         log = torch.log_softmax((as_forward(chunk) @ head.T).float(), -1)
@@ -142,16 +146,21 @@ def _narrow(columns: dict[str, Tensor], kind: str, vocabulary: int) -> dict[str,
     }
 
 
-def predicted_bytes(network: nn.Module, windows: Tensor, sampling: Sampling) -> float:
+def words_of(model: LanguageModel) -> int:
+    """Return how many tokens a model has; rows of its head behind them are padding, of which its student has others."""
+    return min(len(model.tokenizer), len(model.network.lm_head.weight))
+
+
+def predicted_bytes(teacher: LanguageModel, windows: Tensor, sampling: Sampling) -> float:
     """Return about how many bytes a token will take, from a few of the windows."""
-    sampling.checked(len(network.lm_head.weight))
+    sampling.checked(words_of(teacher))
     trial = windows[:: max(1, len(windows) // TRIAL)][:TRIAL]
-    kept = opinion(network, trial, sampling, torch.Generator().manual_seed(0))
+    kept = opinion(teacher, trial, sampling, torch.Generator().manual_seed(0))
     return sum(tensor.nbytes for tensor in kept.values()) / trial.numel()
 
 
 def write_targets(
-    network: nn.Module,
+    teacher: LanguageModel,
     windows: Tensor,
     folder: Path,
     sampling: Sampling,
@@ -161,7 +170,7 @@ def write_targets(
     """Write a teacher's opinion on windows; what an earlier run left of the same is not done again.
 
     Args:
-        network: The teacher.
+        teacher: Whose opinion it is.
         windows: (windows, length) token ids.
         folder: To fill, or to go on with.
         sampling: What is kept.
@@ -171,13 +180,13 @@ def write_targets(
     Raises:
         BadInputError: More is to be kept than there is.
     """
-    sampling.checked(len(network.lm_head.weight))
+    sampling.checked(words_of(teacher))
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(windows), SHARD):
         path = _shard(folder, start)
         if not path.exists():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            kept = opinion(network, windows[start : start + SHARD], sampling, generator)
+            kept = opinion(teacher, windows[start : start + SHARD], sampling, generator)
             with written_whole(path) as partial:
                 save_file(kept, partial)
         progress(min(start + SHARD, len(windows)), len(windows))
