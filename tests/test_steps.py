@@ -22,6 +22,7 @@ from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import SPACE, PruneWidth, kept_channels, prune_width
 from pocketlm.steps.quantize import Quantize, embedding_name, quantize
 from pocketlm.tensors.formats import FORMATS, unpack
+from pocketlm.tensors.gauss_newton import Tangent, solve_changes
 from pocketlm.tensors.reconstruction import removal_order, solve_missing, solve_readers
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -184,6 +185,16 @@ def heard(network: nn.Module, path: str, output: bool) -> Tensor:
     return (value[0] if isinstance(value, tuple) else value).flatten(0, 1).double()
 
 
+def slopes_of(network: nn.Module, maker: str, reader: str) -> Tensor:
+    """Return how fast what a linear reads changes with what another puts out, by differences, (tokens, channels)."""
+    read = []
+    for change in (1e-2, -1e-2):
+        handle = network.get_submodule(maker).register_forward_hook(lambda m, a, out, change=change: out + change)
+        read.append(heard(network, reader, output=False))
+        handle.remove()
+    return (read[0] - read[1]) / 2e-2
+
+
 @pytest.mark.usefixtures("exact")
 @every_family
 def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(family: str, tiny_model: Tiny):
@@ -213,6 +224,16 @@ def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(fam
                 missing, weight = missing + read @ (weight - narrow).T, narrow
             weight[:, keep] += solve_missing(*halves(read[:, keep], missing), DAMPINGS)
             write_weight(module, weight.float())
+        makers = [f"{block}.{path}" for path in anatomy.writers(SPACE)]
+        inputs, slopes = heard(network, makers[0], output=False), [slopes_of(network, each, linear) for each in makers]
+        missing = heard(original, behind, output) - heard(network, behind, output)
+        tangent = Tangent(inputs.float(), tuple(each.float() for each in slopes), missing.float())
+        for maker, change in zip(makers, solve_changes(weight.float(), [tangent]), strict=True):
+            maker = network.get_submodule(maker)
+            write_weight(maker, (read_weight(maker).double() + change).float())
+        read, missing = heard(network, linear, False), heard(original, behind, output) - heard(network, behind, output)
+        weight[:, keep] += solve_missing(*halves(read[:, keep], missing), DAMPINGS)
+        write_weight(module, weight.float())
     rescale_end(network, WINDOWS, opinion)
     model, _ = prune_width(tiny_model(family), PruneWidth(ffn=64), WINDOWS)
     truth = logits_of(network)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
-from pocketlm.model.compute import fast_forward
+from pocketlm.model.compute import as_forward, fast_forward
 from pocketlm.model.judge import Judge
 from pocketlm.model.surgery import entrance, picks
 from pocketlm.model.sweep import Heard, final_hidden, rehearse, run_block, second_moment
+from pocketlm.tensors.gauss_newton import Tangent, solve_changes
 from pocketlm.tensors.reconstruction import Moments, solve_missing, solve_readers
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -98,19 +99,10 @@ class Pair:
         Returns:
             Of the text to solve on and of the text that is held back.
         """
-        linear, sums = self.block.get_submodule(path), _Sums()
+        sums = _Sums()
         for batch, (inputs, stream) in enumerate(self._arrivals(path)):
-            with fast_forward(inputs.device):  # rounded as the original's output is: that is nothing to make good
-                output = linear(inputs).float()
-            (behind, before), added_to = self._wanted(path, batch), 0 if self.anatomy.norms_behind else stream
-            if self.basis is None:
-                sums.add(inputs.float(), behind - output - added_to)
-                continue
-            scale = behind.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-            behind, before = behind.float() @ self.basis, before.float() @ self.basis
-            if not self.anatomy.norms_behind:
-                behind = behind - (1 - NARROW_SHARE) * (before - stream)
-            sums.add(inputs.float() / scale, (behind - output - added_to) / scale)
+            missing, scale = self._missing(path, batch, inputs, stream)
+            sums.add(inputs.float() / scale, missing)
         return sums.parts
 
     def resolve_writer(self, path: str, moments: tuple[Moments, Moments], keep: Tensor | None = None) -> None:
@@ -137,6 +129,57 @@ class Pair:
             moments = tuple(Moments(part.gram, part.cross + lost @ part.gram).of(keep) for part in moments)
         dampings = DAMPINGS if self.basis is None else NARROW_DAMPINGS
         write_weight(linear, weight + solve_missing(*moments, dampings).float())
+
+    def resolve_channels(self) -> None:
+        """Re-solve what makes the channels of the FFN, and then what reads them, towards what is missing behind it."""
+        self.touched = True
+        path = self.writers[-1]
+        space = next(edge.reads for edge in self.anatomy.edges if edge.path == path)
+        makers, reader = self.anatomy.writers(space), self.block.get_submodule(path)
+        text = []
+        for batch, (inputs, stream) in enumerate(self._arrivals(makers[0])):
+            channels, slopes = self._channels(makers, path, inputs)
+            missing, scale = self._missing(path, batch, channels, stream)
+            flat = (each.flatten(0, -2) for each in (inputs, missing, *(slope / scale for slope in slopes)))
+            inputs, missing, *slopes = map(as_forward, flat)
+            text.append(Tangent(inputs, tuple(slopes), missing))
+        for maker, change in zip(makers, solve_changes(read_weight(reader).float(), text), strict=True):
+            linear = self.block.get_submodule(maker)
+            write_weight(linear, read_weight(linear).float() + change.float())
+        self.resolve_writer(path, self.moments(path))
+
+    def _channels(self, makers: list[str], path: str, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the channels that a linear reads, and how fast each changes with what each of its makers puts out."""
+        leaves: dict[str, Tensor] = {}
+
+        def cut(maker: str, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            leaves[maker] = out.detach().requires_grad_()
+            return leaves[maker]
+
+        ffn = self.block.get_submodule(makers[0].rpartition(".")[0])
+        handles = [self.block.get_submodule(maker).register_forward_hook(partial(cut, maker)) for maker in makers]
+        heard = listening(self.block, [path], [], stop=True)
+        try:
+            with torch.enable_grad(), fast_forward(inputs.device), heard as (read, _), suppress(Heard):
+                ffn(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        channels, ones = read[path], torch.ones_like(read[path])
+        return channels.detach(), torch.autograd.grad(channels, [leaves[maker] for maker in makers], ones)
+
+    def _missing(self, path: str, batch: int, inputs: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return what is missing behind a writer, and by what each token was divided, as `moments` says."""
+        with fast_forward(inputs.device):  # rounded as the original's output is: that is nothing to make good
+            output = self.block.get_submodule(path)(inputs).float()
+        (behind, before), added_to = self._wanted(path, batch), 0 if self.anatomy.norms_behind else stream
+        if self.basis is None:
+            return behind - output - added_to, 1.0
+        scale = behind.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+        behind, before = behind.float() @ self.basis, before.float() @ self.basis
+        if not self.anatomy.norms_behind:
+            behind = behind - (1 - NARROW_SHARE) * (before - stream)
+        return (behind - output - added_to) / scale, scale
 
     def project_rows(self, weight: Tensor) -> Tensor:
         """Return the kept directions of what a writer of the residual stream puts out, (rows, columns)."""
@@ -168,8 +211,9 @@ class Pair:
         return behind, before
 
     def _arrivals(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what a linear reads now, and the residual stream that its output is added to, batch by batch."""
-        earlier = self.writers[: self.writers.index(path)] if path in self.writers else []
+        """Yield what a linear reads now, and the residual stream as it is there, batch by batch."""
+        paths = [edge.path for edge in self.anatomy.edges]
+        earlier = [writer for writer in self.writers if paths.index(writer) < paths.index(path)]
         for states, keywords in zip(self.states, self.keywords, strict=True):
             with listening(self.block, [path], earlier, stop=True) as (read, wrote), suppress(Heard):
                 run_block(self.block, states, keywords)

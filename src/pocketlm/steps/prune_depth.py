@@ -67,6 +67,7 @@ def prune_depth(
             if pair.index + 1 >= dropped[0]:
                 for path in pair.writers:
                     pair.resolve_writer(path, pair.moments(path))
+                pair.resolve_channels()
             progress(pair.index + 1, total)
     drop_blocks(model.network, set(dropped))
     if repaired:

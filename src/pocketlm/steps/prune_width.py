@@ -236,6 +236,7 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
         chosen["energy_kept"] = _explained(weight, solve_readers(weight, gram, keep), gram, keep)
         keep_channels(pair.block, network, SPACE, keep)
     pair.resolve_writer(ffn, moments, keep)
+    pair.resolve_channels()
     return chosen
 
 
