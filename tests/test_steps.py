@@ -235,7 +235,7 @@ def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(fam
         weight[:, keep] += solve_missing(*halves(read[:, keep], missing), DAMPINGS)
         write_weight(module, weight.float())
     rescale_end(network, WINDOWS, opinion)
-    model, _ = prune_width(tiny_model(family), PruneWidth(ffn=64), WINDOWS)
+    model, _ = prune_width(tiny_model(family), PruneWidth(ffn=64, channels=True), WINDOWS)
     truth = logits_of(network)
     assert torch.allclose(logits_of(model.network), truth, atol=2e-3 * truth.abs().max().item())
 

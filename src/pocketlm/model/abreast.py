@@ -7,6 +7,7 @@
 Both carry the same text: the original's hidden states go through the blocks as they were, the others through the
 blocks as the body of the loop left them. A linear is re-solved by least squares on what it reads now, towards what
 the residual stream of the original is behind it, so that earlier losses are made good as far as its inputs can tell.
+What makes the channels of an FFN can be re-solved towards the same, along the slopes of what stands in between.
 """
 
 import copy

@@ -24,6 +24,8 @@ class PruneDepth:
     """Indices of the blocks to remove, counted in the model as it comes in."""
     repair: bool = False
     """Whether the output matrices of the blocks that stay are re-solved to make up for those that go."""
+    channels: bool = False
+    """Whether, in a repair, what makes the FFN's channels is re-solved too, in half as much time again."""
 
 
 def prune_depth(
@@ -63,12 +65,7 @@ def prune_depth(
         if windows is None or not len(windows):
             raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
         opinion = judge(model.network, windows[:JUDGED])
-        for pair in abreast(model.network, windows, frozenset(dropped)):
-            if pair.index + 1 >= dropped[0]:
-                for path in pair.writers:
-                    pair.resolve_writer(path, pair.moments(path))
-                pair.resolve_channels()
-            progress(pair.index + 1, total)
+        _resolve(model, dropped, windows, config.channels, progress)
     drop_blocks(model.network, set(dropped))
     if repaired:
         rescale_end(model.network, windows[:JUDGED], opinion)
@@ -76,3 +73,20 @@ def prune_depth(
     how = ", the others re-solved" if repaired else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
     return model, StepReport("prune_depth", summary, {"dropped": dropped})
+
+
+def _resolve(
+    model: LanguageModel,
+    dropped: list[int],
+    windows: Tensor,
+    channels: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Re-solve the blocks that stay, from the first gap on."""
+    for pair in abreast(model.network, windows, frozenset(dropped)):
+        if pair.index + 1 >= dropped[0]:
+            for path in pair.writers:
+                pair.resolve_writer(path, pair.moments(path))
+            if channels:
+                pair.resolve_channels()
+        progress(pair.index + 1, len(blocks_of(model.network)))

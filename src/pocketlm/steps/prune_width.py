@@ -2,7 +2,7 @@
 
 Channels and heads go by what the output loses when the rest is re-solved. Each block is cut beside a copy of itself,
 and what writes the residual stream is re-solved towards what the original's stream is behind it; where directions of
-the stream go, all linears are.
+the stream go, all linears are, and on demand those that make the channels of the FFNs.
 """
 
 import copy
@@ -50,6 +50,8 @@ class PruneWidth:
     """Query heads kept in every block, of each head of keys and values as many."""
     hidden: int | None = None
     """Width of the residual stream."""
+    channels: bool = False
+    """Whether what makes the FFN's channels is re-solved too, in half as much time again."""
 
 
 def kept_channels(layer: Layer, widths: list[int]) -> dict[int, Tensor]:
@@ -106,6 +108,8 @@ def prune_width(
     basis = choose_basis(network, windows, wanted.hidden) if wanted.hidden < present.hidden else None
     for pair in abreast(network, windows, basis=basis):
         chosen.append(_cut(pair, network, wanted))
+        if config.channels:
+            pair.resolve_channels()
         progress(pair.index + 1, network.config.num_hidden_layers)
     if basis is not None:
         before = copy.deepcopy(network.get_submodule(anatomy.final_norm)), network.lm_head.weight
@@ -136,7 +140,8 @@ def checked(network: nn.Module, config: PruneWidth) -> PruneWidth:
     """
     now = present_widths(network)
     groups, served = now.kv_groups, now.heads // now.kv_groups
-    wanted = replace(now, **{name: width for name, width in asdict(config).items() if width is not None})
+    asked = {name: width for name, width in asdict(config).items() if width is not None and name != "channels"}
+    wanted = replace(now, **asked)
     parts = (("FFNs", "they are", wanted.ffn, now.ffn), ("the residual stream", "it is", wanted.hidden, now.hidden))
     for what, present, asked, most in parts:
         if not 0 < asked <= most:
@@ -236,7 +241,6 @@ def _cut(pair: Pair, network: nn.Module, wanted: PruneWidth) -> dict[str, Any]:
         chosen["energy_kept"] = _explained(weight, solve_readers(weight, gram, keep), gram, keep)
         keep_channels(pair.block, network, SPACE, keep)
     pair.resolve_writer(ffn, moments, keep)
-    pair.resolve_channels()
     return chosen
 
 
