@@ -61,6 +61,8 @@ GOALS = "Give one of --size (such as 60MB), --bits (such as 4.25) and --format (
         (("--size", "60%", "--tensor", "value=q4_k"), "Q4_K"),
         (("--format", "q4_0", "--tensor", "value=INT8-G32"), "int8-g32 is a format of compressed-tensors folders"),
         (("--format", "int4-g32", "--tensor", "value=q8_0"), "Unknown integer format `Q8_0`"),
+        (("--format", "int4-g32", "--tensor", "value=int8-g32"), "vLLM joins q_proj, k_proj, v_proj"),
+        (("--format", "int4-g32-asym", "--tensor", "ffn_out=int8-g32"), "only where all linears have that one format"),
     ],
 )
 def test_bad_input_gets_one_line_and_its_code(arguments, said, llama, text, tmp_path):

@@ -41,7 +41,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     check_job(job)
     remove_leftovers()
     limit = Limit(job.time, time.monotonic()) if job.time else None
-    with new_folder(job.out, job.force, (job.model, *job.data, *job.tasks, job.recipe)) as folder:
+    with new_folder(job.out, job.force, job.reads) as folder:
         model, tasks = load_for(job), [read_task(path, TASK_ITEMS) for path in job.tasks]
         check_items(model, tasks)
         texts, planned = prepare(job, model, progress)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pocketlm.errors import BadInputError
-from pocketlm.export.compressed_tensors import predicted_bytes, write_compressed_tensors
+from pocketlm.export.compressed_tensors import predicted_bytes, quantization_config, write_compressed_tensors
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
 from pocketlm.model.language_model import LanguageModel
@@ -48,7 +48,7 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
     Writes `job.out`, whole or not at all: the folder `model` that transformers loads, the recipe, and the quality.
 
     Raises:
-        BadInputError: The format is unknown, or its groups do not divide a row.
+        BadInputError: The format is unknown, its groups do not divide a row, or compressed-tensors cannot express it.
         MissingExtraError: compressed-tensors is not installed.
     """
     remove_leftovers()
@@ -90,6 +90,8 @@ def _plan(job: Fit, model: LanguageModel) -> Planned:
     step = Quantize(formats=with_fixed(own, dict(job.fixed)), method=job.method)
     check_formats(sizes.tensors(sizes.original), step.formats)
     names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
-    predicted = predicted_bytes(sizes.shapes, {name: form for name, form in names.items() if form != "F16"})
+    quantized = {name: form for name, form in names.items() if form != "F16"}
+    predicted = predicted_bytes(sizes.shapes, quantized)
+    quantization_config(model, quantized)  # what the folder's format cannot say is told before the work
     recipe = Recipe(steps=(step,), seed=job.seed)
     return Planned(recipe, Budget("the recipe's size", predicted), predicted, sizes, None)

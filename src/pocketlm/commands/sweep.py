@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.fit import fit
+from pocketlm.pipeline.artefact import check_replaceable
 from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.budget import parse_size
@@ -49,7 +50,7 @@ def sweep(
 
     Raises:
         BadInputError: No sizes are given, a size is no size, the folder of one holds something else, or the job has a
-            time, which is of one run.
+            time, which is of one run. All of that before any work.
         ImpossibleBudgetError: None of the sizes can be met.
     """
     if not sizes:
@@ -58,15 +59,20 @@ def sweep(
         raise BadInputError("--time is for one size: leave it out of a sweep, or give --preset fast")
     for size in sizes:
         parse_size(size, LARGE)  # what cannot be read is said before any is made
+    jobs = {
+        size: replace(job, size=size, out=job.out / size.replace("%", "percent").replace(" ", "")) for size in sizes
+    }
+    made = {size: None if job.force else _made_before(each.out, job.command) for size, each in jobs.items()}
+    for size, each in jobs.items():
+        if not made[size]:  # the last one's folder is looked at before hours go into the first
+            check_replaceable(each.out, job.force, each.reads)
     reports: dict[str, Report] = {}
     refused: dict[str, str] = {}
-    for size in sizes:
-        folder = job.out / size.replace("%", "percent").replace(" ", "")
-        made = None if job.force else _made_before(folder, job.command)
-        if made:
+    for size, each in jobs.items():
+        if made[size]:
             progress(f"{size} is kept from an earlier run of this command; --force makes it anew", 1, 1)
         try:
-            reports[folder.name] = made or fit(replace(job, size=size, out=folder), progress, announce)
+            reports[each.out.name] = made[size] or fit(each, progress, announce)
         except ImpossibleBudgetError as error:
             refused[size] = str(error)
     if not reports:

@@ -56,23 +56,21 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
             stack.callback(lock.unlink, missing_ok=True)
             if replaced.exists() and not out.exists():  # a run was killed between the two renames
                 replaced.rename(out)
-            if out.exists() or out.is_symlink():
-                _check_replaceable(out, force, reads)
+            check_replaceable(out, force, reads)
             shutil.rmtree(partial, ignore_errors=True)  # of a killed run
             stack.callback(shutil.rmtree, partial, ignore_errors=True)  # first: a signal may come right behind the next
             partial.mkdir()
         except OSError as error:
             raise BadInputError(f"Cannot write {out}: {error.strerror}. Give another folder with -o") from error
         yield partial
-        if out.exists() or out.is_symlink():
-            try:  # hours may have gone by
-                _check_replaceable(out, force, reads)
-            except BadInputError as error:
-                beside = next(
-                    path for path in (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)) if not path.exists()
-                )
-                partial.rename(beside)
-                raise BadInputError(f"{out} is not as it was when the work began: the result is in {beside}") from error
+        try:  # hours may have gone by
+            check_replaceable(out, force, reads)
+        except BadInputError as error:
+            beside = next(
+                path for path in (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)) if not path.exists()
+            )
+            partial.rename(beside)
+            raise BadInputError(f"{out} is not as it was when the work began: the result is in {beside}") from error
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
@@ -85,8 +83,14 @@ def new_folder(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) 
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None]) -> None:
-    """Refuse to replace what is not a result of this program, and what the work needs itself."""
+def check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None]) -> None:
+    """Refuse to replace what is not a result of this program, and what the work needs itself.
+
+    Raises:
+        BadInputError: As `new_folder`.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
     if not force:
         raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
     read = [Path(name).expanduser() for name in reads if name]

@@ -59,6 +59,11 @@ class Fit:
     force: bool = False  # replace `out`
     command: str = ""  # that reproduces the run
 
+    @property
+    def reads(self) -> tuple[str | Path | None, ...]:
+        """What the work reads: the model, which may be no path, and files."""
+        return (self.model, *self.data, *self.tasks, self.recipe)
+
 
 @dataclass(frozen=True)
 class Planned:
