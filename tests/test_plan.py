@@ -530,6 +530,18 @@ def test_an_impossible_budget_is_refused_with_the_range_and_a_budget_that_works(
     assert choose(sizes, random_damages(sizes, 1), suggested).bytes <= suggested.bytes
 
 
+def test_what_fits_has_the_formats_that_are_not_up_for_choice(sizes: Sizes):
+    fixed = {"embedding": "Q8_0", "model.layers.1.mlp.*": "F16"}
+    free, (least, most) = budget_range(sizes, prune=False), budget_range(sizes, False, fixed)
+    assert free[0] < least
+    assert most > free[1], "16 bits are not up for choice, but can be asked for"
+    with pytest.raises(ImpossibleBudgetError) as refusal:
+        check_budget(sizes, Budget("so much", free[0]), False, fixed)
+    suggested = parse_size(re.search(r"--size (\S+)", str(refusal.value))[1], 1)
+    damages = replace(random_damages(sizes, 1), depth=(), width={})
+    assert choose(sizes, damages, suggested, fixed).bytes <= suggested.bytes
+
+
 def test_shapes_go_down_to_half_the_blocks_and_a_quarter_of_the_width(sizes: Sizes, tiny_model: Tiny):
     assert candidate_shapes(sizes, 5) == [Shape(n, width) for n in (2, 3) for width in (32, 64, 96, 128)]
     assert candidate_shapes(sizes, 0) == [Shape(3, width) for width in (32, 64, 96, 128)]

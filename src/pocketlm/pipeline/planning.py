@@ -125,7 +125,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
     costs = None
     if budget and not recipe:
-        check_budget(sizes, budget, job.prune)
+        check_budget(sizes, budget, job.prune, dict(job.fixed))
         if budget.memory or budget.speed:
             costs = costs_here(model, sizes, budget.context, progress)
             check_running(sizes, budget, costs, job.prune)

@@ -74,13 +74,13 @@ class Plan:
         return ", ".join(parts) or "formats alone"
 
 
-def check_budget(sizes: Sizes, budget: Budget, prune: bool = True) -> None:
-    """Refuse a budget that no plan meets, with the range that can be met.
+def check_budget(sizes: Sizes, budget: Budget, prune: bool = True, fixed: Mapping[str, str] | None = None) -> None:
+    """Refuse a budget that no plan meets, with the range that can be met; arguments as of `budget_range`.
 
     Raises:
         ImpossibleBudgetError: The budget is below the smallest file.
     """
-    least, most = budget_range(sizes, prune)
+    least, most = budget_range(sizes, prune, fixed)
     if budget.bytes < least:
         raise ImpossibleBudgetError(
             f"{budget.text} ({budget.bytes:,} bytes) cannot be met: files of this model go from "

@@ -15,7 +15,7 @@ from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import SPACE, PruneWidth
-from pocketlm.steps.quantize import Quantize, check_formats, embedding_name, format_name
+from pocketlm.steps.quantize import Quantize, check_formats, embedding_name, format_name, with_fixed
 from pocketlm.tensors.formats import FORMATS
 from pocketlm.tensors.formats.integer import NAMES
 
@@ -173,12 +173,18 @@ def smallest_shape(sizes: Sizes) -> Shape:
     return Shape(blocks, min(ffn, sizes.original.ffn))
 
 
-def budget_range(sizes: Sizes, prune: bool = True) -> tuple[int, int]:
-    """Return the bytes of the smallest and of the largest file there can be, with pruning or by formats alone."""
-    shape = smallest_shape(sizes) if prune else sizes.original
+def budget_range(sizes: Sizes, prune: bool = True, fixed: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Return the bytes of the smallest and of the largest file there can be.
+
+    Args:
+        sizes: Of the model.
+        prune: Whether parts may be removed; else by formats alone.
+        fixed: Formats by group or pattern that are not up for choice.
+    """
+    shape, fixed = smallest_shape(sizes) if prune else sizes.original, fixed or {}
     least = {group: sizes.allowed(group, shape)[-1] for group in sizes.group_names}
     most = {group: sizes.allowed(group)[0] for group in sizes.group_names}
-    return sizes.total(shape, least), sizes.total(sizes.original, most)
+    return sizes.total(shape, with_fixed(least, fixed)), sizes.total(sizes.original, with_fixed(most, fixed))
 
 
 def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:

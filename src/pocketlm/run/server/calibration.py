@@ -185,7 +185,10 @@ async def _judge(
     async def one(place: int, example: Example) -> None:
         async with model.line.turn():
             body = example.asked.for_engine(model.ready.wraps_tools if model.ready else False)
-            answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
+            try:
+                answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
+            except RefusalError as error:
+                raise BadInputError(f"The engine refuses example {place + 1}: {error.message}") from error
             theirs = await ask_larger(example.asked.for_others(), larger, session) if larger else None
         judged[place] = Judged(
             {measure: confidence(answer, measure) for measure in MEASURES},
@@ -212,8 +215,6 @@ async def _judge(
 
 
 def _worded(error: Exception) -> Exception:
-    if isinstance(error, RefusalError):
-        return BadInputError(f"The engine refuses an example: {error.message}")
     if isinstance(error, PocketlmError):
         return error
     return BadInputError(f"The larger model did not answer: {error or type(error).__name__}")
