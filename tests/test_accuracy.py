@@ -1,5 +1,6 @@
 """A floor of accuracy becomes the lowest floor of quality that keeps it, measured on real files."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
 from pocketlm.pipeline import accuracy
 from pocketlm.pipeline.accuracy import QUALITIES, quality_for
+from pocketlm.pipeline.local_search import improve
+from pocketlm.pipeline.plan_stages import make_plan
 from pocketlm.pipeline.scoring import outcomes
-from pocketlm.pipeline.stages import Texts, silent
+from pocketlm.pipeline.stages import Texts, run_recipe, silent
 from pocketlm.plan.budget import Budget, parse_accuracy
 from pocketlm.plan.decide import Wanted
 
@@ -48,11 +51,11 @@ def test_the_floor_is_found_by_bisection(
     reached = dict(zip(QUALITIES, (0.9, 0.9, 0.8, 0.8, 0.5, 0.2), strict=True))
     measured: list[float] = []
 
-    def accuracy_at(model, recipe, *rest):
-        measured.append(recipe)
-        return reached[recipe]
+    def accuracy_at(model, wanted, decision, *rest):
+        measured.append(decision)
+        return reached[decision]
 
-    monkeypatch.setattr(accuracy, "_recipe", lambda model, wanted, engine, texts, quality, progress: quality)
+    monkeypatch.setattr(accuracy, "_decision", lambda model, wanted, *_: round(math.exp(-wanted.most_damage), 2))
     monkeypatch.setattr(accuracy, "_accuracy", accuracy_at)
     wanted, task = Wanted(budget=Budget("any", 10**9)), Task("own", "choices", ())
     assert quality_for(tiny_model("llama"), wanted, 0.0, TEXTS, task, least, silent) == lowest
@@ -62,7 +65,7 @@ def test_the_floor_is_found_by_bisection(
 def test_where_no_floor_fits_the_budget_nothing_is_said_to_be_measured(
     tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(accuracy, "_recipe", lambda *_: None)
+    monkeypatch.setattr(accuracy, "_decision", lambda *_: None)
     wanted, task = Wanted(budget=Budget("50MB", 10**9)), Task("own", "choices", ())
     with pytest.raises(ImpossibleBudgetError, match="cannot be met within 50MB: formats alone expect less than a qual"):
         quality_for(tiny_model("llama"), wanted, 0.0, TEXTS, task, 0.5, silent)
@@ -78,8 +81,8 @@ def test_the_lowest_quality_that_reaches_an_accuracy_is_taken(
     wanted = Wanted(budget=Budget("any", 10**9))
     measured: dict[int, float] = {}
 
-    def noted(model, recipe, *rest):
-        measured[len(measured)] = real(model, recipe, *rest)
+    def noted(*arguments):
+        measured[len(measured)] = real(*arguments)
         return measured[len(measured) - 1]
 
     real = accuracy._accuracy
@@ -88,8 +91,13 @@ def test_the_lowest_quality_that_reaches_an_accuracy_is_taken(
     assert anything == QUALITIES[-1]
     least = max(measured.values())
     found = quality_for(model, wanted, 0.0, TEXTS, task, least, silent)
-    recipe = accuracy._recipe(model, replace(wanted, prune=False), 0.0, TEXTS, found, silent)
-    assert real(model, recipe, TEXTS, task, silent) >= least
+    # As the run goes on with the floor: it plans, and improves the plan.
+    floor = replace(wanted, prune=False, most_damage=-math.log(found))
+    recipe = improve(model, floor, make_plan(model, floor, TEXTS, 0, silent), TEXTS, silent).recipe
+    made = run_recipe(model, recipe, TEXTS, silent)
+    write_gguf(made.model, made.packed, tmp_path / "made.gguf")
+    (answers,) = outcomes(tmp_path / "made.gguf", made.model, [task], silent)
+    assert sum(answer.right for answer in answers) / len(answers) >= least
     with pytest.raises(ImpossibleBudgetError, match=r"An accuracy of 1\.1 on own cannot be met"):
         quality_for(model, wanted, 0.0, TEXTS, task, 1.1, silent)
 
