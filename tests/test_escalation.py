@@ -293,11 +293,11 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
     refused = pocketlm("calibrate", small, tmp_path / "none.jsonl", "-o", out, cache=folder)
     assert refused.returncode == 2
     long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps(examples[0]) + "\n" + json.dumps(examples[1] | {"prompt": "word " * 2000}) + "\n")
+    long.write_text(json.dumps(examples[0]) + "\n\n" + json.dumps(examples[1] | {"prompt": "word " * 2000}) + "\n")
     refused = pocketlm(
         "calibrate", small, long, "-o", tmp_path / "no.json", "--threads", 1, "--context", 512, cache=folder
     )
-    assert (refused.returncode, "refuses example 2" in refused.stderr) == (2, True)
+    assert (refused.returncode, "refuses line 3" in refused.stderr) == (2, True)
     before = data.read_text()
     refused = pocketlm("calibrate", small, data, "-o", data, cache=folder)
     assert "no calibration" in refused.stderr

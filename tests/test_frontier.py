@@ -48,7 +48,7 @@ def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
 
 def test_every_folder_of_a_sweep_is_looked_at_before_any_work(tmp_path):
     (tmp_path / "out" / "60MB").mkdir(parents=True)
-    done = pocketlm("fit", "demo", "--sweep", "40MB,60MB", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    done = pocketlm("fit", "demo", "--sweep", "40MB,60MB,60 MB", "-o", tmp_path / "out", cache=tmp_path / "cache")
     assert done.returncode == 2
     assert "60MB exists already" in done.stderr
     assert not (tmp_path / "cache").exists(), "not even the model was read"

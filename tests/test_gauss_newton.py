@@ -34,7 +34,7 @@ def jacobian(reader: Tensor, text: Tangent) -> Tensor:
 
 
 def effect(reader: Tensor, text: Tangent, changes: list[Tensor]) -> Tensor:
-    flat = torch.cat([change.flatten() for change in changes])
+    flat = torch.cat([change.flatten() for change in changes]).double()
     return (jacobian(reader, text) @ flat).view_as(text.missing)
 
 
@@ -98,6 +98,11 @@ def test_dead_channels_and_silent_inputs_are_no_error():
         assert not found[:, 1].any()
     silent = Tangent(text.inputs, text.slopes, torch.zeros_like(text.missing))
     assert not any(found.any() for found in solve_changes(reader, [silent]))
+
+
+def test_one_token_teaches_nothing():
+    reader, text = made(1)
+    assert not any(found.any() for found in solve_changes(reader, [text]))
 
 
 def test_sixteen_bits_find_nearly_the_same():

@@ -20,7 +20,9 @@ from pocketlm.model.anatomy import blocks_of, read_weight, write_weight
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.sweep import sweep
 from pocketlm.model.text import Tokens
+from pocketlm.pipeline import planning
 from pocketlm.pipeline.plan_stages import measure_damages
+from pocketlm.pipeline.planning import Fit
 from pocketlm.pipeline.stages import Texts
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
@@ -540,6 +542,15 @@ def test_what_fits_has_the_formats_that_are_not_up_for_choice(sizes: Sizes):
     suggested = parse_size(re.search(r"--size (\S+)", str(refusal.value))[1], 1)
     damages = replace(random_damages(sizes, 1), depth=(), width={})
     assert choose(sizes, damages, suggested, fixed).bytes <= suggested.bytes
+
+
+def test_a_floor_of_quality_may_take_what_a_person_asked_for(sizes: Sizes, tiny_model: Tiny):
+    every = dict.fromkeys(sizes.group_names, "F16")
+    job = Fit(model="tiny", quality="0.9", fixed=tuple(every.items()), prune=False)
+    model = tiny_model(sizes.family)
+    budget = planning._budget(job, model, sizes)
+    check_budget(sizes, budget, False, every)
+    assert budget.bytes == sizes.total_f16
 
 
 def test_shapes_go_down_to_half_the_blocks_and_a_quarter_of_the_width(sizes: Sizes, tiny_model: Tiny):

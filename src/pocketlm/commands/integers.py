@@ -52,7 +52,7 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         MissingExtraError: compressed-tensors is not installed.
     """
     remove_leftovers()
-    with new_folder(job.out, job.force, (job.model, *job.data)) as folder:
+    with new_folder(job.out, job.force, job.reads) as folder:
         model = load(job.model)
         planned = _plan(job, model)
         check_resources(model, job.out, trained=False)

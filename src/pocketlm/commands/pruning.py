@@ -34,7 +34,7 @@ from pocketlm.report.choices import choices_page
 from pocketlm.report.write import write_manifest
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
-from pocketlm.steps.prune_width import PruneWidth, checked, present_widths
+from pocketlm.steps.prune_width import WIDTHS, PruneWidth, checked, present_widths
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.sparsify import Sparsify, check_sparsity
 from pocketlm.steps.trim_vocabulary import TrimVocabulary
@@ -44,7 +44,6 @@ from pocketlm.steps.trim_vocabulary import TrimVocabulary
 DEPTH_WINDOWS = 8
 
 PARTS = ("depth", "ffn", "kv_groups", "heads", "hidden", "vocab", "sparsity", "pattern")
-WIDTHS = ("ffn", "kv_groups", "heads", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)

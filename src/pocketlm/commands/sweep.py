@@ -59,22 +59,21 @@ def sweep(
         raise BadInputError("--time is for one size: leave it out of a sweep, or give --preset fast")
     for size in sizes:
         parse_size(size, LARGE)  # what cannot be read is said before any is made
-    jobs = {
-        size: replace(job, size=size, out=job.out / size.replace("%", "percent").replace(" ", "")) for size in sizes
-    }
-    made = {size: None if job.force else _made_before(each.out, job.command) for size, each in jobs.items()}
-    for size, each in jobs.items():
-        if not made[size]:  # the last one's folder is looked at before hours go into the first
+    names = {size.replace("%", "percent").replace(" ", ""): size for size in sizes}
+    jobs = {name: replace(job, size=size, out=job.out / name) for name, size in names.items()}
+    made = {name: None if job.force else _made_before(each.out, job.command) for name, each in jobs.items()}
+    for name, each in jobs.items():
+        if not made[name]:  # the last one's folder is looked at before hours go into the first
             check_replaceable(each.out, job.force, each.reads)
     reports: dict[str, Report] = {}
     refused: dict[str, str] = {}
-    for size, each in jobs.items():
-        if made[size]:
-            progress(f"{size} is kept from an earlier run of this command; --force makes it anew", 1, 1)
+    for name, each in jobs.items():
+        if made[name]:
+            progress(f"{each.size} is kept from an earlier run of this command; --force makes it anew", 1, 1)
         try:
-            reports[each.out.name] = made[size] or fit(each, progress, announce)
+            reports[name] = made[name] or fit(each, progress, announce)
         except ImpossibleBudgetError as error:
-            refused[size] = str(error)
+            refused[names[name]] = str(error)
     if not reports:
         raise ImpossibleBudgetError(next(iter(refused.values())))
     found = Frontier(reports, refused)

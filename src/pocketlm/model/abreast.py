@@ -131,23 +131,33 @@ class Pair:
         dampings = DAMPINGS if self.basis is None else NARROW_DAMPINGS
         write_weight(linear, weight + solve_missing(*moments, dampings).float())
 
-    def resolve_channels(self) -> None:
-        """Re-solve what makes the channels of the FFN, and then what reads them, towards what is missing behind it."""
-        self.touched = True
+    @torch.no_grad()
+    def resolve_channels(self) -> bool:
+        """Re-solve what makes the channels of the FFN, and then what reads them, towards what is missing behind it.
+
+        Returns:
+            Whether anything was gained on text held back; else nothing is changed.
+        """
         path = self.writers[-1]
         space = next(edge.reads for edge in self.anatomy.edges if edge.path == path)
         makers, reader = self.anatomy.writers(space), self.block.get_submodule(path)
-        text = []
+        changes = solve_changes(read_weight(reader).float(), list(self._tangents(makers, path)))
+        if not any(change.any() for change in changes):
+            return False
+        for maker, change in zip(makers, changes, strict=True):
+            linear = self.block.get_submodule(maker)
+            write_weight(linear, read_weight(linear).float() + change.float())
+        self.resolve_writer(path, self.moments(path))
+        return True
+
+    def _tangents(self, makers: list[str], path: str) -> Iterator[Tangent]:
+        """Yield what a writer's output depends on through what makes its channels, batch by batch."""
         for batch, (inputs, stream) in enumerate(self._arrivals(makers[0])):
             channels, slopes = self._channels(makers, path, inputs)
             missing, scale = self._missing(path, batch, channels, stream)
             flat = (each.flatten(0, -2) for each in (inputs, missing, *(slope / scale for slope in slopes)))
             inputs, missing, *slopes = map(as_forward, flat)
-            text.append(Tangent(inputs, tuple(slopes), missing))
-        for maker, change in zip(makers, solve_changes(read_weight(reader).float(), text), strict=True):
-            linear = self.block.get_submodule(maker)
-            write_weight(linear, read_weight(linear).float() + change.float())
-        self.resolve_writer(path, self.moments(path))
+            yield Tangent(inputs, tuple(slopes), missing)
 
     def _channels(self, makers: list[str], path: str, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the channels that a linear reads, and how fast each changes with what each of its makers puts out."""
@@ -212,7 +222,10 @@ class Pair:
         return behind, before
 
     def _arrivals(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what a linear reads now, and the residual stream as it is there, batch by batch."""
+        """Yield what a linear reads now, and the stream with all that was written before it, batch by batch.
+
+        Where norms stand behind the writers, that is not the stream, and nobody asks.
+        """
         paths = [edge.path for edge in self.anatomy.edges]
         earlier = [writer for writer in self.writers if paths.index(writer) < paths.index(path)]
         for states, keywords in zip(self.states, self.keywords, strict=True):

@@ -147,7 +147,7 @@ def _narrow(columns: dict[str, Tensor], kind: str, vocabulary: int) -> dict[str,
 
 
 def words_of(model: LanguageModel) -> int:
-    """Return how many tokens a model has; rows of its head behind them are padding, of which its student has others."""
+    """Return how many tokens a model has; rows of its head behind them are padding, and a student may have fewer."""
     return min(len(model.tokenizer), len(model.network.lm_head.weight))
 
 

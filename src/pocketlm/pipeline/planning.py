@@ -119,8 +119,8 @@ def _trains(job: Fit) -> bool:
 def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
     """Return the text of a run and its recipe: a person's, or the best for the budget."""
     sizes = sizes_of(model)
-    budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     check_fixed(sizes, dict(job.fixed))
+    budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
     if job.format is not None:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
     costs = None
@@ -246,7 +246,7 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
     texts += [f"accuracy {parse_accuracy(job.accuracy):g} on {job.tasks[0].stem}"] if job.accuracy else []
     return Budget(
         text=", ".join(texts),
-        bytes=size.bytes if size else budget_range(sizes)[1],
+        bytes=size.bytes if size else budget_range(sizes, fixed=dict(job.fixed))[1],
         memory=memory and memory.bytes,
         speed=parse_speed(job.speed) if job.speed else None,
         context=job.context,

@@ -47,32 +47,40 @@ def prune_depth(
         progress: Called after each repaired block with its place and how many blocks there are.
 
     Raises:
-        BadInputError: A block does not exist, none would be left, or the family's blocks are not alike.
+        BadInputError: A block does not exist, none would be left, the family's blocks are not alike, or there is no
+            text to repair on.
     """
-    total = len(blocks_of(model.network))
-    dropped = sorted(set(config.drop))
-    unknown = [index for index in config.drop if not 0 <= index < total]
-    if unknown:
-        raise BadInputError(f"Cannot drop block {unknown[0]}: the model has blocks 0 to {total - 1}")
-    if len(dropped) >= total:
-        raise BadInputError(f"Cannot drop all {total} blocks. Keep at least one")
-    if dropped and not anatomy_of(model.network).uniform_blocks:
-        raise BadInputError(
-            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
-        )
+    total, dropped, resolved = len(blocks_of(model.network)), sorted(set(config.drop)), []
+    _check(model, config, windows)
     repaired = bool(config.repair and dropped)
     if repaired:
-        if windows is None or not len(windows):
-            raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
         opinion = judge(model.network, windows[:JUDGED])
-        _resolve(model, dropped, windows, config.channels, progress)
+        resolved = _resolve(model, dropped, windows, config.channels, progress)
     drop_blocks(model.network, set(dropped))
     if repaired:
         rescale_end(model.network, windows[:JUDGED], opinion)
     names = ", ".join(map(str, dropped)) or "none"
     how = ", the others re-solved" if repaired else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
-    return model, StepReport("prune_depth", summary, {"dropped": dropped})
+    details = {"dropped": dropped} | ({"channels_resolved": resolved} if resolved else {})
+    return model, StepReport("prune_depth", summary, details)
+
+
+def _check(model: LanguageModel, config: PruneDepth, windows: Tensor | None) -> None:
+    total = len(blocks_of(model.network))
+    unknown = [index for index in config.drop if not 0 <= index < total]
+    if unknown:
+        raise BadInputError(f"Cannot drop block {unknown[0]}: the model has blocks 0 to {total - 1}")
+    if len(set(config.drop)) >= total:
+        raise BadInputError(f"Cannot drop all {total} blocks. Keep at least one")
+    if config.drop and not anatomy_of(model.network).uniform_blocks:
+        raise BadInputError(
+            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
+        )
+    if config.channels and not config.repair:
+        raise BadInputError("prune_depth with `channels` needs `repair: true`, of which it is a part")
+    if config.repair and config.drop and (windows is None or not len(windows)):
+        raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
 
 
 def _resolve(
@@ -81,12 +89,14 @@ def _resolve(
     windows: Tensor,
     channels: bool,
     progress: Callable[[int, int], None],
-) -> None:
-    """Re-solve the blocks that stay, from the first gap on."""
+) -> list[int]:
+    """Re-solve the blocks that stay, from the first gap on; return in which the channels were, counted as they were."""
+    resolved = []
     for pair in abreast(model.network, windows, frozenset(dropped)):
         if pair.index + 1 >= dropped[0]:
             for path in pair.writers:
                 pair.resolve_writer(path, pair.moments(path))
-            if channels:
-                pair.resolve_channels()
+            if channels and pair.resolve_channels():
+                resolved.append(pair.index)
         progress(pair.index + 1, len(blocks_of(model.network)))
+    return resolved

@@ -7,7 +7,7 @@ the stream go, all linears are, and on demand those that make the channels of th
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from pocketlm.model.sweep import Layer
 from pocketlm.steps.report import StepReport
 from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_readers
 
+WIDTHS = ("ffn", "kv_groups", "heads", "hidden")
 SPACE = "mlp_hidden"
 HEADS = "attention_out"
 FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
@@ -107,9 +108,7 @@ def prune_width(
     opinion, chosen = judge(network, windows[:JUDGED]), []
     basis = choose_basis(network, windows, wanted.hidden) if wanted.hidden < present.hidden else None
     for pair in abreast(network, windows, basis=basis):
-        chosen.append(_cut(pair, network, wanted))
-        if config.channels:
-            pair.resolve_channels()
+        chosen.append(_cut(pair, network, wanted) | {"channels": config.channels and pair.resolve_channels()})
         progress(pair.index + 1, network.config.num_hidden_layers)
     if basis is not None:
         before = copy.deepcopy(network.get_submodule(anatomy.final_norm)), network.lm_head.weight
@@ -140,8 +139,8 @@ def checked(network: nn.Module, config: PruneWidth) -> PruneWidth:
     """
     now = present_widths(network)
     groups, served = now.kv_groups, now.heads // now.kv_groups
-    asked = {name: width for name, width in asdict(config).items() if width is not None and name != "channels"}
-    wanted = replace(now, **asked)
+    given = {name: getattr(config, name) for name in WIDTHS}
+    wanted = replace(now, **{name: width for name, width in given.items() if width is not None})
     parts = (("FFNs", "they are", wanted.ffn, now.ffn), ("the residual stream", "it is", wanted.hidden, now.hidden))
     for what, present, asked, most in parts:
         if not 0 < asked <= most:
@@ -284,7 +283,8 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
     if after.hidden < before.hidden:
         said.append(f"narrowed the residual stream from {before.hidden} to {after.hidden}")
         details |= {"hidden_from": before.hidden, "hidden_to": after.hidden}
-    return StepReport("prune_width", "; ".join(said), details)
+    resolved = [index for index, block in enumerate(chosen) if block["channels"]]
+    return StepReport("prune_width", "; ".join(said), details | ({"channels_resolved": resolved} if resolved else {}))
 
 
 def _explained(weight: Tensor, solved: Tensor, gram: Tensor, keep: Tensor) -> float:

@@ -23,7 +23,7 @@ CONVERGED = 1e-16  # of the gradient's size at first
 DAMPING = 1.0
 
 Changes = list[Tensor]
-"""Of the weights of each linear, (channels, width) float64."""
+"""Of the weights of each linear, (channels, width), float32 or, of tokens in float64, float64."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def solve_changes(reader: Tensor, text: list[Tangent], damping: float = DAMPING,
     """Return what to add to the weights of the linears that make the channels; zeros where nothing helps.
 
     Minimizes ‖T - W Σ (s ∘ Δ x)‖² + λ Σ a b Δ², where a and b are what a channel and an input do to the output: the
-    diagonal of (WᵀW) ∘ E[s sᵀ] and that of Σ x xᵀ.
+    diagonal of (WᵀW) ∘ E[s sᵀ] and that of Σ x xᵀ, a thousandth of their means at least.
 
     Args:
         reader: W, (rows, channels), what reads the channels.
@@ -113,11 +113,11 @@ def _pushed(weight: Tensor, batch: Tangent, changes: Changes) -> Tensor:
 
 def _pulled_back(weight: Tensor, text: list[Tangent], outputs: Iterable[Tensor]) -> Changes:
     """Return the transpose of `_pushed` applied to outputs, summed over the batches."""
-    found: Changes | list[int] = [0] * len(text[0].slopes)
+    found: Changes = [torch.zeros(())] * len(text[0].slopes)
     for batch, output in zip(text, outputs, strict=True):
         channels = output @ weight
         parts = ((channels * slopes).T @ batch.inputs for slopes in batch.slopes)
-        found = [before + part.double() for before, part in zip(found, parts, strict=True)]
+        found = [before + _wide(part) for before, part in zip(found, parts, strict=True)]
     return found
 
 
@@ -127,7 +127,7 @@ def _metrics(reader: Tensor, text: list[Tangent], damping: float) -> list[tuple[
     The Gauss-Newton matrix of a linear is about the Kronecker product of (WᵀW) ∘ E[s sᵀ], on the side of its channels,
     and Σ x xᵀ, on that of its inputs.
     """
-    tokens = sum(len(batch.inputs) for batch in text)
+    tokens = max(1, sum(len(batch.inputs) for batch in text))
     between = reader.double().T @ reader.double() / tokens
     inner = sum((batch.inputs.T @ batch.inputs).double() for batch in text)
     metrics = []
@@ -137,14 +137,16 @@ def _metrics(reader: Tensor, text: list[Tangent], damping: float) -> list[tuple[
         factors = [torch.linalg.cholesky(side + damping**0.5 * _diagonal(side).diag()) for side in (outer, inner)]
 
         def solve(gradient: Tensor, factors: list[Tensor] = factors) -> Tensor:
-            return torch.cholesky_solve(torch.cholesky_solve(gradient, factors[0]).T, factors[1]).T
+            left = torch.cholesky_solve(gradient.double(), factors[0])
+            return torch.cholesky_solve(left.T, factors[1]).T.to(gradient.dtype)
 
-        metrics.append((damping * torch.outer(_diagonal(outer), _diagonal(inner)), solve))
+        penalty = damping * torch.outer(_diagonal(outer), _diagonal(inner))
+        metrics.append((penalty.to(_wide(text[0].inputs[:0]).dtype), solve))
     return metrics
 
 
 def _diagonal(side: Tensor) -> Tensor:
-    # Dead channels and inputs have none, and are divided by.
+    # Of dead channels and inputs there is none, and the factors want some.
     diagonal = side.diagonal()
     return diagonal.clamp_min(1e-3 * diagonal.mean()).clamp_min(1e-30)
 
@@ -154,7 +156,11 @@ def _energy(parts: list[Tensor]) -> float:
 
 
 def _dot(left: Changes, right: Changes) -> float:
-    return sum((a * b).sum().item() for a, b in zip(left, right, strict=True))
+    return sum((a * b).sum(dtype=torch.float64).item() for a, b in zip(left, right, strict=True))
+
+
+def _wide(part: Tensor) -> Tensor:
+    return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
 def _added(left: Changes, right: Changes, share: float) -> Changes:

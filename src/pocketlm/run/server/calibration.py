@@ -26,10 +26,11 @@ _WHAT = "answering the examples"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question whose right answer is known."""
+    """A question whose right answer is known, and the line that it stands in."""
 
     asked: Chat
     answers: tuple[str, ...]
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def read_examples(path: Path) -> list[Example]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                examples.append(_example(json.loads(line)))
+                examples.append(_example(json.loads(line), number))
             except (ValueError, TypeError, AttributeError, KeyError, RefusalError) as error:
                 says = error.message if isinstance(error, RefusalError) else error
                 raise BadInputError(
@@ -160,14 +161,14 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
-def _example(line: dict[str, Any]) -> Example:
+def _example(line: dict[str, Any], number: int) -> Example:
     answer = line.pop("answer")
     answers = (answer,) if isinstance(answer, str) else tuple(answer)
     if not answers or not all(isinstance(text, str) for text in answers):
         raise TypeError("`answer` is neither a text nor a list of texts")
     if "prompt" in line:
         line["messages"] = [{"role": "user", "content": line.pop("prompt")}]
-    return Example(parse(Chat, json.dumps({"temperature": 0, "max_tokens": 64} | line).encode()), answers)
+    return Example(parse(Chat, json.dumps({"temperature": 0, "max_tokens": 64} | line).encode()), answers, number)
 
 
 async def _judge(
@@ -188,7 +189,7 @@ async def _judge(
             try:
                 answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
             except RefusalError as error:
-                raise BadInputError(f"The engine refuses example {place + 1}: {error.message}") from error
+                raise BadInputError(f"The engine refuses line {example.line}: {error.message}") from error
             theirs = await ask_larger(example.asked.for_others(), larger, session) if larger else None
         judged[place] = Judged(
             {measure: confidence(answer, measure) for measure in MEASURES},
