@@ -18,8 +18,9 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.sparse_bitmask import read_sparse_bitmask
 from pocketlm.model import abreast as abreast_module
-from pocketlm.model.abreast import DAMPINGS, abreast, rescale_end
+from pocketlm.model.abreast import DAMPINGS, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.ends import rescale_end
 from pocketlm.model.judge import Judge, judge
 from pocketlm.model.source import load
 from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.abreast import DAMPINGS, rescale_end
+from pocketlm.model.abreast import DAMPINGS
 from pocketlm.model.anatomy import anatomy_of, blocks_of, ffn_width, read_weight, write_weight
+from pocketlm.model.ends import rescale_end
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.source import load

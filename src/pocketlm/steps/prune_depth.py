@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.abreast import JUDGED, abreast, rescale_end
+from pocketlm.model.abreast import abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of
+from pocketlm.model.ends import JUDGED, rescale_end
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import drop_blocks

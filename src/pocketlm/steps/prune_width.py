@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.abreast import JUDGED, Pair, abreast, rescale_end, resolve_end, stream_moments
+from pocketlm.model.abreast import Pair, abreast, stream_moments
 from pocketlm.model.anatomy import anatomy_of, ffn_width, read_weight
+from pocketlm.model.ends import JUDGED, rescale_end, resolve_end
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import (
