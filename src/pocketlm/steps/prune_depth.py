@@ -26,7 +26,7 @@ class PruneDepth:
     repair: bool = False
     """Whether the output matrices of the blocks that stay are re-solved to make up for those that go."""
     channels: bool = False
-    """Whether, in a repair, what makes the FFN's channels is re-solved too, in half as much time again."""
+    """Whether, in a repair, what makes the FFN's channels is re-solved too, which takes about as long again."""
 
 
 def prune_depth(

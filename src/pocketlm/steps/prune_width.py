@@ -53,7 +53,7 @@ class PruneWidth:
     hidden: int | None = None
     """Width of the residual stream."""
     channels: bool = False
-    """Whether what makes the FFN's channels is re-solved too, in half as much time again."""
+    """Whether what makes the FFN's channels is re-solved too, which takes about as long again."""
 
 
 def kept_channels(layer: Layer, widths: list[int]) -> dict[int, Tensor]:
