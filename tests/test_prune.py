@@ -271,6 +271,7 @@ def test_a_repair_of_channels_adds_what_was_found(family: str, tiny_model: Tiny,
     model, report = prune_depth(tiny_model(family), PruneDepth(drop=(1,), repair=True, channels=True), WINDOWS)
     assert len(found) == 2
     assert report.details["channels_resolved"] == [0], "nothing was gained in block 2"
+    assert report.summary.endswith(", the others re-solved, what makes FFN channels in 1 of them")
     for maker in anatomy_of(model.network).writers("mlp_hidden"):
         before, after = (blocks_of(each.network)[0].get_submodule(maker) for each in (tiny_model(family), model))
         assert torch.allclose(read_weight(after), read_weight(before) + 1e-3, atol=1e-6)

@@ -201,7 +201,7 @@ def slopes_of(network: nn.Module, maker: str, reader: str) -> Tensor:
 def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(family: str, tiny_model: Tiny):
     """The obvious way: both networks run whole for every matrix, removed channels are zeroed, sums are in float64."""
     original, network = tiny_model(family).network, tiny_model(family).network
-    anatomy, opinion = anatomy_of(network), judge(original, WINDOWS)
+    anatomy, opinion, resolved = anatomy_of(network), judge(original, WINDOWS), []
     attention, ffn = anatomy.writers("residual")
     for index in range(len(blocks_of(network))):
         block = f"{anatomy.blocks}.{index}"
@@ -229,14 +229,17 @@ def test_narrowed_ffns_and_what_writes_beside_them_make_good_what_is_missing(fam
         inputs, slopes = heard(network, makers[0], output=False), [slopes_of(network, each, linear) for each in makers]
         missing = heard(original, behind, output) - heard(network, behind, output)
         tangent = Tangent(inputs.float(), tuple(each.float() for each in slopes), missing.float())
-        for maker, change in zip(makers, solve_changes(weight.float(), [tangent]), strict=True):
+        changes = solve_changes(weight.float(), [tangent])
+        resolved += [index] if any(change.any() for change in changes) else []
+        for maker, change in zip(makers, changes, strict=True):
             maker = network.get_submodule(maker)
             write_weight(maker, (read_weight(maker).double() + change).float())
         read, missing = heard(network, linear, False), heard(original, behind, output) - heard(network, behind, output)
         weight[:, keep] += solve_missing(*halves(read[:, keep], missing), DAMPINGS)
         write_weight(module, weight.float())
     rescale_end(network, WINDOWS, opinion)
-    model, _ = prune_width(tiny_model(family), PruneWidth(ffn=64, channels=True), WINDOWS)
+    model, report = prune_width(tiny_model(family), PruneWidth(ffn=64, channels=True), WINDOWS)
+    assert report.details.get("channels_resolved", []) == resolved
     truth = logits_of(network)
     assert torch.allclose(logits_of(model.network), truth, atol=2e-3 * truth.abs().max().item())
 

@@ -62,6 +62,7 @@ def prune_depth(
         rescale_end(model.network, windows[:JUDGED], opinion)
     names = ", ".join(map(str, dropped)) or "none"
     how = ", the others re-solved" if repaired else ""
+    how += f", what makes FFN channels in {len(resolved)} of them" if resolved else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
     details = {"dropped": dropped} | ({"channels_resolved": resolved} if resolved else {})
     return model, StepReport("prune_depth", summary, details)

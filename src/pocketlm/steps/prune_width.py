@@ -285,7 +285,10 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
         said.append(f"narrowed the residual stream from {before.hidden} to {after.hidden}")
         details |= {"hidden_from": before.hidden, "hidden_to": after.hidden}
     resolved = [index for index, block in enumerate(chosen) if block["channels"]]
-    return StepReport("prune_width", "; ".join(said), details | ({"channels_resolved": resolved} if resolved else {}))
+    if resolved:
+        said.append(f"what makes FFN channels re-solved in {len(resolved)} blocks")
+        details |= {"channels_resolved": resolved}
+    return StepReport("prune_width", "; ".join(said), details)
 
 
 def _explained(weight: Tensor, solved: Tensor, gram: Tensor, keep: Tensor) -> float:
