@@ -13,7 +13,7 @@ from tests.command_line import pocketlm
 from tests.serving import tiny_file
 
 from pocketlm.cli.terminal import speed_lines
-from pocketlm.errors import BadInputError, PocketlmError
+from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
 from pocketlm.run import speed
 
@@ -86,6 +86,8 @@ def test_a_figure_is_mean_deviation_and_median():
     [
         ("raise SystemExit('no such engine')", PocketlmError, "exit code 1: no such engine"),
         ("import os; os.kill(os.getpid(), 11)", PocketlmError, "ended by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 9)", OutOfResourcesError, "ended by SIGKILL"),
+        ("import sys; print('no room', file=sys.stderr); sys.exit(5)", OutOfResourcesError, "^no room$"),
         ("import sys; sys.stderr.write('x is cut off'); sys.exit(2)", BadInputError, "^x is cut off$"),
     ],
 )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pocketlm.errors import BadInputError, PocketlmError
+from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 
 # The flags of /proc/cpuinfo for which inference kernels exist, on x86 and on ARM.
 _KERNEL_FEATURES = (
@@ -166,14 +166,17 @@ def _run_worker(command: list[str], file: Path) -> dict:
     if result.returncode == 0:
         return json.loads(result.stdout)
     last_line = (result.stderr.strip() or "it says nothing").splitlines()[-1]
-    if result.returncode == BadInputError.exit_code:
-        raise BadInputError(last_line)
+    for kind in (BadInputError, OutOfResourcesError):
+        if result.returncode == kind.exit_code:
+            raise kind(last_line)
+    kind = PocketlmError
     if result.returncode < 0:
-        ending = f"was ended by {signal.Signals(-result.returncode).name}"
-        hint = "Too little memory, or a defect of the engine"
+        name = signal.Signals(-result.returncode).name
+        kind = OutOfResourcesError if name == "SIGKILL" else kind  # which systems send to who takes the most memory
+        ending, hint = f"was ended by {name}", "Too little memory, or a defect of the engine"
     else:
         ending, hint = f"failed with exit code {result.returncode}", "Try fewer threads or a shorter prompt"
-    raise PocketlmError(f"The process that measures {file} {ending}: {last_line}. {hint}")
+    raise kind(f"The process that measures {file} {ending}: {last_line}. {hint}")
 
 
 def _summarize(file: Path, mine: list[dict], first: list[dict], generate: int) -> FileSpeed:
