@@ -792,5 +792,6 @@ def test_charts_draw_to_scale():
     widths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)%"', drawn)]
     assert widths == [75, 25, 50, 0]
     assert 'class="limit" x1="62.500%"' in drawn
+    assert drawn.index('class="limit"') < drawn.index(">b</text>"), "names stand over the line"
     points = re.search(r'points="([^"]*)"', str(charts.curve([(0, 2.0), (1, 1.0), (2, math.nan), (4, 0.0)], "t")))
     assert points[1] == "0.0,0.0 250.0,50.0 1000.0,100.0"

@@ -24,10 +24,10 @@ def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float | Non
     """
     longest = max(sum(values) for _, _, values in rows)
     scale = 100 / max(longest, limit or 0.0, 1e-9)
-    drawn = []
+    drawn, headings = [], []
     for index, (left, right, values) in enumerate(rows):
         top = 56 * index
-        drawn.append(_heading(left, right, top + 15))
+        headings.append(_heading(left, right, top + 15, halo=True))
         start = 0.0
         for part, value in enumerate(values):
             drawn.append(_rectangle(start * scale, value * scale, top + 24, 20, f"part-{part}"))
@@ -38,6 +38,7 @@ def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float | Non
         side = "end" if x > 50 else "start"
         drawn.append(f'<line class="limit" x1="{x:.3f}%" x2="{x:.3f}%" y1="20" y2="{bottom}"/>')
         drawn.append(_small(x, side, bottom + 14, limit_label))
+    drawn += headings  # over the line, which may cross one on a narrow screen
     return _picture(drawn, bottom + 20, "Bytes of each part, before and after")
 
 
