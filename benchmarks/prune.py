@@ -82,7 +82,7 @@ def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progre
                 yield shape, name, lambda m=method, a=asked: narrow_hidden(copy.deepcopy(network), seen, m, a)
         for _, name, folder in (peer for peer in args.peer if peer[0] == shape):
             yield shape, name, lambda folder=folder: load(folder).network
-        step = PruneWidth(**{option: asked}, channels=True)
+        step = PruneWidth(**{option: asked}, channels=option == "ffn")
         yield shape, "**pocketlm**", lambda step=step: prune_width(_copy(model), step, solving)[0].network
     if args.depth:
         shape, gone = f"{args.depth} blocks", network.config.num_hidden_layers - args.depth
@@ -94,7 +94,7 @@ def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progre
         damage = depth_damage(network, trying, judge(network, trying), gone, progress)
         drop = tuple(sorted(block for block, _ in damage))
         yield shape, "greedy KL", lambda: _without(network, set(drop))
-        step = PruneDepth(drop=drop, repair=True, channels=True)
+        step = PruneDepth(drop=drop, repair=True)
         yield shape, "**pocketlm**: greedy KL, repaired", lambda: prune_depth(_copy(model), step, solving)[0].network
 
 

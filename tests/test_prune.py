@@ -258,28 +258,25 @@ def test_what_makes_channels_is_brought_back(family: str, narrow: bool, tiny_mod
     assert lost() - whole < 0.3 * (disturbed - whole)
 
 
-@droppable
-def test_a_repair_of_channels_adds_what_was_found(family: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+@every_family
+def test_what_was_found_for_the_makers_of_channels_is_added(
+    family: str, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+):
     found = []
 
     def some(reader: Tensor, text: list[Tangent]) -> list[Tensor]:
-        assert not any(batch.missing.requires_grad for batch in text), "no gradients are kept of what leads to the FFN"
-        found.append([torch.full((len(each[0]), text[0].inputs.shape[1]), 1e-3) for each in text[0].slopes])
+        found.append([torch.full((each.shape[1], text[0].inputs.shape[1]), 1e-3) for each in text[0].slopes])
         return found[-1] if len(found) == 1 else [torch.zeros_like(each) for each in found[-1]]
 
     monkeypatch.setattr(abreast_module, "solve_changes", some)
-    model, report = prune_depth(tiny_model(family), PruneDepth(drop=(1,), repair=True, channels=True), WINDOWS)
-    assert len(found) == 2
-    assert report.details["channels_resolved"] == [0], "nothing was gained in block 2"
-    assert report.summary.endswith(", the others re-solved, what makes FFN channels in 1 of them")
+    model, report = prune_width(tiny_model(family), PruneWidth(ffn=96, channels=True), WINDOWS)
+    monkeypatch.undo()
+    plain, _ = prune_width(tiny_model(family), PruneWidth(ffn=96), WINDOWS)
+    assert report.details["channels_resolved"] == [0], "nothing was gained behind it"
+    assert report.summary.endswith(f"; what makes FFN channels re-solved in 1 of {len(blocks_of(model.network))} blocks")
     for maker in anatomy_of(model.network).writers("mlp_hidden"):
-        before, after = (blocks_of(each.network)[0].get_submodule(maker) for each in (tiny_model(family), model))
+        before, after = (blocks_of(each.network)[0].get_submodule(maker) for each in (plain, model))
         assert torch.allclose(read_weight(after), read_weight(before) + 1e-3, atol=1e-6)
-
-
-def test_channels_are_part_of_a_repair(tiny_model: Tiny):
-    with pytest.raises(BadInputError, match="needs `repair: true`"):
-        prune_depth(tiny_model("llama"), PruneDepth(drop=(1,), channels=True), WINDOWS)
 
 
 @pytest.mark.usefixtures("exact")

@@ -25,8 +25,6 @@ class PruneDepth:
     """Indices of the blocks to remove, counted in the model as it comes in."""
     repair: bool = False
     """Whether the output matrices of the blocks that stay are re-solved to make up for those that go."""
-    channels: bool = False
-    """Whether, in a repair, what makes the FFN's channels is re-solved too, which takes about as long again."""
 
 
 def prune_depth(
@@ -51,21 +49,23 @@ def prune_depth(
         BadInputError: A block does not exist, none would be left, the family's blocks are not alike, or there is no
             text to repair on.
     """
-    total, dropped, resolved = len(blocks_of(model.network)), sorted(set(config.drop)), []
+    total, dropped = len(blocks_of(model.network)), sorted(set(config.drop))
     _check(model, config, windows)
     repaired = bool(config.repair and dropped)
     if repaired:
         opinion = judge(model.network, windows[:JUDGED])
-        resolved = _resolve(model, dropped, windows, config.channels, progress)
+        for pair in abreast(model.network, windows, frozenset(dropped)):
+            if pair.index + 1 >= dropped[0]:
+                for path in pair.writers:
+                    pair.resolve_writer(path, pair.moments(path))
+            progress(pair.index + 1, total)
     drop_blocks(model.network, set(dropped))
     if repaired:
         rescale_end(model.network, windows[:JUDGED], opinion)
     names = ", ".join(map(str, dropped)) or "none"
     how = ", the others re-solved" if repaired else ""
-    how += f", what makes FFN channels in {len(resolved)} of them" if resolved else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
-    details = {"dropped": dropped} | ({"channels_resolved": resolved} if resolved else {})
-    return model, StepReport("prune_depth", summary, details)
+    return model, StepReport("prune_depth", summary, {"dropped": dropped})
 
 
 def _check(model: LanguageModel, config: PruneDepth, windows: Tensor | None) -> None:
@@ -79,26 +79,5 @@ def _check(model: LanguageModel, config: PruneDepth, windows: Tensor | None) -> 
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
         )
-    if config.channels and not config.repair:
-        raise BadInputError("prune_depth with `channels` needs `repair: true`, of which it is a part")
     if config.repair and config.drop and (windows is None or not len(windows)):
         raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
-
-
-def _resolve(
-    model: LanguageModel,
-    dropped: list[int],
-    windows: Tensor,
-    channels: bool,
-    progress: Callable[[int, int], None],
-) -> list[int]:
-    """Re-solve the blocks that stay, from the first gap on; return in which the channels were, counted as they were."""
-    resolved = []
-    for pair in abreast(model.network, windows, frozenset(dropped)):
-        if pair.index + 1 >= dropped[0]:
-            for path in pair.writers:
-                pair.resolve_writer(path, pair.moments(path))
-            if channels and pair.resolve_channels():
-                resolved.append(pair.index)
-        progress(pair.index + 1, len(blocks_of(model.network)))
-    return resolved

@@ -286,7 +286,7 @@ def _report(before: PruneWidth, after: PruneWidth, chosen: list[dict[str, Any]])
         details |= {"hidden_from": before.hidden, "hidden_to": after.hidden}
     resolved = [index for index, block in enumerate(chosen) if block["channels"]]
     if resolved:
-        said.append(f"what makes FFN channels re-solved in {len(resolved)} blocks")
+        said.append(f"what makes FFN channels re-solved in {len(resolved)} of {len(chosen)} blocks")
         details |= {"channels_resolved": resolved}
     return StepReport("prune_width", "; ".join(said), details)
 
