@@ -273,7 +273,8 @@ def test_what_was_found_for_the_makers_of_channels_is_added(
     monkeypatch.undo()
     plain, _ = prune_width(tiny_model(family), PruneWidth(ffn=96), WINDOWS)
     assert report.details["channels_resolved"] == [0], "nothing was gained behind it"
-    assert report.summary.endswith(f"; what makes FFN channels re-solved in 1 of {len(blocks_of(model.network))} blocks")
+    total = len(blocks_of(model.network))
+    assert report.summary.endswith(f"; what makes FFN channels re-solved in 1 of {total} blocks")
     for maker in anatomy_of(model.network).writers("mlp_hidden"):
         before, after = (blocks_of(each.network)[0].get_submodule(maker) for each in (plain, model))
         assert torch.allclose(read_weight(after), read_weight(before) + 1e-3, atol=1e-6)
