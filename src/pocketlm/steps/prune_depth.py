@@ -49,10 +49,21 @@ def prune_depth(
         BadInputError: A block does not exist, none would be left, the family's blocks are not alike, or there is no
             text to repair on.
     """
-    total, dropped = len(blocks_of(model.network)), sorted(set(config.drop))
-    _check(model, config, windows)
+    total = len(blocks_of(model.network))
+    dropped = sorted(set(config.drop))
+    unknown = [index for index in config.drop if not 0 <= index < total]
+    if unknown:
+        raise BadInputError(f"Cannot drop block {unknown[0]}: the model has blocks 0 to {total - 1}")
+    if len(dropped) >= total:
+        raise BadInputError(f"Cannot drop all {total} blocks. Keep at least one")
+    if dropped and not anatomy_of(model.network).uniform_blocks:
+        raise BadInputError(
+            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
+        )
     repaired = bool(config.repair and dropped)
     if repaired:
+        if windows is None or not len(windows):
+            raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
         opinion = judge(model.network, windows[:JUDGED])
         for pair in abreast(model.network, windows, frozenset(dropped)):
             if pair.index + 1 >= dropped[0]:
@@ -66,18 +77,3 @@ def prune_depth(
     how = ", the others re-solved" if repaired else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
     return model, StepReport("prune_depth", summary, {"dropped": dropped})
-
-
-def _check(model: LanguageModel, config: PruneDepth, windows: Tensor | None) -> None:
-    total = len(blocks_of(model.network))
-    unknown = [index for index in config.drop if not 0 <= index < total]
-    if unknown:
-        raise BadInputError(f"Cannot drop block {unknown[0]}: the model has blocks 0 to {total - 1}")
-    if len(set(config.drop)) >= total:
-        raise BadInputError(f"Cannot drop all {total} blocks. Keep at least one")
-    if config.drop and not anatomy_of(model.network).uniform_blocks:
-        raise BadInputError(
-            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
-        )
-    if config.repair and config.drop and (windows is None or not len(windows)):
-        raise BadInputError("prune_depth with `repair` needs text to solve on. Give some with --data")
