@@ -6,7 +6,7 @@ long with few bits. The final file is measured in the engine, on text that no tr
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,10 @@ RANKING_WINDOWS = 24
 LEARNING = ("distil", "tune")
 # The proof of the final file, in times that the engine takes to load both files and read one window.
 PROOF_READINGS = 36
-MARGIN = 0.9  # of the time that is left is given to learning
+MARGIN = 0.95  # of the time that is left is given to learning
+# Of a limited time, while more than two candidates are tried: at 40 to 90 MB of the reference model one of the first
+# two won, and at 60 MB the other four took longer than the winner learnt.
+LEARNING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Trial:
         tokens: That it learnt from.
         pace: Of them, per second.
         seconds: Building and measuring it took.
-        ending: Seconds that codes and the proof of a final file take, guessed from what they took here.
+        codes: Seconds that choosing codes took.
+        proof: Seconds that the proof of a final file takes, guessed from what the engine took here.
     """
 
     plan: Plan
@@ -74,7 +78,8 @@ class Trial:
     tokens: int
     pace: float
     seconds: float
-    ending: float
+    codes: float
+    proof: float
 
     @property
     def bytes(self) -> int:
@@ -130,8 +135,8 @@ def search(
         decision: With its rivals.
         wanted: What the person asks for.
         texts: Its validation part ranks.
-        limit: Of the person's time; None where there is none. Candidates that do not fit any more are not tried, and
-            the winner learns from as many tokens as fit.
+        limit: Of the person's time; None where there is none. Two candidates are tried if they fit, more while most
+            of the time is left, and the winner learns from as many tokens as fit.
         progress: Called as the work goes on.
     """
     per_text = any(plan.vocabulary for plan in decision.rivals)
@@ -143,8 +148,9 @@ def search(
 
     def produce(folder: Path) -> dict[str, Any]:
         made: list[Trial] = []
+        spare = LEARNING_SHARE * limit.left() if limit else 0.0
         for plan in decision.rivals:
-            if made and limit and limit.left() < max(trial.seconds + trial.ending for trial in made):
+            if limit and made and limit.left() < _needed(made) + (spare if len(made) > 1 else 0.0):
                 break
             made.append(trial_of(plan))
             progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))
@@ -152,9 +158,7 @@ def search(
         if limit is None:
             recipe = recipe_of(won.plan, wanted, decision.heal, decision.tune, seed, wanted.effort.windows)
         else:
-            tokens = int(max(0.0, MARGIN * (limit.left() - won.ending)) * won.pace)
-            full = recipe_of(won.plan, wanted, tokens, decision.tune, seed, few)
-            recipe = full if tokens > won.tokens else won.recipe
+            recipe = _longest(won, limit, lambda tokens: recipe_of(won.plan, wanted, tokens, decision.tune, seed, few))
         return {"trials": len(made), "recipe": to_dict(recipe)}
 
     rivals = [asdict(plan) for plan in decision.rivals]
@@ -164,6 +168,29 @@ def search(
     trials = tuple(trial_of(plan) for plan in decision.rivals[: done.facts["trials"]])
     recipe = from_dict(done.facts["recipe"], "the search")
     return Search(trials, best_of(trials), recipe, len(decision.rivals) - len(trials))
+
+
+def _needed(made: Sequence[Trial]) -> float:
+    """Return the seconds that another candidate and the rest of the run take."""
+    return max(trial.seconds + trial.codes + trial.proof for trial in made)
+
+
+def _longest(won: Trial, limit: Limit, recipe_with: Callable[[int], Recipe]) -> Recipe:
+    """Return the recipe that learns from as many tokens as fit; the winner's own where those are no more."""
+    spare = MARGIN * (limit.left() - won.proof)
+    recipe = recipe_with(int(max(0.0, spare) * won.pace))
+    if recipe.steps[: _codes_at(recipe)] != won.recipe.steps[: _codes_at(won.recipe)]:
+        recipe = recipe_with(int(max(0.0, spare - won.codes) * won.pace))  # other weights: codes are chosen anew
+    return recipe if _learnt(recipe) > won.tokens else won.recipe
+
+
+def _codes_at(recipe: Recipe) -> int:
+    return 1 + [step.step for step in recipe.steps].index("quantize")
+
+
+def _learnt(recipe: Recipe) -> int:
+    """Return the tokens that a recipe learns from."""
+    return sum(step.tokens for step in recipe.steps if step.step in LEARNING)
 
 
 def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_text: bool, progress: Progress) -> Trial:
@@ -199,13 +226,14 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
             "kl": kl and kl.value,
             "learning": sum(took.get(step, 0.0) for step in LEARNING),
             "seconds": sum(took.values()) + reading + in_engine,
-            "ending": took["quantize"] + PROOF_READINGS * in_engine,
+            "codes": took["quantize"],
+            "proof": PROOF_READINGS * in_engine,
         }
 
     inputs = {"model": model.origin.key, "recipe": to_dict(recipe), "per_text": per_text, **texts.sha256}
     done = stage("trial", inputs, produce)
     facts = done.facts
-    tokens = sum(step.tokens for step in recipe.steps if step.step in LEARNING)
+    tokens = _learnt(recipe)
     return Trial(
         plan=plan,
         recipe=recipe,
@@ -216,7 +244,8 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
         tokens=tokens,
         pace=tokens / facts["learning"] if facts["learning"] else 0.0,
         seconds=facts["seconds"],
-        ending=facts["ending"],
+        codes=facts["codes"],
+        proof=facts["proof"],
     )
 
 

@@ -45,6 +45,7 @@ class Plan:
         footprint: Memory and speed of its layout, measured, where the budget is about them.
         measured: KL of each whole mix that was made and measured, in order.
         vocabulary: Tokens that are kept; all of them where None.
+        spelling: What that costs, of the damage.
         narrower: Whether FFNs lose channels.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     units: dict[str, tuple[str, int, float]]
     footprint: Footprint | None = None
     vocabulary: int | None = None
+    spelling: float = 0.0
     narrower: bool = False
     measured: tuple[float, ...] = ()
 
