@@ -267,6 +267,7 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path):
         (("bench", "EMPTY"), 2, "GGUF"),
         (("evaluate", "LLAMA", "--reference", "nothing-here"), 2, "There is no file or folder"),
         (("fit", "LLAMA", "--sise", "60%"), 2, "--size"),
+        (("fit", "LLAMA", "--size", "60%", "-o", "\udcff"), 2, "is no UTF-8"),
         (("fit", "LLAMA", "--sweep", "60%,abc"), 2, "Cannot read the size `abc`"),
         (("quantize", "LLAMA", "--bits", "nan"), 2, "--bits"),
         (("quantize", "LLAMA", "--format", "int4-g32", "--tune", "10s"), 2, "Tuning is for GGUF's formats"),

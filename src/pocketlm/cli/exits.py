@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from pocketlm.errors import OutOfResourcesError, PocketlmError, is_disk_full
+from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError, is_disk_full
 
 INTERRUPTED = 130
 RESUMING = {"fit", "quantize", "prune", "distill", "calibrate"}
@@ -17,6 +17,7 @@ def run(app: typer.Typer) -> None:
     """Run a command line; whatever goes wrong becomes one message on standard error and an exit code."""
     _heed_signals()
     try:
+        _check_words(sys.argv[1:])
         code = app(standalone_mode=False)  # typer turns an interruption into a code that it returns
         if code == INTERRUPTED:
             raise KeyboardInterrupt
@@ -34,6 +35,17 @@ def run(app: typer.Typer) -> None:
             sys.exit(2)
         said = _worded(error)
         _fail(said, said.exit_code)
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse bytes that are no UTF-8, such as a folder's name in an old encoding: no report could say the command.
+
+    Raises:
+        BadInputError: There are some.
+    """
+    for word in words:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):
+            raise BadInputError(f"{word!r} is no UTF-8, which reports are written in. Rename it")
 
 
 def _worded(error: Exception) -> PocketlmError:
