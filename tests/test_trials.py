@@ -19,7 +19,7 @@ from pocketlm.pipeline.stages import silent
 from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, best_of, search
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, recipe_of
-from pocketlm.plan.effort import PRESETS, expected_seconds
+from pocketlm.plan.effort import PRESETS, Pace, expected_seconds, trial_tokens_within
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
@@ -49,15 +49,26 @@ def test_what_prunes_wins_only_by_more_than_noise():
 
 
 def test_more_effort_takes_longer_and_known_damages_less():
-    seconds = [expected_seconds(effort, 0.5, 512, prunes=True, known=False) for effort in PRESETS.values()]
+    pace = Pace(0.5, 0.25, 512)
+    seconds = [expected_seconds(effort, pace, prunes=True, known=False) for effort in PRESETS.values()]
     assert seconds == sorted(seconds)
-    assert expected_seconds(PRESETS["fast"], 0.5, 512, prunes=True, known=True) < seconds[0]
+    assert expected_seconds(PRESETS["fast"], pace, prunes=True, known=True) < seconds[0]
     best = Wanted(budget=Budget("any", 1), effort=PRESETS["best"])
     assert [most_candidates(replace(best, vocabulary=own_text)) for own_text in (False, True)] == [4, 6]
     alone = replace(PRESETS["balanced"], candidates=1)
-    assert expected_seconds(alone, 0.5, 512, True, True) == expected_seconds(
-        PRESETS["balanced"], 0.5, 512, prunes=False, known=True
+    assert expected_seconds(alone, pace, True, True) == expected_seconds(
+        PRESETS["balanced"], pace, prunes=False, known=True
     )
+
+
+def test_a_candidate_learns_from_what_the_time_leaves_beside_its_proof():
+    pace = Pace(0.5, 0.25, 512)
+    learns = pace.learning(2048)
+    assert learns == pytest.approx(4.0), "four windows, four passes each"
+    proof = next(seconds for seconds in range(1000) if trial_tokens_within(seconds, 2048, pace, chooses=False))
+    asked = [trial_tokens_within(proof + more, 2048, pace, chooses=False) for more in (-100, 0, 1, 2, 3, 100)]
+    assert asked == [0, 512, 1024, 1024, 2048, 2048]
+    assert trial_tokens_within(proof, 2048, pace, chooses=True) == 0, "codes take time, too"
 
 
 def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):

@@ -21,7 +21,7 @@ from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.trials import Search
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
 from pocketlm.plan.decide import Decision, Wanted, may_prune, most_candidates, uniform_recipe
-from pocketlm.plan.effort import effort_of, expected_seconds, seconds_of_pass
+from pocketlm.plan.effort import Effort, effort_of, expected_seconds, pace_of
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
@@ -150,7 +150,7 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
         heal_seconds=job.heal,
         tune_seconds=job.tune,
     )
-    check_time(job, model, sizes, wanted, texts, progress)
+    wanted = replace(wanted, effort=effort_within(job, model, sizes, wanted, texts, progress))
     engine = engine_damage(model, texts, progress)
     if job.accuracy:
         task, least = read_task(job.tasks[0], TASK_ITEMS), parse_accuracy(job.accuracy)
@@ -198,28 +198,31 @@ def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
     return budget or Budget("the recipe's size", size)
 
 
-def check_time(job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, texts: Texts, progress: Progress) -> None:
-    """Say about how long a run will take, and refuse a time that is too short for it.
+def effort_within(
+    job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, texts: Texts, progress: Progress
+) -> Effort:
+    """Say about how long a run will take, or return what of an effort fits a limited time.
 
     Raises:
         ImpossibleBudgetError: What must be done takes longer than the time allows.
     """
     effort, known = replace(wanted.effort, candidates=most_candidates(wanted)), damages_known(model, texts)
-    prunes = may_prune(sizes, wanted)
-    one, length = seconds_of_pass(model, texts.calibration), texts.calibration.windows.shape[1]
-    asked = effort if job.heal is None else replace(effort, tokens=0)  # whose learning takes what was asked for
-    expected = expected_seconds(asked, one, length, prunes, known, job.prune)
-    expected += (job.heal or 0) * job.prune + job.tune
+    prunes, pace = may_prune(sizes, wanted), pace_of(model, texts.calibration)
     if job.time is None:
-        progress(f"all of it takes about {say_time(expected)} here", 0, 1)
-        return
-    hurried = replace(effort, candidates=1, tokens=effort.trial_tokens, windows=effort.trial_windows)
-    least = expected_seconds(hurried, one, length, prunes, known, job.prune)
+        asked = effort if job.heal is None else replace(effort, tokens=0)  # whose learning takes what was asked for
+        expected = expected_seconds(asked, pace, prunes, known, job.prune)
+        progress(f"all of it takes about {say_time(expected + (job.heal or 0) * job.prune + job.tune)} here", 0, 1)
+        return wanted.effort
+    hurried = replace(effort, candidates=1, tokens=0, windows=effort.trial_windows)
+    least = expected_seconds(hurried, pace, prunes, known, job.prune)
     if least > job.time:
         raise ImpossibleBudgetError(
             f"--time {say_time(job.time)} is too short: measuring, one candidate and its proof take about "
             f"{say_time(least)} here. The smallest change that fits: --time {math.ceil(least / 60)}m"
         )
+    several = expected_seconds(replace(hurried, candidates=2), pace, prunes, known, job.prune) <= job.time
+    # A second mix takes as long as a candidate, which learns besides.
+    return replace(wanted.effort, mixes=1, candidates=wanted.effort.candidates if several else 1)
 
 
 def sizes_before(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes:

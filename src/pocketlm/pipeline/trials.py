@@ -24,6 +24,7 @@ from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.proof import compare_texts, measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
+from pocketlm.plan.effort import pace_of, trial_tokens_within
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict
 from pocketlm.plan.search import Plan
 
@@ -140,32 +141,35 @@ def search(
         progress: Called as the work goes on.
     """
     per_text = any(plan.vocabulary for plan in decision.rivals)
-    heal, seed = min(wanted.effort.trial_tokens, decision.heal), decision.recipe.seed
+    most, seed = min(wanted.effort.trial_tokens, decision.heal), decision.recipe.seed
     few = wanted.windows(len(decision.rivals))
 
-    def trial_of(plan: Plan) -> Trial:
+    def trial_of(plan: Plan, heal: int) -> Trial:
         return build(model, plan, recipe_of(plan, wanted, heal, 0, seed, few), texts, per_text, progress)
 
     def produce(folder: Path) -> dict[str, Any]:
         made: list[Trial] = []
-        spare = LEARNING_SHARE * limit.left() if limit else 0.0
+        spare, heal = LEARNING_SHARE * limit.left() if limit else 0.0, most
+        if limit:
+            pace, chooses = pace_of(model, texts.calibration), decision.rivals[0].prunes
+            heal = trial_tokens_within(limit.left(), most, pace, chooses)
         for plan in decision.rivals:
             if limit and made and limit.left() < _needed(made) + (spare if len(made) > 1 else 0.0):
                 break
-            made.append(trial_of(plan))
+            made.append(trial_of(plan, heal))
             progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))
         won = best_of(made)
         if limit is None:
             recipe = recipe_of(won.plan, wanted, decision.heal, decision.tune, seed, wanted.effort.windows)
         else:
             recipe = _longest(won, limit, lambda tokens: recipe_of(won.plan, wanted, tokens, decision.tune, seed, few))
-        return {"trials": len(made), "recipe": to_dict(recipe)}
+        return {"trials": len(made), "heal": heal, "recipe": to_dict(recipe)}
 
     rivals = [asdict(plan) for plan in decision.rivals]
     inputs = {"model": model.origin.key, "rivals": rivals, "wanted": asdict(wanted), "seed": seed, **texts.sha256}
     inputs |= {"heal": decision.heal, "tune": decision.tune, "limit": limit and limit.seconds}
     done = stage("search", inputs, produce)
-    trials = tuple(trial_of(plan) for plan in decision.rivals[: done.facts["trials"]])
+    trials = tuple(trial_of(plan, done.facts["heal"]) for plan in decision.rivals[: done.facts["trials"]])
     recipe = from_dict(done.facts["recipe"], "the search")
     return Search(trials, best_of(trials), recipe, len(decision.rivals) - len(trials))
 

@@ -1,21 +1,44 @@
 """How much work a search does, and about how long that takes here."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from pocketlm.errors import BadInputError
+from pocketlm.model.compute import forward_dtype
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import final_hidden
 from pocketlm.model.text import Tokens
 
-# In forward passes of one window, timed on SmolLM2-135M on two cores with AVX2: every format's damage in every block,
-# the damage of pruning, choosing codes, of each candidate what is neither learning nor codes (pruning, reading it), and
-# the proof at the end, most of which is the engine reading text.
+# In forward passes of one window in float32, timed on SmolLM2-135M on two cores with AVX2: every format's damage in
+# every block, the damage of pruning, choosing codes, of each candidate what is neither learning nor codes (pruning,
+# reading it), and the proof at the end, most of which is the engine reading text.
 FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 280, 120, 220, 140, 400
-# Of each window that codes are chosen from: three for what its tokens matter, then the original's, before the codes and
-# behind them.
+# In passes as models are read, in bfloat16 where the machine multiplies that. Of each window that codes are chosen
+# from: three for what its tokens matter, then the original's, before the codes and behind them.
 STATISTICS_PASSES = 6
 LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a forward pass of one window takes on this machine.
+
+    Attributes:
+        plain: In float32.
+        fast: In the precision that models are read in.
+        length: Tokens in the window.
+    """
+
+    plain: float
+    fast: float
+    length: int
+
+    def learning(self, tokens: int) -> float:
+        """Return about how many seconds learning from so many tokens takes."""
+        return self.fast * LEARNING_PASSES * tokens / self.length
 
 
 @dataclass(frozen=True)
@@ -60,33 +83,52 @@ def effort_of(preset: str) -> Effort:
     return PRESETS[preset]
 
 
-def seconds_of_pass(model: LanguageModel, text: Tokens) -> float:
-    """Return how long a forward pass of one window takes on this machine."""
-    window = text.first(1)
-    final_hidden(model.network, window)  # the first one also allocates
-    began = time.monotonic()
-    final_hidden(model.network, window)
-    return time.monotonic() - began
+@torch.no_grad()
+def pace_of(model: LanguageModel, text: Tokens) -> Pace:
+    """Time a forward pass of a text's first window, in both precisions."""
+    window, network = text.first(1), model.network
+
+    def seconds(read: Callable[[], object]) -> float:
+        read()  # the first one also allocates
+        began = time.monotonic()
+        read()
+        return time.monotonic() - began
+
+    fast = seconds(lambda: final_hidden(network, window))
+    same = forward_dtype(window.device.type) is torch.float32
+    plain = fast if same else seconds(lambda: network.base_model(input_ids=window, use_cache=False))
+    return Pace(plain, fast, window.shape[1])
 
 
-def expected_seconds(
-    effort: Effort, seconds_of_pass: float, length: int, prunes: bool, known: bool, learns: bool = True
-) -> float:
+def expected_seconds(effort: Effort, pace: Pace, prunes: bool, known: bool, learns: bool = True) -> float:
     """Return about how long a whole run takes, to some tens of percent.
 
     Args:
         effort: What it does.
-        seconds_of_pass: From the function of this name.
-        length: Tokens in a window.
+        pace: Of this machine.
         prunes: Whether something will be pruned; else there is one candidate.
         known: Whether the damages were measured by an earlier run.
         learns: Whether a plan that prunes nothing may learn, if the effort says so.
     """
     candidates = effort.candidates if prunes else 1
-    passes = PROOF_PASSES + CODES_PASSES + STATISTICS_PASSES * effort.windows
+    passes, statistics = PROOF_PASSES + CODES_PASSES, STATISTICS_PASSES * effort.windows
     passes += 0 if known else FORMATS_PASSES + PRUNING_PASSES * prunes
     learnt = effort.tokens if prunes or (effort.tunes and learns) else 0
     if candidates > 1:
-        passes += candidates * (CANDIDATE_PASSES + CODES_PASSES + STATISTICS_PASSES * effort.trial_windows)
+        passes += candidates * (CANDIDATE_PASSES + CODES_PASSES)
+        statistics += candidates * STATISTICS_PASSES * effort.trial_windows
         learnt += candidates * effort.trial_tokens
-    return seconds_of_pass * (passes + LEARNING_PASSES * learnt / length)
+    return pace.plain * passes + pace.fast * statistics + pace.learning(learnt)
+
+
+def trial_tokens_within(seconds: float, tokens: int, pace: Pace, chooses: bool) -> int:
+    """Return from how many tokens the first candidate may learn, if its file is to be proven in a time: some or none.
+
+    Args:
+        seconds: The time.
+        tokens: As many at most.
+        pace: Of this machine.
+        chooses: Whether its codes are still to be chosen.
+    """
+    spare = seconds - pace.plain * (PROOF_PASSES + CANDIDATE_PASSES + CODES_PASSES * chooses)
+    return next((tokens // share for share in (1, 2, 4) if pace.learning(tokens // share) <= spare), 0)
