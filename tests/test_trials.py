@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from tests.command_line import command, environment, pocketlm
 from tests.conftest import Tiny
 from tests.tiny import tiny_folder
 
+from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.text import Tokens, pack_windows, python_topics
+from pocketlm.pipeline import planning
 from pocketlm.pipeline.planning import Fit, load_for, prepare
 from pocketlm.pipeline.stages import silent
 from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, best_of, search
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, recipe_of
-from pocketlm.plan.effort import PRESETS, Pace, expected_seconds, trial_tokens_within
+from pocketlm.plan.effort import PRESETS, Effort, Pace, expected_seconds, trial_tokens_within
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
@@ -61,12 +64,33 @@ def test_more_effort_takes_longer_and_known_damages_less():
     )
 
 
+def test_of_a_short_time_what_does_not_fit_is_left_out(tiny_model: Tiny, monkeypatch):
+    monkeypatch.setattr(planning, "pace_of", lambda model, text: Pace(1.0, 0.5, 512))
+    monkeypatch.setattr(planning, "damages_known", lambda model, texts: False)
+    monkeypatch.setattr(planning, "may_prune", lambda sizes, wanted: True)
+    model, wanted = tiny_model("llama"), Wanted(budget=Budget("b", 1), effort=PRESETS["best"])
+    texts = SimpleNamespace(calibration=None)
+
+    def effort(seconds: float | None) -> Effort:
+        job = Fit(model="", size="1MB", preset="best", time=seconds)
+        return planning.effort_within(job, model, sizes_of(model), wanted, texts, silent)
+
+    assert effort(None) == PRESETS["best"]
+    assert effort(1e5) == replace(PRESETS["best"], mixes=1)
+    least = expected_seconds(
+        replace(PRESETS["best"], candidates=1, tokens=0, windows=32), Pace(1.0, 0.5, 512), prunes=True, known=False
+    )
+    assert effort(least + 1) == replace(PRESETS["best"], mixes=1, candidates=1, windows=32)
+    with pytest.raises(ImpossibleBudgetError, match="--time 19m"):
+        effort(least - 1)
+
+
 def test_a_candidate_learns_from_what_the_time_leaves_beside_its_proof():
     pace = Pace(0.5, 0.25, 512)
     learns = pace.learning(2048)
-    assert learns == pytest.approx(4.0), "four windows, four passes each"
+    assert learns == pytest.approx(5.0), "four windows, five passes each"
     proof = next(seconds for seconds in range(1000) if trial_tokens_within(seconds, 2048, pace, chooses=False))
-    asked = [trial_tokens_within(proof + more, 2048, pace, chooses=False) for more in (-100, 0, 1, 2, 3, 100)]
+    asked = [trial_tokens_within(proof + more, 2048, pace, chooses=False) for more in (-100, 0, 1, 2, 4, 100)]
     assert asked == [0, 512, 1024, 1024, 2048, 2048]
     assert trial_tokens_within(proof, 2048, pace, chooses=True) == 0, "codes take time, too"
 

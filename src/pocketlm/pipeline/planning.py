@@ -222,7 +222,8 @@ def effort_within(
         )
     several = expected_seconds(replace(hurried, candidates=2), pace, prunes, known, job.prune) <= job.time
     # A second mix takes as long as a candidate, which learns besides.
-    return replace(wanted.effort, mixes=1, candidates=wanted.effort.candidates if several else 1)
+    within = replace(wanted.effort, mixes=1)
+    return within if several else replace(within, candidates=1, windows=effort.trial_windows)
 
 
 def sizes_before(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes:

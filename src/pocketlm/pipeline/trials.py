@@ -7,7 +7,7 @@ long with few bits. The final file is measured in the engine, on text that no tr
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Trial:
         reference: The original's.
         kl: To the original, nats per token; None where vocabularies differ among the candidates.
         tokens: That it learnt from.
-        pace: Of them, per second.
+        pace: Of them, per second; 0 where there were none.
         seconds: Building and measuring it took.
         codes: Seconds that choosing codes took.
         proof: Seconds that the proof of a final file takes, guessed from what the engine took here.
@@ -151,8 +151,8 @@ def search(
         made: list[Trial] = []
         spare, heal = LEARNING_SHARE * limit.left() if limit else 0.0, most
         if limit:
-            pace, chooses = pace_of(model, texts.calibration), decision.rivals[0].prunes
-            heal = trial_tokens_within(limit.left(), most, pace, chooses)
+            pace = pace_of(model, texts.calibration)
+            heal = trial_tokens_within(limit.left(), most, pace, decision.rivals[0].prunes)
         for plan in decision.rivals:
             if limit and made and limit.left() < _needed(made) + (spare if len(made) > 1 else 0.0):
                 break
@@ -162,6 +162,7 @@ def search(
         if limit is None:
             recipe = recipe_of(won.plan, wanted, decision.heal, decision.tune, seed, wanted.effort.windows)
         else:
+            won = won if won.pace else replace(won, pace=1 / pace.learning(1))
             recipe = _longest(won, limit, lambda tokens: recipe_of(won.plan, wanted, tokens, decision.tune, seed, few))
         return {"trials": len(made), "heal": heal, "recipe": to_dict(recipe)}
 

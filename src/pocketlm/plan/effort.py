@@ -19,7 +19,9 @@ FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 2
 # In passes as models are read, in bfloat16 where the machine multiplies that. Of each window that codes are chosen
 # from: three for what its tokens matter, then the original's, before the codes and behind them.
 STATISTICS_PASSES = 6
-LEARNING_PASSES = 4  # a step learns from a window: the teacher's pass, the student's twice, and the way back
+# A step learns from a window: the teacher's pass, the student's, and the way back, which is two, took four in all;
+# where bfloat16 makes passes faster but not all that is between them, five.
+LEARNING_PASSES = 5
 
 
 @dataclass(frozen=True)
