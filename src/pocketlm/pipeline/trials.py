@@ -160,10 +160,10 @@ def search(
             progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))
         won = best_of(made)
         if limit is None:
-            recipe = recipe_of(won.plan, wanted, decision.heal, decision.tune, seed, wanted.effort.windows)
+            recipe = _recipe(won.plan, wanted, decision, decision.heal, wanted.effort.windows)
         else:
             won = won if won.pace else replace(won, pace=1 / pace.learning(1))
-            recipe = _longest(won, limit, lambda tokens: recipe_of(won.plan, wanted, tokens, decision.tune, seed, few))
+            recipe = _longest(won, limit, wanted.effort.windows, partial(_recipe, won.plan, wanted, decision))
         return {"trials": len(made), "heal": heal, "recipe": to_dict(recipe)}
 
     rivals = [asdict(plan) for plan in decision.rivals]
@@ -175,18 +175,33 @@ def search(
     return Search(trials, best_of(trials), recipe, len(decision.rivals) - len(trials))
 
 
+def _recipe(plan: Plan, wanted: Wanted, decision: Decision, tokens: int, windows: int) -> Recipe:
+    return recipe_of(plan, wanted, tokens, decision.tune, decision.recipe.seed, windows)
+
+
 def _needed(made: Sequence[Trial]) -> float:
     """Return the seconds that another candidate and the rest of the run take."""
     return max(trial.seconds + trial.codes + trial.proof for trial in made)
 
 
-def _longest(won: Trial, limit: Limit, recipe_with: Callable[[int], Recipe]) -> Recipe:
-    """Return the recipe that learns from as many tokens as fit; the winner's own where those are no more."""
+def _longest(won: Trial, limit: Limit, windows: int, recipe_with: Callable[[int, int], Recipe]) -> Recipe:
+    """Return the recipe that learns from as many tokens as fit, its codes chosen anew from `windows` if time allows.
+
+    Where not even as many tokens fit as the winner learnt from, it is the winner's own.
+
+    Args:
+        won: The winner.
+        limit: Of the person's time.
+        windows: Of text, for the statistics of quantizing.
+        recipe_with: From tokens and windows to a recipe.
+    """
+    before = next(step.windows for step in won.recipe.steps if step.step == "quantize")
     spare = MARGIN * (limit.left() - won.proof)
-    recipe = recipe_with(int(max(0.0, spare) * won.pace))
-    if recipe.steps[: _codes_at(recipe)] != won.recipe.steps[: _codes_at(won.recipe)]:
-        recipe = recipe_with(int(max(0.0, spare - won.codes) * won.pace))  # other weights: codes are chosen anew
-    return recipe if _learnt(recipe) > won.tokens else won.recipe
+    again = recipe_with(int(max(0.0, spare - won.codes * windows / before) * won.pace), windows)
+    as_was = recipe_with(int(max(0.0, spare) * won.pace), before)
+    kept = as_was.steps[: _codes_at(as_was)] == won.recipe.steps[: _codes_at(won.recipe)]
+    choices = [as_was] if kept and windows == before else [again, *[as_was] * kept]
+    return next((recipe for recipe in choices if _learnt(recipe) > won.tokens), won.recipe)
 
 
 def _codes_at(recipe: Recipe) -> int:
