@@ -22,7 +22,8 @@ from pocketlm.pipeline.stages import silent
 from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, best_of, search
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, recipe_of
-from pocketlm.plan.effort import PRESETS, Effort, Pace, expected_seconds, trial_tokens_within
+from pocketlm.plan.effort import PRESETS, Effort, expected_seconds, trial_tokens_within
+from pocketlm.plan.pace import Pace
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sensitivity import vocabulary_damage

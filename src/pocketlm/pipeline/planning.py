@@ -21,8 +21,9 @@ from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.trials import Search
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
 from pocketlm.plan.decide import Decision, Wanted, may_prune, most_candidates, uniform_recipe
-from pocketlm.plan.effort import Effort, effort_of, expected_seconds, pace_of
+from pocketlm.plan.effort import Effort, effort_of, expected_seconds
 from pocketlm.plan.footprint import Footprint
+from pocketlm.plan.pace import pace_of
 from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of

@@ -24,7 +24,8 @@ from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.proof import compare_texts, measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
-from pocketlm.plan.effort import pace_of, trial_tokens_within
+from pocketlm.plan.effort import trial_tokens_within
+from pocketlm.plan.pace import pace_of
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict
 from pocketlm.plan.search import Plan
 
@@ -149,12 +150,12 @@ def search(
 
     def produce(folder: Path) -> dict[str, Any]:
         made: list[Trial] = []
-        spare, heal = LEARNING_SHARE * limit.left() if limit else 0.0, most
+        heal = most
         if limit:
-            pace = pace_of(model, texts.calibration)
+            spare, pace = LEARNING_SHARE * limit.left(), pace_of(model, texts.calibration)
             heal = trial_tokens_within(limit.left(), most, pace, decision.rivals[0].prunes)
         for plan in decision.rivals:
-            if limit and made and limit.left() < _needed(made) + (spare if len(made) > 1 else 0.0):
+            if limit and made and limit.left() < _needed(made) + spare * (len(made) > 1):
                 break
             made.append(trial_of(plan, heal))
             progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))

@@ -1,16 +1,9 @@
 """How much work a search does, and about how long that takes here."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from pocketlm.errors import BadInputError
-from pocketlm.model.compute import forward_dtype
-from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.sweep import final_hidden
-from pocketlm.model.text import Tokens
+from pocketlm.plan.pace import Pace
 
 # In forward passes of one window in float32, timed on SmolLM2-135M on two cores with AVX2: every format's damage in
 # every block, the damage of pruning, choosing codes, of each candidate what is neither learning nor codes (pruning,
@@ -19,28 +12,6 @@ FORMATS_PASSES, PRUNING_PASSES, CODES_PASSES, CANDIDATE_PASSES, PROOF_PASSES = 2
 # In passes as models are read, in bfloat16 where the machine multiplies that. Of each window that codes are chosen
 # from: three for what its tokens matter, then the original's, before the codes and behind them.
 STATISTICS_PASSES = 6
-# A step learns from a window: the teacher's pass, the student's, and the way back, which is two, took four in all;
-# where bfloat16 makes passes faster but not all that is between them, five.
-LEARNING_PASSES = 5
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that a forward pass of one window takes on this machine.
-
-    Attributes:
-        plain: In float32.
-        fast: In the precision that models are read in.
-        length: Tokens in the window.
-    """
-
-    plain: float
-    fast: float
-    length: int
-
-    def learning(self, tokens: int) -> float:
-        """Return about how many seconds learning from so many tokens takes."""
-        return self.fast * LEARNING_PASSES * tokens / self.length
 
 
 @dataclass(frozen=True)
@@ -83,23 +54,6 @@ def effort_of(preset: str) -> Effort:
     if preset not in PRESETS:
         raise BadInputError(f"Unknown preset `{preset}`. Known: {', '.join(PRESETS)}")
     return PRESETS[preset]
-
-
-@torch.no_grad()
-def pace_of(model: LanguageModel, text: Tokens) -> Pace:
-    """Time a forward pass of a text's first window, in both precisions."""
-    window, network = text.first(1), model.network
-
-    def seconds(read: Callable[[], object]) -> float:
-        read()  # the first one also allocates
-        began = time.monotonic()
-        read()
-        return time.monotonic() - began
-
-    fast = seconds(lambda: final_hidden(network, window))
-    same = forward_dtype(window.device.type) is torch.float32
-    plain = fast if same else seconds(lambda: network.base_model(input_ids=window, use_cache=False))
-    return Pace(plain, fast, window.shape[1])
 
 
 def expected_seconds(effort: Effort, pace: Pace, prunes: bool, known: bool, learns: bool = True) -> float:
