@@ -1,4 +1,4 @@
-"""The commands as Python functions, under the same names.
+"""The commands as Python functions; `quantize` is `fit(Fit(..., prune=False))`.
 
 from pocketlm.api import Fit, fit
 

@@ -49,13 +49,16 @@ def fit(
         list[Path] | None, typer.Option(help="A .jsonl to score the file on beside the original; repeatable.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="How much is tried: fast (one plan), balanced (3 candidates), best (6; hours).")
+        str, typer.Option(help="How much is tried: fast (one plan), balanced (up to 3 candidates), best (up to 6).")
     ] = "balanced",
     time: Annotated[
-        str | None, typer.Option(help="Time for the whole run, such as 30m: it ends with the best so far.")
+        str | None,
+        typer.Option(
+            help="Time for the whole run, such as 30m, with --preset balanced or best: it ends with the best so far."
+        ),
     ] = None,
     heal: Annotated[
-        str | None, typer.Option(help="Time to learn after pruning, such as 5m; 0 switches it off.")
+        str | None, typer.Option(help="Time to learn, after pruning or by tuning, such as 5m; 0 switches it off.")
     ] = None,
     seed: Seed = 0,
     sweep: Annotated[
@@ -302,7 +305,7 @@ def distill(
 
 @app.command()
 def chat(
-    file: Annotated[Path, typer.Argument(help="A folder made by `fit`, or a GGUF file.")],
+    file: Annotated[Path, typer.Argument(help="A folder made by `fit`, a GGUF file, or `demo`.")],
     system: Annotated[str | None, typer.Option(help="The first message, about how to answer.")] = None,
     threads: Threads = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest word.")] = False,

@@ -11,11 +11,16 @@ from pocketlm.errors import BadInputError
 MOST_THREADS = 512  # of llama.cpp (GGML_MAX_N_THREADS), which ends the process beyond
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a GGUF file, or `demo`.")]
-Data = Annotated[list[Path] | None, typer.Option("--data", help="Text file (.txt, .jsonl); may be repeated.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="Plain text, or .jsonl with `text` or `messages` a line; repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1, max=MOST_THREADS)]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same file.", min=0, max=2**63 - 1)]
+Seed = Annotated[
+    int, typer.Option(help="The same seed gives the same file, where no time is given.", min=0, max=2**63 - 1)
+]
 
 
 def gguf_file(name: str) -> Path:
