@@ -65,7 +65,7 @@ def test_text_beyond_the_windows_is_in_a_key_too():
 
 @pytest.mark.parametrize("module", ["tensors/elimination.py", "pipeline/stages.py", "commands/distillation.py"])
 def test_other_code_makes_other_stages(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    copy = shutil.copytree(Path(pocketlm.__file__).parent, tmp_path / "pocketlm")
+    copy = shutil.copytree(Path(pocketlm.__file__).parent, tmp_path / "server" / "pocketlm")
     monkeypatch.setattr("pocketlm.__file__", str(copy / "__init__.py"))
     before = cache.code_hash.__wrapped__()
     assert before == cache.code_hash()
