@@ -71,7 +71,8 @@ def code_hash() -> str:
     """Return the hash of what computes stages: this program's code, and the versions of the libraries."""
     root = Path(pocketlm.__file__).parent
     rooms = (path for room in ROOMS for path in sorted((root / room).rglob("*.py")))
-    files = [path for path in rooms if "server" not in path.relative_to(root).parts]  # it computes none
+    # The server answers, and computes no stage.
+    files = [path for path in rooms if "server" not in path.relative_to(root).parts]
     code = b"".join(path.read_bytes() for path in files)
     return hashlib.sha256(code + json.dumps(versions()).encode()).hexdigest()
 
