@@ -18,12 +18,15 @@ from tests.conftest import Tiny
 from tests.serving import serving, tiny_file
 from tests.tiny import tiny_folder
 
+from pocketlm.commands.distillation import Distillation, _asked
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.model.examples import Example, encode_answer, encode_prompt, pack_examples
 from pocketlm.model.opinions import ids_by_text, keep_opinions, understood
 from pocketlm.model.source import demo_file, load
 from pocketlm.model.targets import open_targets
-from pocketlm.run.remote import LIKELIEST, ask, read_answers
+from pocketlm.pipeline.stages import silent
+from pocketlm.run.remote import LIKELIEST, ask, read_answers, served_model
+from pocketlm.steps.distil import Distil
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,15 @@ def server() -> Iterator[str]:
 
 
 @contextmanager
-def saying(status: int, body: bytes) -> Iterator[str]:
-    """A server that always says the same."""
+def saying(status: int, body: bytes, model: str | None = None, port: int = 0) -> Iterator[str]:
+    """A server that always says the same, and has a name for its model or none."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if model else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": model}]}).encode())
+
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(status)
@@ -54,7 +62,7 @@ def saying(status: int, body: bytes) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/v1"
         http.shutdown()
@@ -66,7 +74,7 @@ FRANCE, SPAIN = (f"What is the capital of {land}? Answer in one sentence." for l
 @pytest.mark.slow
 def test_a_real_server_answers_and_is_asked_only_once(server: str, tmp_path: Path):
     kept = tmp_path / "answers.jsonl"
-    asked = ask(server, [FRANCE, SPAIN, FRANCE], kept)
+    asked = ask(server, None, [FRANCE, SPAIN, FRANCE], kept)
     assert [example.prompt for example in asked] == [FRANCE, SPAIN, FRANCE]
     assert "Paris" in asked[0].answer
     assert asked[0] == asked[2]
@@ -74,17 +82,18 @@ def test_a_real_server_answers_and_is_asked_only_once(server: str, tmp_path: Pat
     assert len(lines) == 2
     kept.write_text(f"{lines[0]}\n{lines[1][:9]}")  # killed while it wrote
     with pytest.raises(BadInputError, match=r"Nothing answers at http://127\.0\.0\.1:9"):
-        ask("http://127.0.0.1:9", [FRANCE, SPAIN], kept)
+        ask("http://127.0.0.1:9", None, [FRANCE, SPAIN], kept)
     assert kept.read_text() == f"{lines[0]}\n"
-    assert ask("http://127.0.0.1:9", [FRANCE], kept) == asked[:1]
-    assert ask(server, [FRANCE, SPAIN], kept) == asked[:2]
+    assert ask("http://127.0.0.1:9", None, [FRANCE], kept) == asked[:1]
+    assert ask(server, None, [FRANCE, SPAIN], kept) == asked[:2]
 
 
 @pytest.mark.slow
 def test_our_own_server_teaches(tmp_path: Path):
     """It knows its model by one name alone."""
     with serving(tiny_file(tmp_path, "teacher"), cache=tmp_path / "cache") as running:
-        ask(f"{running.address}/v1", ["Hello"], tmp_path / "answers.jsonl")
+        address = f"{running.address}/v1"
+        ask(address, served_model(address), ["Hello"], tmp_path / "answers.jsonl")
     assert [answer.prompt for answer in read_answers(tmp_path / "answers.jsonl")] == ["Hello"]
 
 
@@ -96,7 +105,7 @@ def reply(text: str, why: str, **more: object) -> bytes:
 def test_what_a_server_says_of_its_tokens_is_what_its_model_says(server: str, tmp_path: Path):
     """The engine's probabilities, understood by the tokenizer, beside those of the same weights in torch."""
     model = load("demo")
-    (answer,) = ask(server, [FRANCE], tmp_path / "answers.jsonl")
+    (answer,) = ask(server, None, [FRANCE], tmp_path / "answers.jsonl")
     said = understood(answer.answer, answer.opinion, model.tokenizer, ids_by_text(model.tokenizer))
     prompt, ids = encode_prompt(model.tokenizer, FRANCE), encode_answer(model.tokenizer, answer.answer)
     with torch.no_grad():
@@ -125,7 +134,7 @@ def test_a_server_that_gives_no_probabilities_is_asked_for_words(tmp_path: Path)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        asked = ask(f"http://127.0.0.1:{http.server_port}/v1", ["a", "b"], tmp_path / "answers.jsonl")
+        asked = ask(f"http://127.0.0.1:{http.server_port}/v1", None, ["a", "b"], tmp_path / "answers.jsonl")
         http.shutdown()
     assert [(answer.answer, answer.opinion) for answer in asked] == [("Yes.", None)] * 2
     assert ["logprobs" in body for body in bodies] == [True, False, False], "it is asked for them once"
@@ -159,8 +168,26 @@ def test_opinions_stand_in_front_of_their_tokens(tiny_model: Tiny, tmp_path: Pat
 
 def test_an_answer_that_was_cut_off_is_left_out_and_not_asked_again(tmp_path: Path):
     with saying(200, reply("and so on", "length")) as url:
-        assert ask(url, ["hello"], tmp_path / "answers.jsonl") == []
-    assert ask(url, ["hello"], tmp_path / "answers.jsonl") == []
+        assert ask(url, None, ["hello"], tmp_path / "answers.jsonl") == []
+    assert ask(url, None, ["hello"], tmp_path / "answers.jsonl") == []
+
+
+def test_another_model_behind_the_same_address_is_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And one that has gone since is not missed."""
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "hello"}')
+    with saying(200, b"") as url:
+        port = int(url.split(":")[2].split("/")[0])
+
+    def answers() -> list[str]:
+        job = Distillation(teacher="", student="", how=Distil(tokens=1), task=task, remote=url)
+        return [answer.answer for answer in _asked(job, silent)]
+
+    for name in ("one", "two"):
+        with saying(200, reply(name, "stop"), name, port):
+            assert answers() == [name]
+        assert answers() == [name], "it is gone"
 
 
 def taught(base: Path, said: bytes, folder: Path) -> str:
@@ -208,7 +235,14 @@ def test_without_prompts_a_remote_teacher_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("status", "body", "error", "message"),
     [
-        (401, b"", BadInputError, "refused .401"),
+        (401, b"", BadInputError, "refused the prompt `hello` .401 Unauthorized."),
+        (
+            400,
+            b'{"error": {"message": "It is too long"}}',
+            BadInputError,
+            "refused the prompt `hello` .400 It is too long.",
+        ),
+        (400, b'{"error": "no"}', BadInputError, "refused the prompt `hello` .400 Bad Request."),
         (200, b"<html>", PocketlmError, "did not answer in JSON"),
         (200, b"{}", PocketlmError, "did not answer as a chat"),
         (200, b'{"choices": [{"message": {"content": null}}]}', PocketlmError, "did not answer as a chat"),
@@ -216,4 +250,4 @@ def test_without_prompts_a_remote_teacher_is_refused(tmp_path: Path):
 )
 def test_servers_that_do_not_answer(status: int, body: bytes, error: type[Exception], message: str, tmp_path: Path):
     with saying(status, body) as url, pytest.raises(error, match=message):
-        ask(url, ["hello"], tmp_path / "answers.jsonl")
+        ask(url, None, ["hello"], tmp_path / "answers.jsonl")

@@ -27,7 +27,7 @@ from pocketlm.model.source import load
 from pocketlm.model.targets import fitting, open_targets, predicted_bytes, words_of, write_targets
 from pocketlm.model.training import LOSSES
 from pocketlm.pipeline.artefact import new_folder
-from pocketlm.pipeline.cache import remove_leftovers, stage, unfinished
+from pocketlm.pipeline.cache import latest, remove_leftovers, stage, unfinished
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
@@ -37,7 +37,7 @@ from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.report.distilled import distilled_page
 from pocketlm.report.write import write_manifest
-from pocketlm.run.remote import Answer, ask, read_answers
+from pocketlm.run.remote import Answer, ask, read_answers, served_model
 from pocketlm.steps.distil import Distil, alike, distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
@@ -276,7 +276,7 @@ def _lessons(
     length = texts.calibration.windows.shape[1]
     examples = that_fit(examples, teacher.tokenizer, length) if job.remote else examples
     learnt, choosing = (_packed(part, opinions, teacher, length, progress) for part in split_examples(examples))
-    return learnt, choosing, {"task": file_sha256(job.task), "remote": job.remote or ""}
+    return learnt, choosing, {"task": _hash_of(examples, opinions)}
 
 
 def _packed(
@@ -286,33 +286,40 @@ def _packed(
     lessons = pack_examples(examples, teacher.tokenizer, length)
     if not opinions:
         return lessons
-    text = json.dumps([[example.prompt, example.answer, opinions.get(example.prompt)] for example in examples])
 
     def produce(folder: Path) -> dict[str, int]:
         _, used = keep_opinions(lessons, examples, opinions, teacher.tokenizer, folder)
         return {"examples": len(examples), "with_probabilities": used}
 
-    inputs = {"teacher": teacher.origin.key, "length": length, "said": hashlib.sha256(text.encode()).hexdigest()}
+    inputs = {"teacher": teacher.origin.key, "length": length, "said": _hash_of(examples, opinions)}
     done = stage("opinions", inputs, produce)
     progress("answers learnt with the server's probabilities", done.facts["with_probabilities"], done.facts["examples"])
     return replace(lessons, targets=open_targets(done.folder))
 
 
+def _hash_of(examples: list[Example], opinions: dict[str, Opinion]) -> str:
+    text = json.dumps([[example.prompt, example.answer, opinions.get(example.prompt)] for example in examples])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _asked(job: Distillation, progress: Progress) -> list[Answer]:
-    """Return a server's answers to the task's prompts, got once."""
+    """Return a server's answers to the task's prompts, got once; a server that has gone since is not missed."""
     prompts = [example.prompt for example in read_examples(job.task, answered=False)]
+    asked, model = {"server": job.remote, "task": file_sha256(job.task)}, served_model(job.remote)
+    if model is None and (earlier := latest("answers", asked)):
+        return read_answers(earlier / ANSWERS)
 
     def produce(folder: Path) -> dict[str, int]:
         work = unfinished(folder)
         work.mkdir(parents=True, exist_ok=True)
-        asked = ask(job.remote, prompts, work / ANSWERS, progress=lambda i, n: progress("asking the teacher", i, n))
-        if not asked:
+        what = f"asking {model or 'the teacher'}"
+        answers = ask(job.remote, model, prompts, work / ANSWERS, lambda i, n: progress(what, i, n))
+        if not answers:
             raise BadInputError(f"The server at {job.remote} had nothing to say to any prompt of {job.task}")
-        (folder / ANSWERS).write_text("".join(json.dumps(vars(answer)) + "\n" for answer in asked))
-        return {"answers": len(asked)}
+        (folder / ANSWERS).write_text("".join(json.dumps(vars(answer)) + "\n" for answer in answers))
+        return asked
 
-    done = stage("answers", {"server": job.remote, "task": file_sha256(job.task)}, produce)
-    return read_answers(done.folder / ANSWERS)
+    return read_answers(stage("answers", asked | {"model": model}, produce).folder / ANSWERS)
 
 
 def _from_disk(

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pocketlm.errors import BadInputError, PocketlmError
@@ -16,6 +17,7 @@ from pocketlm.model.files import json_lines
 KEY = "OPENAI_API_KEY"  # of the environment; sent where it is set
 TIMEOUT = 600  # seconds for one answer
 ANSWER_TOKENS = 256
+SHOWN, REASON = 60, 300  # characters of a prompt and of a server's words in a message
 LIKELIEST = 14  # tokens whose probabilities are asked for; OpenAI gives up to 20
 REFUSED = (400, 404, 422, 501)  # what servers say that give no probabilities
 
@@ -38,6 +40,7 @@ class Answer:
 
 def ask(
     url: str,
+    model: str | None,
     prompts: list[str],
     kept: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -48,6 +51,7 @@ def ask(
 
     Args:
         url: Of the server, such as http://localhost:8080/v1.
+        model: Whom to ask there; whom the server chooses where None.
         prompts: Each is a conversation's first message.
         kept: A file that every answer is added to, as a line of JSON.
         progress: Called after each answer with how many are there and how many there will be.
@@ -57,11 +61,10 @@ def ask(
         PocketlmError: An answer cannot be understood.
     """
     answers, probabilities = {answer.prompt: answer for answer in read_answers(kept)}, True
-    named = {} if answers.keys() >= set(prompts) else _named(url)
     with kept.open("a", encoding="utf-8") as file:
         for done, prompt in enumerate(dict.fromkeys(prompts), 1):
             if prompt not in answers:
-                answers[prompt], probabilities = _answer(url, named, prompt, probabilities)
+                answers[prompt], probabilities = _answer(url, model, prompt, probabilities)
                 file.write(json.dumps(vars(answers[prompt])) + "\n")
                 file.flush()
             progress(done, len(prompts))
@@ -73,17 +76,18 @@ def read_answers(path: Path) -> list[Answer]:
     return [Answer(**line) for line in json_lines(path)]
 
 
-def _named(url: str) -> dict[str, str]:
-    """Return what names the server's model in a request, the first that it lists; nothing where there is no list."""
+def served_model(url: str) -> str | None:
+    """Return the name of the server's model, the first that it lists; None where there is no list, or no server."""
     try:
         with urllib.request.urlopen(_request(url, "models"), timeout=TIMEOUT) as response:
-            return {"model": str(json.load(response)["data"][0]["id"])}
+            return str(json.load(response)["data"][0]["id"])
     except (OSError, ValueError, http.client.HTTPException, KeyError, IndexError, TypeError):
-        return {}  # what asks the questions says what is wrong
+        return None  # what asks the questions says what is wrong
 
 
-def _answer(url: str, named: dict[str, str], prompt: str, probabilities: bool) -> tuple[Answer, bool]:
+def _answer(url: str, model: str | None, prompt: str, probabilities: bool) -> tuple[Answer, bool]:
     """Return the answer to a prompt, and whether the server takes questions for probabilities."""
+    named = {"model": model} if model else {}
     body = named | {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": ANSWER_TOKENS}
     more = {"logprobs": True, "top_logprobs": LIKELIEST} if probabilities else {}
     try:
@@ -91,9 +95,10 @@ def _answer(url: str, named: dict[str, str], prompt: str, probabilities: bool) -
             return _read(prompt, json.load(response)["choices"][0]), probabilities
     except urllib.error.HTTPError as error:
         if probabilities and error.code in REFUSED:
-            return _answer(url, named, prompt, probabilities=False)
+            return _answer(url, model, prompt, probabilities=False)
         raise BadInputError(
-            f"The server at {url} refused ({error.code} {error.reason}). Check the address, and {KEY} if it wants a key"
+            f"The server at {url} refused the prompt `{shorten(prompt, SHOWN)}` ({error.code} {_reason(error)}). "
+            f"Check the address, and {KEY} if it wants a key"
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, json.JSONDecodeError):
@@ -103,6 +108,14 @@ def _answer(url: str, named: dict[str, str], prompt: str, probabilities: bool) -
         ) from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise PocketlmError(f"The server at {url} did not answer as a chat. It must speak OpenAI's protocol") from error
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Return why a server refused, in its own words where it has some."""
+    try:
+        return shorten(str(json.load(error)["error"]["message"]), REASON)
+    except (OSError, ValueError, http.client.HTTPException, KeyError, TypeError):
+        return error.reason
 
 
 def _request(url: str, path: str, body: dict[str, Any] | None = None) -> urllib.request.Request:
