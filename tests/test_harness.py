@@ -26,6 +26,14 @@ doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
 metric_list: [{metric: exact_match}]
 """
+FILTERED = f"""{WRITTEN}
+filter_list:
+  - {{name: said, filter: [{{function: take_first}}]}}
+  - name: found
+    filter:
+      - {{function: regex, regex_pattern: "(@{{9}})", fallback: nothing of the kind}}
+      - {{function: take_first}}
+"""
 ENDINGS = ("evaluated", "no objects of their own", "names", "in modules")
 
 
@@ -38,16 +46,23 @@ def test_the_harness_and_our_own_scores_agree(tmp_path):
     (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
     written = [{"prompt": text, "answer": "nothing of the kind"} for text in prompts]
     (tmp_path / "written.jsonl").write_text("\n".join(map(json.dumps, written)))
-    for name, kind, rest in (("choices", "multiple_choice", CHOICES), ("written", "generate_until", WRITTEN)):
+    (tmp_path / "filtered.jsonl").write_text("\n".join(map(json.dumps, written)))
+    kinds = {
+        "choices": ("multiple_choice", CHOICES),
+        "written": ("generate_until", WRITTEN),
+        "filtered": ("generate_until", FILTERED),
+    }
+    for name, (kind, rest) in kinds.items():
         text = TASK.format(name=f"pocketlm_{name}", data=tmp_path / f"{name}.jsonl", kind=kind) + rest
         (tmp_path / f"pocketlm_{name}.yaml").write_text(text)
     both = ("evaluate", folder, "--reference", folder, "--json")
-    tasks = ("--harness", tmp_path / "pocketlm_choices.yaml", "--harness", tmp_path / "pocketlm_written.yaml")
+    tasks = [each for name in kinds for each in ("--harness", tmp_path / f"pocketlm_{name}.yaml")]
     done = pocketlm(*both, *tasks, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     theirs = {(score["task"], score["metric"]): score for score in json.loads(done.stdout)["tasks"]}
     assert set(theirs) == {
         ("pocketlm_choices", "acc"), ("pocketlm_choices", "acc_norm"), ("pocketlm_written", "exact_match"),
+        ("pocketlm_filtered", "exact_match (said)"), ("pocketlm_filtered", "exact_match (found)"),
     }  # fmt: skip
     done = pocketlm(*both, "--task", tmp_path / "choices.jsonl", cache=tmp_path / "cache")
     (ours,) = json.loads(done.stdout)["tasks"]
@@ -57,6 +72,9 @@ def test_the_harness_and_our_own_scores_agree(tmp_path):
         assert score["difference"] == {"value": 0, "low": 0, "high": 0}
         assert score["items"] == len(prompts)
     assert theirs["pocketlm_written", "exact_match"]["scores"]["model"]["value"] == 0
+    for metric, value in (("exact_match (said)", 0), ("exact_match (found)", 1)):
+        score = theirs["pocketlm_filtered", metric]
+        assert (score["items"], score["scores"]["model"]["value"]) == (len(prompts), value)
 
 
 @pytest.mark.skipif(bool(find_spec("lm_eval")), reason="lm-eval is installed")

@@ -15,6 +15,7 @@ from pocketlm.run.engine import Engine
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+NO_FILTER = "none"  # the harness's name for answers as they were given
 WRITTEN = 256  # tokens at most where a task does not say
 
 
@@ -66,16 +67,22 @@ def score_harness(
 
 
 def _scores(task: str, found: Mapping[str, Any]) -> list[HarnessScore]:
-    """Return every metric of a task that is a mean over its items."""
+    """Return every metric of a task that is a mean over its items, for each filter that answers go through."""
     samples = {role: each["samples"][task] for role, each in found.items()}
+    filters = dict.fromkeys(sample.get("filter", NO_FILTER) for sample in samples["model"])
     scores = []
-    for metric in samples["model"][0]["metrics"]:
-        values = {role: [sample.get(metric) for sample in rows] for role, rows in samples.items()}
-        if not all(isinstance(value, int | float) for each in values.values() for value in each):
-            continue  # such as pairs of a likelihood and a count of bytes
-        difference = pair(values["reference"], values["model"]).difference if "reference" in values else None
-        shares = {role: _mean(each) for role, each in values.items()}
-        scores.append(HarnessScore(task, metric, len(values["model"]), shares, difference))
+    for name in filters:
+        rows = {
+            r: [sample for sample in each if sample.get("filter", NO_FILTER) == name] for r, each in samples.items()
+        }
+        for metric in rows["model"][0]["metrics"]:
+            values = {role: [sample.get(metric) for sample in each] for role, each in rows.items()}
+            if not all(isinstance(value, int | float) for each in values.values() for value in each):
+                continue  # such as pairs of a likelihood and a count of bytes
+            difference = pair(values["reference"], values["model"]).difference if "reference" in values else None
+            shares = {role: _mean(each) for role, each in values.items()}
+            said = metric if name == NO_FILTER else f"{metric} ({name})"
+            scores.append(HarnessScore(task, said, len(values["model"]), shares, difference))
     return scores
 
 
