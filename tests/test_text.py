@@ -64,7 +64,7 @@ def test_the_default_text_fills_every_split():
     assert corpus.sha256 == python_topics().sha256
     again = corpus.tokens("test", tokenizer, 4)
     assert again.sha256 == corpus.tokens("test", tokenizer, 4).sha256
-    assert again.sha256 != corpus.tokens("test", tokenizer, 3).sha256
+    assert again.sha256 != corpus.tokens("test", tokenizer, 5).sha256
     assert again.name == "pydoc_data.topics (test)"
     assert torch.equal(again.first(2), windows["test"][:2])
     assert torch.equal(again.first(100), windows["test"])
@@ -115,7 +115,7 @@ def test_no_more_is_tokenized_than_the_limit_needs():
 
 
 def test_too_little_text_is_refused_with_the_amount_that_is_needed():
-    words = re.escape("The text `note.txt` is too short: its test part has less than 512 tokens. Give at least")
+    words = re.escape("The text `note.txt` is too short: its test part has less than 2048 tokens. Give at least")
     with pytest.raises(BadInputError, match=words):
         Corpus("note.txt", ("a few words",)).tokens("test", tiny_tokenizer("llama"), 4)
 

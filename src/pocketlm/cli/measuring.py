@@ -25,7 +25,7 @@ def evaluate(
         str | None, typer.Option(help="The original to compare with; anything that MODEL can be.")
     ] = None,
     data: Data = None,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=2)] = 12,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to measure on.", min=4)] = 12,
     task: Annotated[
         list[Path] | None,
         typer.Option(help="JSONL of prompt with choices and answer, with label, or with answer alone; repeatable."),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW = 512  # tokens per window, also the length that perplexity is measured on
 PIECE = 4000  # characters after which a long text is cut at the next paragraph
+LEAST_WINDOWS = {"test": 4, "validation": 4, "calibration": 1}  # a spread over fewer says little of the noise
 ENOUGH = 80  # words of text per token of a window: all splits of so many documents have some, nearly always
 SHARES = {"test": 0.15, "validation": 0.10}  # of the documents; calibration has the rest
 
@@ -74,7 +75,7 @@ class Corpus:
         """Return up to `limit` windows of one split.
 
         Raises:
-            BadInputError: The split is shorter than one window.
+            BadInputError: The split has less than its least number of windows.
         """
         windows = pack_windows(self.split(wanted), tokenizer, limit, length)
         check_length(self, wanted, windows, length)
@@ -82,14 +83,15 @@ class Corpus:
 
 
 def check_length(corpus: Corpus, part: str, windows: Tensor, length: int) -> None:
-    """Refuse a text of which a part has not even one window.
+    """Refuse a text of which a part is too short to teach anything or to judge by.
 
     Raises:
-        BadInputError: It has none; the message says how much text it takes.
+        BadInputError: It has less than its least number of windows; the message says how much text it takes.
     """
-    if not len(windows):
+    least = LEAST_WINDOWS[part]
+    if len(windows) < least:
         raise BadInputError(
-            f"The text `{corpus.name}` is too short: its {part} part has less than {length} tokens. "
+            f"The text `{corpus.name}` is too short: its {part} part has less than {least * length} tokens. "
             f"Give at least {ENOUGH * length} words with --data"
         )
 
