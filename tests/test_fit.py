@@ -357,7 +357,9 @@ def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_pat
     assert "more than the budget of 40kB" in done.stderr
 
 
-@pytest.mark.parametrize("option", [("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m")])
+@pytest.mark.parametrize(
+    "option", [("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m"), ("--seed", "7")]
+)
 def test_a_recipe_takes_no_limits_that_it_would_ignore(option, llama, recipe, tmp_path):
     done = pocketlm("fit", llama, "--recipe", recipe, *option, "-o", tmp_path / "out", cache=tmp_path / "cache")
     assert (done.returncode, done.stdout) == (2, "")

@@ -23,7 +23,7 @@ from pocketlm.model.text import Tokens
 from pocketlm.pipeline import planning
 from pocketlm.pipeline.plan_stages import measure_damages
 from pocketlm.pipeline.planning import Fit
-from pocketlm.pipeline.stages import Texts
+from pocketlm.pipeline.stages import Texts, gather_texts
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
 from pocketlm.plan.decide import Wanted
@@ -48,6 +48,16 @@ SCALES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 def silent(what: str, done: int, total: int) -> None:
     """Progress that nobody watches; what is done never exceeds what there is."""
     assert 0 <= done <= total, what
+
+
+def test_a_recipes_own_seed_draws_the_text(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that it gives the same bytes wherever it is run."""
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    model, path = tiny_model("llama"), tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(Recipe(steps=(Quantize(formats={"*": "Q8_0"}),), seed=7)))
+    texts, _ = planning.prepare(Fit(model="tiny", recipe=path, out=tmp_path / "out"), model, silent)
+    drawn = [gather_texts(model, [], seed, silent).calibration.sha256 for seed in (7, 0)]
+    assert texts.calibration.sha256 == drawn[0] != drawn[1]
 
 
 # ---- budgets ----

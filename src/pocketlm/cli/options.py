@@ -19,7 +19,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.", min=1, max=MOST_THREADS)]
 Seed = Annotated[
-    int, typer.Option(help="The same seed gives the same file, where no time is given.", min=0, max=2**63 - 1)
+    int,
+    typer.Option(
+        help="The same seed gives the same file, where no time is given; a recipe has its own.", min=0, max=2**63 - 1
+    ),
 ]
 
 

@@ -40,7 +40,9 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
     settings |= {"tune seconds": job.tune, "method": job.method, "pruning allowed": job.prune}
     settings |= {"preset": job.preset, "time": job.time}
     parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
-    return Run(job.command, settings, job.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts)
+    return Run(
+        job.command, settings, planned.recipe.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts
+    )
 
 
 def _limits(job: Fit, budget: Budget, proof: Proof, running: Footprint | None) -> tuple[LimitFacts, ...]:

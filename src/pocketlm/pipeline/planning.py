@@ -134,7 +134,8 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     tried = effort.candidates if job.prune and not recipe and effort.candidates > 1 else 0
     check_resources(model, job.out, _trains(job), tried)
     floor = parse_quality(job.quality) if job.quality else None
-    texts = gather_texts(model, list(job.data), job.seed, progress)
+    seed = recipe.seed if recipe else job.seed  # a recipe's own: it is to give the same bytes wherever it is run
+    texts = gather_texts(model, list(job.data), seed, progress)
     if recipe and job.format and job.tune:
         recipe = tuned_for(model, recipe, texts, job.tune)
     if recipe:
@@ -174,10 +175,10 @@ def check_job(job: Fit) -> None:
         raise BadInputError("A recipe takes the time it takes: leave --time out, or the recipe")
     if job.time and (effort.candidates == 1 or job.heal is not None):
         raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
-    if job.recipe and (job.ram or job.speed or job.quality or job.accuracy or job.heal is not None):
+    if job.recipe and (job.ram or job.speed or job.quality or job.accuracy or job.heal is not None or job.seed):
         raise BadInputError(
-            "A recipe says all that is done: --ram, --speed, --quality, --accuracy and --heal would change nothing. "
-            "Leave them out, or the recipe"
+            "A recipe says all that is done: --ram, --speed, --quality, --accuracy, --heal and --seed would change "
+            "nothing. Leave them out, or the recipe"
         )
     if job.accuracy and len(job.tasks) != 1:
         raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
