@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -31,6 +32,7 @@ from tests.tiny import tiny_folder
 from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
+from pocketlm.run.server import app
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
@@ -639,6 +641,48 @@ def test_whatever_keeps_an_engine_from_starting_it_is_tried_again(model, monkeyp
     said = capfd.readouterr().err
     assert "the engine does not start: [Errno 12] Cannot allocate memory. It is tried again" in said
     assert "the engine does not start: Expecting value" in said
+
+
+def test_a_client_that_sends_or_takes_nothing_holds_no_place(model, monkeypatch):
+    """Else it would keep a slot, and the end of the server, for as long as it likes."""
+    monkeypatch.setattr(app, "_PATIENCE", 0.5)
+    endless = json.dumps({"messages": HELLO, "stream": True, "max_tokens": CONTEXT, "logit_bias": ENDLESS}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+
+    async def two_clients(listener):
+        local = LocalModel(EngineSettings(str(model), "small", key="", slots=1, context=CONTEXT, threads=1), queue=0)
+        service = app.Service([local], None, local_only=True, escalation=None)
+        runner = web.AppRunner(app.application(service), handler_cancellation=True)
+        try:
+            await local.start()
+            await runner.setup()
+            await web.SockSite(runner, listener).start()
+            sends, slow = await asyncio.open_connection(*listener.getsockname())
+            slow.write(head % 100 + b"{")
+            assert b"408 Request Timeout" in await sends.read()
+            with socket.create_connection(listener.getsockname()) as takes:
+                takes.sendall(head % len(endless) + endless)
+                while not local.line.running:
+                    await asyncio.sleep(0.01)
+                while local.line.running:
+                    await asyncio.sleep(0.05)
+                assert service.metrics.left.labels("/v1/chat/completions")._value.get() == 1
+                await service.idle.wait()
+            slow.close()
+        finally:
+            await runner.cleanup()
+            await local.stop()
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it is full soon
+        listener.bind(("127.0.0.1", 0))
+        asyncio.run(asyncio.wait_for(two_clients(listener), 180))
+
+
+def test_an_empty_key_is_no_key(model, tmp_path):
+    done = pocketlm("serve", model, "--api-key", "", cache=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "The key is empty, so anyone would be let in" in done.stderr
 
 
 NOTE_CONNECTIONS = """

@@ -22,6 +22,7 @@ from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, Completion, Embedding, Request, parse
 
 LARGEST_REQUEST = 4 * 2**20  # bytes
+_PATIENCE = 60.0  # seconds that a client may take to send a request, or to take a piece of an answer
 # The page is one file; whatever it shows, it can reach nothing but this server.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -130,6 +131,8 @@ async def _answer_or_refuse(request: web.Request, handler: _Handler) -> web.Stre
         raise
     except _ClientLeft:
         service.metrics.left.labels(route).inc()
+        if request.transport:  # one that only stopped reading would not take the end either
+            request.transport.abort()
         return web.Response(status=499)  # as nginx says it, to nobody
     finally:
         service.in_flight -= 1
@@ -211,7 +214,7 @@ async def _turn(service: Service, model: LocalModel) -> AsyncIterator[None]:
 
 async def _chat(request: web.Request) -> web.StreamResponse:
     service = request.app[_SERVICE]
-    asked = parse(Chat, await request.read())
+    asked = parse(Chat, await _body(request))
     model = _pick(service, asked.model)
     if not model.ready:
         raise down()
@@ -248,14 +251,14 @@ async def _chat_or_escalate(request: web.Request, asked: Chat, body: dict) -> we
 
 
 async def _completion(request: web.Request) -> web.StreamResponse:
-    asked = parse(Completion, await request.read())
+    asked = parse(Completion, await _body(request))
     model = _pick(request.app[_SERVICE], asked.model)
     return await _respond(request, model, "/v1/completions", asked, asked.for_engine())
 
 
 async def _embedding(request: web.Request) -> web.Response:
     service = request.app[_SERVICE]
-    asked = parse(Embedding, await request.read())
+    asked = parse(Embedding, await _body(request))
     model = _pick(service, asked.model)
     async with _turn(service, model):
         answer = await model.embed(asked.inputs(), asked.encoding_format or "float")
@@ -308,18 +311,30 @@ async def _with_legacy_logprobs(pieces: AsyncIterator[bytes]) -> AsyncIterator[b
     yield b"data: [DONE]\n\n"
 
 
-async def _write(response: web.StreamResponse, data: bytes) -> None:
+async def _body(request: web.Request) -> bytes:
     try:
-        await response.write(data)
-    except ConnectionError as error:
+        async with asyncio.timeout(_PATIENCE):
+            return await request.read()
+    except TimeoutError as error:
+        late = f"The body of the request did not come within {_PATIENCE:g} seconds"
+        # What comes later still is no new request.
+        raise RefusalError(408, late, headers={"Connection": "close"}) from error
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    """Write a piece of an answer; a client that does not take it is as good as gone, and must not hold a slot."""
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            await response.write(data)
+    except (ConnectionError, TimeoutError) as error:
         raise _ClientLeft from error
 
 
 def _count(service: Service, name: str, answer: dict) -> None:
     """Count the tokens of an answer for the model of this name, here or elsewhere."""
     usage = answer.get("usage") or {}
-    service.metrics.prompt_tokens.labels(name).inc(usage.get("prompt_tokens", 0))
-    service.metrics.answer_tokens.labels(name).inc(usage.get("completion_tokens", 0))
+    service.metrics.prompt_tokens.labels(name).inc(usage.get("prompt_tokens") or 0)
+    service.metrics.answer_tokens.labels(name).inc(usage.get("completion_tokens") or 0)
 
 
 def _count_stream(service: Service, model: LocalModel, last: bytes) -> None:

@@ -9,7 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pocketlm.errors import BadInputError, PocketlmError
+import aiohttp
+
+from pocketlm.errors import BadInputError
 from pocketlm.model.files import file_sha256, json_lines
 from pocketlm.run.server.answers import Answer, confidence
 from pocketlm.run.server.engine_process import EngineSettings
@@ -179,8 +181,6 @@ async def _judge(
     kept: Path,
     progress: Progress,
 ) -> list[Judged]:
-    import aiohttp
-
     model, judged = LocalModel(settings, queue=len(examples)), dict(known)
 
     async def one(place: int, example: Example) -> None:
@@ -190,7 +190,7 @@ async def _judge(
                 answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
             except RefusalError as error:
                 raise BadInputError(f"The engine refuses line {example.line}: {error.message}") from error
-            theirs = await ask_larger(example.asked.for_others(), larger, session) if larger else None
+            theirs = await _theirs(example, larger, session) if larger else None
         judged[place] = Judged(
             {measure: confidence(answer, measure) for measure in MEASURES},
             is_right(_said(answer), example.answers),
@@ -210,15 +210,17 @@ async def _judge(
                     group.create_task(one(place, example))
         return [judged[place] for place in range(len(examples))]
     except ExceptionGroup as group:
-        raise _worded(group.exceptions[0]) from group
+        raise group.exceptions[0] from group
     finally:
         await model.stop()
 
 
-def _worded(error: Exception) -> Exception:
-    if isinstance(error, PocketlmError):
-        return error
-    return BadInputError(f"The larger model did not answer: {error or type(error).__name__}")
+async def _theirs(example: Example, larger: Escalation, session: aiohttp.ClientSession) -> Answer:
+    try:
+        return await ask_larger(example.asked.for_others(), larger, session)
+    except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        raise BadInputError(f"The larger model did not answer line {example.line}: {reason}") from error
 
 
 def _said(answer: Answer) -> str:

@@ -92,6 +92,8 @@ async def ask_larger(body: dict, escalation: Escalation, session: aiohttp.Client
         message = choice["message"]
         if not isinstance(message.get("content"), str) and not isinstance(message.get("tool_calls"), list):
             raise TypeError
+        if not isinstance(answer.get("usage") or {}, dict):
+            raise TypeError
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError("The larger model's answer is no chat completion") from error
     return answer

@@ -56,10 +56,12 @@ def serve(job: Serve) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what was accepted, and return. A second one does not wait.
 
     Raises:
-        BadInputError: The engine cannot load a file, or the address cannot be listened on.
+        BadInputError: The engine cannot load a file, the address cannot be listened on, or the key is empty.
         MissingExtraError: The packages of the extra `serve` are missing.
     """
     check_installed()
+    if job.api_key == "":
+        raise BadInputError("The key is empty, so anyone would be let in. Give one with --api-key, or leave it out")
     asyncio.run(_serve(job))
 
 
