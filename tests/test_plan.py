@@ -28,7 +28,7 @@ from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
 from pocketlm.plan.decide import Wanted
 from pocketlm.plan.effort import PRESETS
-from pocketlm.plan.recipe import Recipe, from_dict, read_recipe, to_dict, to_yaml
+from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Damages, candidate_shapes, check_budget, choose, shape_damage
 from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
 from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_bytes, sizes_of, smallest_shape
@@ -132,7 +132,7 @@ HEALING = st.builds(
     learning_rate=st.floats(1e-7, 1.0),
     windows_per_step=st.integers(1, 64),
     warm_up=st.floats(0, 1),
-    evaluations=st.integers(0, 20),
+    evaluations=st.integers(1, 20),
     seed=st.integers(0, 2**32),
 )
 LAST = st.builds(
@@ -173,6 +173,7 @@ def test_a_recipe_survives_yaml(tmp_path: Path, recipe: Recipe):
 
 
 LAST_STEP: dict[str, Any] = {"step": "quantize", "formats": {"embedding": "Q8_0"}}
+DISTIL: dict[str, Any] = {"step": "distil", "tokens": 5}
 TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
 
 
@@ -219,14 +220,35 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ({"steps": [LAST_STEP | {"learned_rounding": -3}]}, "given: 64, -3"),
         (
             {"steps": [LAST_STEP, TUNE | {"warm_up": 5}]},
-            "`tune` needs `tokens` of at least 1 and `warm_up` from 0 to 1",
+            "`tune` needs `tokens`, `windows_per_step` and `evaluations` of at least 1 and `warm_up` from 0 to 1",
         ),
-        ({"steps": [{"step": "distil", "tokens": 0}, LAST_STEP]}, "`distil` needs `tokens` of at least 1"),
+        ({"steps": [{"step": "distil", "tokens": 0}, LAST_STEP]}, "given: tokens 0, windows_per_step 4"),
+        ({"steps": [DISTIL | {"evaluations": 0}, LAST_STEP]}, "evaluations 0, warm_up 0.1"),
+        ({"steps": [DISTIL | {"learning_rate": -1}, LAST_STEP]}, "A learning rate of -1 teaches nothing"),
+        ({"steps": [DISTIL | {"temperature": 0}, LAST_STEP]}, "`temperature` above 0, given: 0"),
+        ({"steps": [LAST_STEP, TUNE | {"scale_rate": -1}]}, "above 0; given: -1, 0.002"),
     ],
 )
 def test_what_is_not_a_recipe_is_refused_with_the_place(data: object, words: str):
     with pytest.raises(BadInputError, match=re.escape(words)):
         from_dict(data, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((PruneDepth(drop=(99,)),), "Cannot drop block 99"),
+        ((PruneDepth(drop=(0,)), PruneDepth(drop=(2,))), "Cannot drop block 2: the model has blocks 0 to 1"),
+        ((PruneDepth(drop=(0, 1, 2)),), "Cannot drop all 3 blocks"),
+        ((PruneWidth(ffn=10_000),), "Cannot make FFNs 10000 wide"),
+        ((PruneWidth(kv_groups=0),), "Cannot keep 0 KV groups"),
+    ],
+)
+def test_shapes_that_a_model_has_not_are_refused_before_any_step(steps: tuple, words: str, tiny_model: Tiny):
+    network = tiny_model("llama", num_hidden_layers=3).network
+    with pytest.raises(BadInputError, match=words):
+        check_shapes(Recipe(steps=(*steps, Quantize(formats={"*": "F16"}))), network)
+    check_shapes(Recipe(steps=(PruneDepth(drop=(1,)), Quantize(formats={"*": "F16"}))), network)
 
 
 def test_files_that_are_not_recipes(tmp_path: Path):

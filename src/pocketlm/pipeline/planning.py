@@ -24,7 +24,7 @@ from pocketlm.plan.decide import Decision, Wanted, may_prune, most_candidates, u
 from pocketlm.plan.effort import Effort, effort_of, expected_seconds
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.pace import pace_of
-from pocketlm.plan.recipe import Recipe, read_recipe, to_dict
+from pocketlm.plan.recipe import Recipe, check_shapes, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
@@ -125,14 +125,16 @@ def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, 
     if job.format is not None:
         recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
     costs = None
+    if recipe:
+        check_shapes(recipe, model.network)
     if budget and not recipe:
         check_budget(sizes, budget, job.prune, dict(job.fixed))
-        if budget.memory or budget.speed:
-            costs = costs_here(model, sizes, budget.context, progress)
-            check_running(sizes, budget, costs, job.prune)
     effort = effort_of(job.preset)
     tried = effort.candidates if job.prune and not recipe and effort.candidates > 1 else 0
     check_resources(model, job.out, _trains(job), tried)
+    if budget and not recipe and (budget.memory or budget.speed):
+        costs = costs_here(model, sizes, budget.context, progress)
+        check_running(sizes, budget, costs, job.prune)
     floor = parse_quality(job.quality) if job.quality else None
     seed = recipe.seed if recipe else job.seed  # a recipe's own: it is to give the same bytes wherever it is run
     texts = gather_texts(model, list(job.data), seed, progress)

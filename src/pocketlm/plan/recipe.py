@@ -1,17 +1,20 @@
 """A recipe: the list of typed steps that a run follows, as YAML. The only place that knows pydantic."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
 import yaml
 from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
+from torch import nn
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.anatomy import blocks_of
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prepare import Prepare
-from pocketlm.steps.prune_depth import PruneDepth
-from pocketlm.steps.prune_width import PruneWidth
+from pocketlm.steps.prune_depth import PruneDepth, blocks_to_drop
+from pocketlm.steps.prune_width import PruneWidth, checked
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.sparsify import Sparsify
 from pocketlm.steps.trim_vocabulary import TrimVocabulary
@@ -83,12 +86,40 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
                     f"{where}: `quantize` needs `windows` of at least 1 and `learned_rounding` of at least 0; "
                     f"given: {windows}, {rounds}"
                 )
-            case Distil(tokens=tokens, warm_up=rise) | Tune(tokens=tokens, warm_up=rise):
-                if tokens < 1 or not 0 <= rise <= 1:
-                    raise BadInputError(
-                        f"{where}: `{step.step}` needs `tokens` of at least 1 and `warm_up` from 0 to 1; "
-                        f"given: {tokens}, {rise:g}"
-                    )
+            case Distil() | Tune():
+                _check_training(step, where)
+
+
+def _check_training(step: Distil | Tune, where: str) -> None:
+    counts = {name: getattr(step, name) for name in ("tokens", "windows_per_step", "evaluations")}
+    if min(counts.values()) < 1 or not 0 <= step.warm_up <= 1:
+        given = ", ".join(f"{name} {value:g}" for name, value in (counts | {"warm_up": step.warm_up}).items())
+        raise BadInputError(
+            f"{where}: `{step.step}` needs `tokens`, `windows_per_step` and `evaluations` of at least 1 and `warm_up` "
+            f"from 0 to 1; given: {given}"
+        )
+    if isinstance(step, Distil):
+        step.objective  # noqa: B018  (refuses what is out of range)
+    elif not (0 < step.scale_rate < math.inf and 0 < step.code_rate < math.inf):
+        raise BadInputError(
+            f"{where}: `tune` needs a `scale_rate` and a `code_rate` above 0; "
+            f"given: {step.scale_rate:g}, {step.code_rate:g}"
+        )
+
+
+def check_shapes(recipe: Recipe, network: nn.Module) -> None:
+    """Refuse a recipe whose shapes a model does not have, before any step runs.
+
+    Raises:
+        BadInputError: A block does not exist, or a width is none.
+    """
+    blocks = len(blocks_of(network))
+    for step in recipe.steps:
+        if isinstance(step, PruneDepth):
+            blocks -= len(blocks_to_drop(step, blocks))
+    widths = [step for step in recipe.steps if isinstance(step, PruneWidth)]
+    for first in widths[:1]:  # a second one meets another shape than this
+        checked(network, first)
 
 
 def _check_zeros_stay(recipe: Recipe, where: str) -> None:

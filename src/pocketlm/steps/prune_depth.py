@@ -50,12 +50,7 @@ def prune_depth(
             text to repair on.
     """
     total = len(blocks_of(model.network))
-    dropped = sorted(set(config.drop))
-    unknown = [index for index in config.drop if not 0 <= index < total]
-    if unknown:
-        raise BadInputError(f"Cannot drop block {unknown[0]}: the model has blocks 0 to {total - 1}")
-    if len(dropped) >= total:
-        raise BadInputError(f"Cannot drop all {total} blocks. Keep at least one")
+    dropped = blocks_to_drop(config, total)
     if dropped and not anatomy_of(model.network).uniform_blocks:
         raise BadInputError(
             f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use prune_width instead"
@@ -77,3 +72,18 @@ def prune_depth(
     how = ", the others re-solved" if repaired else ""
     summary = f"dropped {len(dropped)} of {total} blocks: {names}{how}"
     return model, StepReport("prune_depth", summary, {"dropped": dropped})
+
+
+def blocks_to_drop(config: PruneDepth, total: int) -> list[int]:
+    """Return the indices of the blocks that go, in order.
+
+    Raises:
+        BadInputError: One of `total` blocks does not exist, or none would be left.
+    """
+    unknown = [index for index in config.drop if not 0 <= index < total]
+    if unknown:
+        raise BadInputError(f"Cannot drop block {unknown[0]}: the model has blocks 0 to {total - 1}")
+    dropped = sorted(set(config.drop))
+    if len(dropped) >= total:
+        raise BadInputError(f"Cannot drop all {total} blocks. Keep at least one")
+    return dropped
