@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,19 @@ def test_a_full_disk_is_told_whoever_finds_it(error: Exception, folder: Path):
     assert not list(folder.glob("*.partial"))
     with pytest.raises(ZeroDivisionError):
         stage("text", {}, lambda work: 1 / 0)
+
+
+def test_the_disk_that_is_full_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stage may also fill the one that temporary files are on."""
+    crowded = tmp_path / "crowded"
+    monkeypatch.setattr("tempfile.tempdir", str(crowded))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == crowded else 2**40))
+
+    def produce(work: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutOfResourcesError, match=f"The disk of {crowded} is full"):
+        stage("text", {}, produce)
 
 
 def test_a_cache_that_can_only_be_read_gives_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from tests.serving import tiny_file
 
 from pocketlm.cli.terminal import speed_lines
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
+from pocketlm.measure import device
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
 from pocketlm.run import speed
 
@@ -161,6 +162,24 @@ def test_the_machine_is_described(tmp_path):
     assert facts.memory_available_bytes is None or 0 < facts.memory_available_bytes <= facts.memory_bytes
     assert facts.disk_free_bytes > 0
     assert (facts.gpu is not None) == (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def test_files_that_the_system_keeps_in_memory_do_not_use_it_up(tmp_path, monkeypatch):
+    """A container's own count has them; they go when something needs the place."""
+    free = machine().memory_available_bytes
+    if free is None:
+        pytest.skip("this system does not say what memory is available")
+    files = {
+        "memory.max": f"{free}",
+        "memory.current": f"{free // 2}",
+        "memory.stat": f"anon 1\ninactive_file {free // 4}",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(device, "GROUP", tmp_path)
+    found = machine()
+    assert found.memory_bytes == free
+    assert found.memory_available_bytes == free - (free // 2 - free // 4)
 
 
 @pytest.mark.slow

@@ -29,6 +29,16 @@ def test_training_and_candidates_need_more_disk(tiny_model: Tiny, tmp_path: Path
                     check_resources(model, tmp_path, trained, candidates)
 
 
+def test_files_that_are_read_once_have_a_disk_too(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, crowded = tiny_model("llama"), tmp_path / "crowded"
+    crowded.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(crowded))
+    free = {crowded: 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free.get(Path(path), 2**40)))
+    with pytest.raises(OutOfResourcesError, match=f"{crowded} has 0.0 kB free.*set TMPDIR"):
+        check_resources(model, tmp_path, trained=False)
+
+
 def test_quantizing_needs_less_memory_than_training(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("llama")
     model.network.to(torch.bfloat16)

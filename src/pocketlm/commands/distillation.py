@@ -138,7 +138,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         )
         shutil.copytree(done.folder / "hf", folder / "hf")
         shutil.copy(done.folder / LOSSES, folder)
-        made = _measured(teacher, start, done.folder / "hf", texts, progress)
+        made = _measured(teacher, start, folder / "hf", texts, progress)
         made = replace(made, tokens=config.tokens, details=done.facts["details"] | facts)
         made = replace(made, summaries=(*start.summaries, done.facts["summary"]))
         if job.gguf:
@@ -366,7 +366,7 @@ def _train(
 def _measured(teacher: LanguageModel, start: Start, made: Path, texts: Texts, progress: Progress) -> Distilled:
     """Read teacher, student before and student after in llama.cpp, on text that nothing else has seen."""
     models = {"teacher": teacher, "student before": load(start.source), "student": load(str(made))}
-    with tempfile.TemporaryDirectory() as beside:
+    with tempfile.TemporaryDirectory(dir=made.parent) as beside:
         files = {"teacher": original_file(teacher)}
         for name in ("student before", "student"):
             files[name] = Path(beside) / f"{name.replace(' ', '-')}.gguf"

@@ -129,9 +129,8 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         predicted = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         compressed = run_recipe(model, recipe, texts, progress)
         write_gguf(compressed.model, compressed.packed, folder / "model.gguf")
-        cuts = _measured(
-            model, [done for done in compressed.stages if done.facts["step"] != "quantize"], texts, progress
-        )
+        stages = [done for done in compressed.stages if done.facts["step"] != "quantize"]
+        cuts = _measured(model, stages, texts, progress, folder)
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
@@ -238,9 +237,9 @@ def _decide(
     return from_dict(done.facts["recipe"], "the plan"), [(block, kl) for block, kl in done.facts["damage"]]
 
 
-def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: Progress) -> list[Cut]:
+def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: Progress, folder: Path) -> list[Cut]:
     """Read every step's model in llama.cpp, on text that no step has seen."""
-    with tempfile.TemporaryDirectory() as beside:
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
         models, files = {"0 original": model}, {"0 original": original_file(model)}
         for place, done in enumerate(stages[1:], 1):
             name = f"{place} {done.facts['step']}"

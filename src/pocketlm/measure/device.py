@@ -21,6 +21,7 @@ from pathlib import Path
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 
 # The flags of /proc/cpuinfo for which inference kernels exist, on x86 and on ARM.
+GROUP = Path("/sys/fs/cgroup")  # what a container's control group says of it
 _KERNEL_FEATURES = (
     *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *(
@@ -298,14 +299,24 @@ def _memory() -> tuple[int | None, int | None]:
     limit = _group_limit("memory.max")
     total, available = sizes["MemTotal"], sizes["MemAvailable"]
     if limit < total:
-        total, available = int(limit), min(available, int(limit - _group_limit("memory.current")))
+        used = _group_limit("memory.current") - _file_pages()
+        total, available = int(limit), min(available, int(limit - used))
     return total, available
+
+
+def _file_pages() -> int:
+    """Return the bytes of files that this container's control group keeps in memory and gives up when it needs to."""
+    try:
+        lines = (GROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _group_limit(name: str) -> float:
     """Read a limit of this container's control group (version 2), bytes or cores; infinite without one."""
     try:
-        words = (Path("/sys/fs/cgroup") / name).read_text().split()
+        words = (GROUP / name).read_text().split()
     except OSError:
         return math.inf
     if words[0] == "max":

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -102,8 +103,10 @@ def stage(name: str, inputs: dict[str, Any], produce: Callable[[Path], Any]) -> 
             lock.unlink(missing_ok=True)  # no one needs it any more: what is finished is not made again
     except Exception as error:
         if is_disk_full(error):
+            places = (cache_folder(), Path(tempfile.gettempdir()))
+            full = min(places, key=lambda place: shutil.disk_usage(place).free)
             raise OutOfResourcesError(
-                f"The disk of {cache_folder()} is full. Free some space, or run `pocketlm clean --yes`, and start again"
+                f"The disk of {full} is full. Free some space, or run `pocketlm clean --yes`, and start again"
             ) from error
         raise
     record = json.loads((folder / DONE).read_text())

@@ -1,6 +1,7 @@
 """What can be known before the work: whether disk and memory suffice."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from pocketlm.errors import OutOfResourcesError
@@ -29,13 +30,17 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
         OutOfResourcesError: It would; the message says how much is missing and what helps.
     """
     copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates
-    disk = 2 * copies * model.parameters
-    for folder in (cache_folder(), out.resolve()):
+    copy = 2 * model.parameters
+    for folder, disk, variable in (
+        (cache_folder(), copies * copy, "POCKETLM_CACHE"),
+        (out.resolve(), copies * copy, "POCKETLM_CACHE"),
+        (Path(tempfile.gettempdir()), copy, "TMPDIR"),  # files that are read once, one at a time
+    ):
         free = shutil.disk_usage(existing(folder)).free
         if free < disk:
             raise OutOfResourcesError(
                 f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
-                "Free some space, run `pocketlm clean --yes`, or set POCKETLM_CACHE to another disk"
+                f"Free some space, run `pocketlm clean --yes`, or set {variable} to another disk"
             )
     # One copy is loaded already.
     copy = (4 if trained else model.network.dtype.itemsize) * model.parameters
