@@ -4,7 +4,8 @@
 
 BIN holds llama-imatrix and llama-quantize (see README.md). OUT then holds imatrix.gguf, NAME.gguf per preset, the
 tools' output, and results.json. In NAME `+emb` means that the token embedding, which llama.cpp keeps at 8 bits where
-it is tied to the head, has the preset's type too: the smallest usable file of that preset.
+it is tied to the head, has 4 bits too: the smallest usable file of that preset. (Types in blocks of 256 weights cannot
+hold rows of 576.)
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 WINDOW = 512  # tokens
 WINDOWS = 128
 PRESETS = ("Q8_0", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q4_K_M", "Q3_K_M", "IQ3_XXS", "Q2_K")
-SMALLEST = ("Q4_0", "IQ4_NL")
+SMALLEST = {"Q4_0": "q4_0", "IQ4_NL": "iq4_nl", "IQ3_XXS": "iq4_nl", "Q2_K": "iq4_nl"}  # the embedding's type
 
 
 def run(command: list[str], log: Path) -> float:
@@ -55,7 +56,7 @@ def main() -> None:
         preset, smallest = name.removesuffix("+emb"), name.endswith("+emb")
         made = args.out / f"{name}.gguf"
         command = [str(args.tools / "llama-quantize"), "--imatrix", str(matrix)]
-        command += ["--token-embedding-type", preset.lower()] if smallest else []
+        command += ["--token-embedding-type", SMALLEST[preset]] if smallest else []
         seconds = run([*command, str(args.model), str(made), preset, threads], args.out / f"{name}.log")
         results[made.name] = {"bytes": made.stat().st_size, "seconds": seconds}
         print(f"{made.name:16} {made.stat().st_size:>12,} bytes {seconds:7.2f} s", flush=True)
