@@ -165,7 +165,8 @@ def _through_head(
     """
     truth = final_hidden(teacher, windows).flatten(0, 1)
     first = torch.tensor([word[0] for word in spelling], device=hidden.device)
-    reference, head = as_forward(teacher.lm_head.weight), as_forward(student.lm_head.weight)
+    # Rows of the embedding that no token has (padding) are no words.
+    reference, head = as_forward(teacher.lm_head.weight[: len(first)]), as_forward(student.lm_head.weight)
     total, slope = 0.0, torch.zeros_like(hidden)
     slope_of_head = torch.zeros(head.shape, device=head.device)
     for start in range(0, len(text.labels), POSITIONS_AT_ONCE):
@@ -175,8 +176,7 @@ def _through_head(
         heard = text.heard[chunk]
         said = torch.softmax((as_forward(truth[heard[heard >= 0]]) @ reference.T).float(), -1)
         target = torch.zeros_like(mine)
-        # Rows of the embedding that no token has (padding) are no words.
-        target[heard >= 0] = target.new_zeros(len(said), target.shape[1]).index_add_(1, first, said[:, : len(first)])
+        target[heard >= 0] = target.new_zeros(len(said), target.shape[1]).index_add_(1, first, said)
         inside = (heard < 0).nonzero().squeeze(1)
         target[inside, text.labels[chunk][inside]] = 1.0
         total += (torch.special.xlogy(target, target) - target * mine).sum().item()

@@ -282,9 +282,17 @@ def spellings(before: "PreTrainedTokenizerFast", after: "PreTrainedTokenizerFast
 
     @cache
     def spelled(token: str) -> tuple[int, ...]:
-        return (place[token],) if token in place else tuple(piece for part in parts(token) for piece in spelled(part))
+        if token in place:
+            return (place[token],)
+        made_of = parts(token) or (tuple(token) if len(token) > 1 else byte_tokens(token))
+        return tuple(piece for part in made_of for piece in spelled(part))
 
     return [spelled(token) for token in tokens_by_id(state).values()]
+
+
+def byte_tokens(character: str) -> tuple[str, ...]:
+    """Return SentencePiece's tokens of a character's bytes, which never go, for where it has no token itself."""
+    return tuple(f"<0x{byte:02X}>" for byte in character.encode())
 
 
 def trim_tokenizer(tokenizer: "PreTrainedTokenizerFast", kept: Sequence[int]) -> "PreTrainedTokenizerFast":
