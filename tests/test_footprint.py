@@ -14,6 +14,7 @@ from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.plan_stages import costs_here
 from pocketlm.pipeline.stages import silent
+from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_quality, parse_speed
 from pocketlm.plan.decide import Wanted, decide
 from pocketlm.plan.footprint import Costs, write_hollow
@@ -62,6 +63,22 @@ def test_a_plan_keeps_to_memory_and_speed_as_measured(tiny_model: Tiny):
     assert free.damage < plan.damage or (memory <= limited.memory and seconds <= 1 / limited.speed)
     with pytest.raises(ImpossibleBudgetError):
         choose(sizes, damages, replace(limited, memory=int(least[0] * 0.9)), costs=costs)
+
+
+def test_what_a_person_fixed_takes_its_own_memory_and_time(tiny_model: Tiny):
+    sizes, free = sizes_of(tiny_model("llama", hidden_size=128)), ("Q4_0", "Q5_0")
+    shape, costs = sizes.original, random_costs(2)
+    costs = replace(
+        costs, **{kind: {n: getattr(costs, kind)[n] for n in (*free, "Q8_0", "F16")} for kind in ("memory", "seconds")}
+    )
+    damages = dict.fromkeys(sizes.units(shape), dict.fromkeys(free, 0.1))
+    key, query = (f"model.layers.0.self_attn.{each}_proj.weight" for each in "kq")
+    for fixed, counted in (("Q8_0", "Q8_0"), ("Q1_0", "F16")):  # what was not measured counts as the dearest
+        _, options = unit_options(sizes, shape, damages, {query: fixed}, costs)
+        for option in options["0.query_key"]:
+            expected = costs.of_tensors(sizes, shape, {query: counted, key: option.format})
+            assert (option.memory, option.seconds) == pytest.approx(expected)
+        assert [option.format for option in options["0.query_key"]] == list(free)
 
 
 def test_what_no_layout_reaches_is_refused_with_what_would_do(tiny_model: Tiny):

@@ -1,12 +1,16 @@
 """Change the shape of a model into another stock shape of its family."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
 from pocketlm.model.attention import slice_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @torch.no_grad()
@@ -21,14 +25,17 @@ def keep_channels(block: nn.Module, network: nn.Module, space: str, keep: Tensor
     """
     anatomy = anatomy_of(network)
     for path in anatomy.writers(space):
-        linear = block.get_submodule(path)
-        bias = linear.bias
-        write_weight(linear, read_weight(linear)[keep])
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach()[keep].clone())
+        _keep_rows(block.get_submodule(path), keep)
     for path in anatomy.readers(space):
         linear = block.get_submodule(path)
         write_weight(linear, read_weight(linear)[:, keep])
+
+
+def _keep_rows(linear: nn.Module, keep: Tensor) -> None:
+    bias = linear.bias
+    write_weight(linear, read_weight(linear)[keep])
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach()[keep].clone())
 
 
 def drop_blocks(network: nn.Module, drop: set[int]) -> None:
@@ -46,10 +53,14 @@ def drop_blocks(network: nn.Module, drop: set[int]) -> None:
         for module in blocks[index].modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position
-    config = network.config
+    keep_blocks(network.config, kept)
+
+
+def keep_blocks(config: "PreTrainedConfig", kept: Sequence[int]) -> None:
+    """Tell a config which of its blocks are left: how many, and the entries of its per-layer lists."""
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == total and name.startswith("layer"):
-            setattr(config, name, [value[i] for i in kept])
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name.startswith("layer"):
+            setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
 
 
@@ -141,10 +152,7 @@ def keep_heads(block: nn.Module, network: nn.Module, groups: list[int], queries:
         rows = read_weight(linear).shape[0]
         heads, left = (all_queries, queries) if edge.writes == "query" else (key_value_heads(network), groups)
         keep = torch.arange(rows).view(parts, heads, -1)[:, left].flatten()
-        bias = linear.bias
-        write_weight(linear, read_weight(linear)[keep])
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach()[keep].clone())
+        _keep_rows(linear, keep)
     for module in block.modules():
         if hasattr(module, "split_size"):
             module.split_size = len(groups) * head_width(network)

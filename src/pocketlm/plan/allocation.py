@@ -174,7 +174,7 @@ def unit_options(
                 form,
                 sum(padded(tensor_bytes(wanted[name] or form, shapes[name])) for name in names),
                 damage,
-                *(costs.of_tensors(sizes, shape, names, form) if costs else ()),
+                *(costs.of_tensors(sizes, shape, {n: wanted[n] or form for n in names}) if costs else ()),
             )
             for form, damage in allowed.items()
         ]
@@ -184,10 +184,13 @@ def unit_options(
 
 
 def by_group(options: Mapping[str, list[Option]]) -> dict[str, list[Option]]:
-    """Return the options of whole groups, all of whose units have one format: a small problem for a first look."""
+    """Return the options of whole groups, all of whose units have one format: a small problem for a first look.
+
+    A unit that has no choice stays by itself: it counts whatever format its group takes.
+    """
     groups: dict[str, dict[str, Option]] = {}
     for unit, choices in options.items():
-        group = groups.setdefault(unit.rpartition(".")[2], {})
+        group = groups.setdefault(unit if len(choices) == 1 else unit.rpartition(".")[2], {})
         for option in choices:
             sofar = group.get(option.format, Option(option.format, 0, 0.0))
             group[option.format] = Option(

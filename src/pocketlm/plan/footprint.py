@@ -21,6 +21,7 @@ from pocketlm.measure.device import measure_speed
 from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.gguf_layout import gguf_part
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.surgery import keep_blocks
 from pocketlm.plan.sensitivity import Progress
 from pocketlm.plan.sizes import Shape, Sizes, sizes_of
 from pocketlm.run.speed import WORKER
@@ -49,18 +50,23 @@ class Costs:
 
     def of(self, sizes: Sizes, shape: Shape, formats: Mapping[str, str]) -> tuple[float, float]:
         """Return bytes of memory and seconds per token that a layout should take; `formats` by group or pattern."""
-        memory, seconds = self.base, 0.0
-        for name, (group, _) in sizes.tensors(shape).items():
-            more = self.of_tensors(sizes, shape, [name], format_name(formats, name, group))
-            memory, seconds = memory + more[0], seconds + more[1]
-        return memory, seconds
+        tensors = sizes.tensors(shape).items()
+        memory, seconds = self.of_tensors(
+            sizes, shape, {name: format_name(formats, name, group) for name, (group, _) in tensors}
+        )
+        return self.base + memory, seconds
 
-    def of_tensors(self, sizes: Sizes, shape: Shape, names: list[str], form: str) -> tuple[float, float]:
-        """Return bytes of memory and seconds per token of some tensors in one format."""
-        shapes = sizes.shapes_at(shape)
-        weights = sum(prod(shapes[name]) for name in names)
-        computed = sum(prod(shapes[name]) for name in names if _multiplied(sizes, name))
-        return weights * self.memory[form], computed * self.seconds[form]
+    def of_tensors(self, sizes: Sizes, shape: Shape, formats: Mapping[str, str]) -> tuple[float, float]:
+        """Return bytes of memory and seconds per token of tensors, by name in a format each.
+
+        A format that was not measured, because only a person would choose it, counts as F16, the dearest.
+        """
+        shapes, memory, seconds = sizes.shapes_at(shape), 0.0, 0.0
+        for name, form in formats.items():
+            weights, known = prod(shapes[name]), form if form in self.memory else "F16"
+            memory += weights * self.memory[known]
+            seconds += weights * self.seconds[known] * _multiplied(sizes, name)
+        return memory, seconds
 
     def least(self, sizes: Sizes, shape: Shape) -> tuple[float, float]:
         """Return the least memory and the least seconds per token that any mix of formats takes."""
@@ -179,10 +185,7 @@ def _without_weights(model: LanguageModel, shape: Shape) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(model.network.config)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == config.num_hidden_layers and name.startswith("layer"):
-            setattr(config, name, value[: shape.blocks])
-    config.num_hidden_layers = shape.blocks
+    keep_blocks(config, range(shape.blocks))
     setattr(config, anatomy_of(model.network).ffn_width, shape.ffn)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
