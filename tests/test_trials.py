@@ -17,9 +17,10 @@ from tests.tiny import tiny_folder
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.text import Tokens, pack_windows, python_topics
 from pocketlm.pipeline import planning
+from pocketlm.pipeline.cache import Finished
 from pocketlm.pipeline.planning import Fit, load_for, prepare
 from pocketlm.pipeline.stages import silent
-from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, best_of, search
+from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, _seconds_of, best_of, search
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, recipe_of
 from pocketlm.plan.effort import PRESETS, Effort, expected_seconds, trial_tokens_within
@@ -28,6 +29,7 @@ from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sensitivity import vocabulary_damage
 from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
 from pocketlm.tensors.formats import FORMATS
@@ -50,6 +52,15 @@ def test_what_prunes_wins_only_by_more_than_noise():
     assert best_of([lucky, better]) is lucky, "there is nothing simpler to prefer"
     assert better.against(alone).value == pytest.approx(torch.tensor(-0.1).exp().item())
     assert better.ratio.value == pytest.approx(torch.tensor(0.95).exp().item())
+
+
+def test_a_step_that_went_on_after_a_kill_took_all_its_time():
+    """Its stage knows only what the last process took, and a pace from that would promise too many tokens."""
+    recipe = Recipe(steps=(Distil(tokens=1000), Quantize(formats={})))
+    facts = {"step": "distil", "details": {"tokens_per_second": 10.0}}
+    assert _seconds_of(Finished(Path("none"), "", facts, seconds=3.0, reused=False), recipe) == 100
+    quantized = {"step": "quantize", "details": {}}
+    assert _seconds_of(Finished(Path("none"), "", quantized, seconds=3.0, reused=False), recipe) == 3
 
 
 def test_more_effort_takes_longer_and_known_damages_less():
