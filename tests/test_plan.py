@@ -29,7 +29,7 @@ from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
 from pocketlm.plan.decide import Wanted
 from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
-from pocketlm.plan.search import Damages, candidate_shapes, check_budget, choose, shape_damage
+from pocketlm.plan.search import Damages, Plan, candidate_shapes, check_budget, choose, shape_damage
 from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
 from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_bytes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil
@@ -532,6 +532,11 @@ def test_pruning_is_measured_once_and_only_where_nearly_free_formats_do_not_fit(
     assert not any("FFN" in what for what in said)
 
 
+def recipe_for(plan: Plan) -> Recipe:
+    width = (PruneWidth(ffn=plan.shape.ffn),) if plan.narrower else ()
+    return Recipe(steps=(PruneDepth(drop=plan.drop), *width, Quantize(formats=plan.formats)))
+
+
 def test_fixed_formats_are_kept_whatever_they_cost(sizes: Sizes):
     damages = random_damages(sizes, 6)
     damages = replace(damages, depth=(), width={})
@@ -547,6 +552,14 @@ def test_fixed_formats_are_kept_whatever_they_cost(sizes: Sizes):
     for unit, (_, size, damage) in plan.units.items():
         if unit not in ("embedding", "0.ffn_in") and not unit.endswith("ffn_out"):
             assert (size, damage) == free.units[unit][1:]
+
+
+@pytest.mark.parametrize("budget", [150_000, 165_000, 200_000])
+def test_whole_blocks_may_be_fixed_and_the_shape_still_be_chosen(budget: int, sizes: Sizes):
+    """What has no choice counts in full, whatever format its group takes elsewhere."""
+    fixed = {"model.layers.0.*": "F16", "model.layers.1.*": "F16"}
+    plan = choose(sizes, random_damages(sizes, 6), Budget("b", budget), fixed)
+    assert recipe_bytes(sizes, recipe_for(plan)) == plan.bytes <= budget
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 10**5])
@@ -574,6 +587,26 @@ def test_what_fits_has_the_formats_that_are_not_up_for_choice(sizes: Sizes):
     suggested = parse_size(re.search(r"--size (\S+)", str(refusal.value))[1], 1)
     damages = replace(random_damages(sizes, 1), depth=(), width={})
     assert choose(sizes, damages, suggested, fixed).bytes <= suggested.bytes
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (Fit(model="demo"), "Give a budget with --size"),
+        (Fit(model="demo", format="q4_0", method="typo"), "Unknown method `typo`. Known: descent, gptaq, gptq, rtn"),
+        (Fit(model="demo", accuracy="0.9", time=600.0), "leave --time out, or that"),
+    ],
+)
+def test_jobs_that_cannot_be_are_refused_before_any_work(job: Fit, words: str):
+    with pytest.raises(BadInputError, match=re.escape(words)):
+        planning.check_job(job)
+
+
+def test_what_only_quantizes_wants_no_room_to_learn(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    for steps, trains in (([LAST_STEP], False), ([LAST_STEP, TUNE], True), ([DISTIL, LAST_STEP], True)):
+        path.write_text(to_yaml(from_dict({"steps": steps}, "here")))
+        assert planning._trains(Fit(model="demo", recipe=path)) == trains
 
 
 def test_a_floor_of_quality_may_take_what_a_person_asked_for(sizes: Sizes, tiny_model: Tiny):

@@ -39,6 +39,21 @@ def test_files_that_are_read_once_have_a_disk_too(tiny_model: Tiny, tmp_path: Pa
         check_resources(model, tmp_path, trained=False)
 
 
+def test_the_disk_of_the_result_holds_the_result_alone(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, small = tiny_model("llama"), tmp_path / "small"
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
+    for copies, enough in ((2, True), (1, False)):
+        free = {tmp_path: 2 * copies * weights}
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free.get(path, 2**40)))
+        if enough:
+            check_resources(model, small, trained=True)
+        else:
+            with pytest.raises(OutOfResourcesError, match="another disk with -o"):
+                check_resources(model, small, trained=True)
+
+
 def test_quantizing_needs_less_memory_than_training(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("llama")
     model.network.to(torch.bfloat16)

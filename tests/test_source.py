@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import save
-from pocketlm.model.source import load, set_aside
+from pocketlm.model.source import load, set_aside, weights_of
 
 TEXT = "It'LL cost 1234, ² or ٣.\n\n  <|im_start|> 漢字"
 
@@ -195,6 +196,35 @@ def test_a_gguf_file_cut_off_anywhere(file: Path):
     for length in (header + 100, len(whole) - 1000):
         file.write_bytes(whole[:length])
         assert "cut off: the data of `" in refused(file)
+
+
+def header(key: str, kind: int, value: bytes) -> bytes:
+    """A GGUF file of one field and no tensor."""
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("general.alignment", 4, struct.pack("<I", 0)),
+        header("general.alignment", 8, struct.pack("<Q", 2) + b"32"),
+        header("split.count", 8, struct.pack("<Q", 2) + b"xx"),
+    ],
+    ids=["no alignment", "alignment in words", "parts in words"],
+)
+def test_a_gguf_file_with_fields_that_cannot_be(content: bytes, tmp_path: Path):
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(content)
+    assert "cut off or damaged" in refused(path)
+
+
+def test_weights_are_counted_without_loading_them(folder: Path, file: Path):
+    model = load(str(folder))
+    assert weights_of(str(folder)) == model.parameters
+    assert weights_of(str(file)) == load(str(file)).parameters
+    assert weights_of(str(folder.parent / "nowhere")) == 0
+    _cut(folder, "model.safetensors")
+    assert weights_of(str(folder)) == 0, "loading says what is wrong with it"
 
 
 def test_a_gguf_file_with_damaged_bytes(file: Path):

@@ -78,11 +78,6 @@ def fit(
 
     if sweep and (size or recipe or dry_run):
         raise BadInputError("--sweep has its own sizes and plans: leave out --size, --recipe and --dry-run")
-    if not (size or ram or speed or quality or accuracy or recipe or sweep):
-        raise BadInputError(
-            "Give a budget with --size (such as 70MB), --ram, --speed, --quality or --accuracy, "
-            "or a recipe with --recipe"
-        )
     job = api.Fit(
         model=model,
         size=size,

@@ -188,11 +188,12 @@ def read_gguf(path: Path) -> GgufFile:
         try:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 file = _parse(path, data)
-        except (EOFError, struct.error, ValueError, KeyError) as error:
+                parts = int(file.get("split.count", 1))
+        except (EOFError, struct.error, ValueError, KeyError, TypeError) as error:
             raise BadInputError(
                 f"{path} is cut off or damaged: its header cannot be read. Download or export it again"
             ) from error
-    if file.get("split.count", 1) > 1:
+    if parts > 1:
         raise BadInputError(f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge`")
     size = path.stat().st_size
     for name, info in file.tensors.items():
@@ -221,6 +222,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
             raise BadInputError(f"{path} stores `{name}` in a tensor type that is unknown here (number {number})")
         infos[name] = TensorInfo(_TYPE_NAMES[number], tuple(reversed(shape)), cursor.number(GGUFValueType.UINT64))
     alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+    if alignment < 1:
+        raise ValueError("the data begins nowhere")
     start = -(-cursor.at // alignment) * alignment
     placed = {name: TensorInfo(info.type, info.shape, start + info.offset) for name, info in infos.items()}
     return GgufFile(path, fields, placed)

@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError, MissingExtraError
@@ -79,15 +81,27 @@ def set_aside(model: LanguageModel, folder: Path) -> Iterator[None]:
             parameter.data = kept.get_parameter(name).data
 
 
-def weight_bytes(source: str) -> int:
-    """Return the bytes of a source's weights on disk; what is on the hub is fetched. 0 where there is nothing to load.
+def weights_of(source: str) -> int:
+    """Return how many weights a source has; what is on the hub is fetched. 0 where there is nothing to load.
 
     Raises:
-        BadInputError: The hub does not give it.
+        BadInputError: The hub does not give it, or a GGUF file is damaged.
+        MissingExtraError: As `load`.
     """
+    if source == DEMO:
+        return weights_of(str(demo_file()))
     path = _download(source) if _on_hub(source) else Path(source).expanduser()
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    if path.is_file():
+        return sum(prod(info.shape) for info in read_gguf(path).tensors.values())
+    return sum(prod(shape) for file in path.glob("*.safetensors") for shape in _shapes_in(file))
+
+
+def _shapes_in(file: Path) -> list[list[int]]:
+    try:
+        with safe_open(file, "pt") as stored:
+            return [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return []  # loading says what is wrong with it
 
 
 def _on_hub(source: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load, weight_bytes
+from pocketlm.model.source import load, weights_of
 from pocketlm.model.text import read_corpus
 from pocketlm.pipeline.accuracy import quality_for
 from pocketlm.pipeline.local_search import improve
@@ -27,9 +27,10 @@ from pocketlm.plan.pace import pace_of
 from pocketlm.plan.recipe import Recipe, check_shapes, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
+from pocketlm.steps.quantize import METHODS
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 
-LARGE_BYTES = 1_200_000_000  # of the weights on disk
+LARGE = 600_000_000  # weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,9 @@ class Fit:
     prune: bool = True  # whether parts may be removed where that costs less than coarser numbers
     preset: str = "balanced"  # how much is tried: or `fast`, `best`; see plan/effort.py
     time: float | None = None  # seconds that the whole run may take, with `balanced` or `best`
-    heal: float | None = None  # seconds of distillation after pruning; as many tokens as the preset says where None
+    heal: float | None = (
+        None  # seconds of learning, after pruning or behind quantizing; as many tokens as the preset says where None
+    )
     tune: float = 0.0  # seconds of tuning scales and norms after quantizing
     seed: int = 0
     force: bool = False  # replace `out`
@@ -108,13 +111,15 @@ class Planned:
 
 def load_for(job: Fit) -> LanguageModel:
     """Load a job's model; in 16 bits, half the memory, where it is large and nothing will be trained."""
-    small = weight_bytes(job.model) < LARGE_BYTES
+    small = weights_of(job.model) < LARGE
     return load(job.model, torch.float32 if _trains(job) or small else torch.bfloat16)
 
 
 def _trains(job: Fit) -> bool:
-    """Whether something may learn; what a recipe does is not known yet when the model is loaded."""
-    return bool(job.prune or job.tune or job.recipe)
+    """Whether something may learn or be cut, which wants weights in 32 bits."""
+    if job.recipe:
+        return any(step.step != "quantize" for step in read_recipe(job.recipe).steps)
+    return bool(job.prune or job.tune)
 
 
 def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
@@ -173,6 +178,14 @@ def check_job(job: Fit) -> None:
         BadInputError: Some do not, the preset is unknown, or a file is missing or damaged.
     """
     effort = effort_of(job.preset)
+    limits = (job.size, job.ram, job.speed, job.quality, job.accuracy)
+    if not any(limits) and job.bits is None and not job.format and not job.recipe:
+        raise BadInputError(
+            "Give a budget with --size (such as 70MB), --ram, --speed, --quality or --accuracy, "
+            "or a recipe with --recipe"
+        )
+    if job.method not in METHODS:
+        raise BadInputError(f"Unknown method `{job.method}`. Known: {', '.join(METHODS)}")
     if job.recipe and job.time:
         raise BadInputError("A recipe takes the time it takes: leave --time out, or the recipe")
     if job.time and (effort.candidates == 1 or job.heal is not None):
@@ -182,6 +195,8 @@ def check_job(job: Fit) -> None:
             "A recipe says all that is done: --ram, --speed, --quality, --accuracy, --heal and --seed would change "
             "nothing. Leave them out, or the recipe"
         )
+    if job.time and job.accuracy:
+        raise BadInputError("--accuracy builds models until one is right often enough: leave --time out, or that")
     if job.accuracy and len(job.tasks) != 1:
         raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
     if job.data:

@@ -15,6 +15,7 @@ COPIES = 3  # where nothing is trained: the original, what is made of it, and wh
 # 16-bit copies on disk: three stages, hf/, the file, the file to compare with; a training's checkpoint, four copies in
 # float32; and of each candidate its stages.
 DISK_COPIES, CHECKPOINT_COPIES, CANDIDATE_COPIES = 6, 8, 3
+OUT_COPIES = 2  # hf/ and the file
 
 
 def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: int = 0) -> None:
@@ -31,16 +32,17 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
     """
     copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates
     copy = 2 * model.parameters
-    for folder, disk, variable in (
-        (cache_folder(), copies * copy, "POCKETLM_CACHE"),
-        (out.resolve(), copies * copy, "POCKETLM_CACHE"),
-        (Path(tempfile.gettempdir()), copy, "TMPDIR"),  # files that are read once, one at a time
+    cleaner = "run `pocketlm clean --yes`, or set POCKETLM_CACHE to another disk"
+    for folder, disk, advice in (
+        (cache_folder(), copies * copy, cleaner),
+        (out.resolve(), OUT_COPIES * copy, "or give a folder on another disk with -o"),
+        (Path(tempfile.gettempdir()), copy, "or set TMPDIR to another disk"),  # files that are read once, one at a time
     ):
         free = shutil.disk_usage(existing(folder)).free
         if free < disk:
             raise OutOfResourcesError(
                 f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
-                f"Free some space, run `pocketlm clean --yes`, or set {variable} to another disk"
+                f"Free some space, {advice}"
             )
     # One copy is loaded already.
     copy = (4 if trained else model.network.dtype.itemsize) * model.parameters
