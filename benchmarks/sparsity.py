@@ -53,7 +53,7 @@ def logits_of(model: LanguageModel) -> Logits:
     @cache
     @torch.no_grad()
     def logits(ids: tuple[int, ...]) -> torch.Tensor:
-        with fast_forward(model.device):
+        with fast_forward(next(model.network.parameters()).device):
             return model.network(torch.tensor([ids]), use_cache=False).logits[0].float()
 
     return lambda ids: logits(tuple(ids))

@@ -147,6 +147,16 @@ def test_leftovers_of_the_dead_are_deleted_and_folders_of_the_living_are_not(fol
     assert not list(folder.iterdir())
 
 
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_leftovers_in_a_cache_that_can_only_be_read_stay(folder: Path):
+    (folder / ".text-0.partial").mkdir(parents=True)
+    folder.chmod(0o500)
+    try:
+        remove_leftovers()
+    finally:
+        folder.chmod(0o700)
+
+
 def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, tmp_path: Path):
     first = start(tmp_path / "go")
     wait_for(".outer-*.partial", folder)

@@ -96,7 +96,8 @@ def test_an_example_longer_than_a_window_is_refused(tiny_model: Tiny):
         ("", "no examples"),
         ("not json", "line 1: not an example"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', "line 2: not an example"),
-        ('{"prompt": "a", "answer": ""}', "the answer not empty"),
+        ('{"prompt": "a", "answer": ""}', "and not empty"),
+        ('{"prompt": "", "answer": "b"}', "and not empty"),
         ('["a", "b"]', "not an example"),
     ],
 )

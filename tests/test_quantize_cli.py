@@ -176,6 +176,7 @@ def test_a_tuned_file_is_made_whole(llama, text, tmp_path):
         report["budget"]["predicted_bytes"] == report["budget"]["actual_bytes"] == (out / "model.gguf").stat().st_size
     )
     assert any(note.startswith("Recommended type of the cache") for note in report["notes"])
+    assert any(note.startswith("Speed and time to the first token are those of 48 tokens") for note in report["notes"])
 
 
 def test_a_time_to_tune_is_turned_into_tokens_once(llama, text, tmp_path):

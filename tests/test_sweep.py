@@ -52,7 +52,6 @@ def test_an_idle_sweep_sees_what_the_model_sees(family: str, tiny_model: Tiny):
     truth = hooked_grams(network, WINDOWS)
     visited = []
     for layer in sweep(network, WINDOWS, head=True):
-        assert layer.tokens == WINDOWS.numel()
         for edge, linear in layer.linears():
             path = ".".join(filter(None, (layer.name, edge.path)))
             visited.append(path)

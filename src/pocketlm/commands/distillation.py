@@ -44,7 +44,7 @@ from pocketlm.steps.prune_width import PruneWidth
 from pocketlm.steps.quantize import Quantize
 
 SHAPE = ("depth", "ffn", "kv_groups", "heads", "hidden")
-LEARNING_WINDOWS = 20_000  # of text at most: ten million tokens
+TEXT_WINDOWS = 20_000  # of text at most: ten million tokens
 # Up to this share of the blocks, those go that measured damage misses least, tried one by one; beyond, which takes too
 # long, those that turn the hidden states least.
 TRIED_SHARE = 1 / 3
@@ -121,7 +121,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         # What a person can have got wrong comes before what takes minutes.
         stock = None if shape else _stock(job.student, teacher)
         examples, opinions = _examples(job, progress)
-        texts = gather_texts(teacher, list(job.data), job.how.seed, progress, LEARNING_WINDOWS)
+        texts = gather_texts(teacher, list(job.data), job.how.seed, progress, TEXT_WINDOWS)
         lessons, held_out, of_text = _lessons(job, examples, opinions, teacher, texts, progress)
         start = stock or _cut(teacher, shape, texts, progress)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))

@@ -249,7 +249,7 @@ def machine(folder: Path = Path()) -> Machine:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes."""
-    names = ("torch", "transformers", "gguf", "xllamacpp")
+    names = ("torch", "transformers", "tokenizers", "gguf", "xllamacpp", "scipy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 

@@ -55,9 +55,10 @@ def read_examples(path: Path, answered: bool = True) -> list[Example]:
         if (
             not isinstance(example.prompt, str)
             or not isinstance(example.answer, str)
+            or not example.prompt
             or answered > bool(example.answer)
         ):
-            raise BadInputError(f"{path}, line {number}: `prompt` and `answer` must be text, and the answer not empty")
+            raise BadInputError(f"{path}, line {number}: `prompt` and `answer` must be text, and not empty")
         check_characters(entry, line, f"{path}, line {number}")
         examples.append(example)
     if not examples:

@@ -49,11 +49,6 @@ class LanguageModel:
         """How many weights the network has; tied ones count once."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network's weights are."""
-        return self.network.get_input_embeddings().weight.device
-
 
 def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write `model` as a plain Hugging Face folder that `from_pretrained` loads, weights as `dtype`.

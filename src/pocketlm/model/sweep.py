@@ -43,7 +43,6 @@ class Layer:
         edges: The linears to visit.
         gram: Per space that is read, (width, width) float32, the sum of x xᵀ over all tokens, each as often as it
             counts.
-        tokens: How many tokens were summed.
         drift: Per space, (width, width) float32, the sum of (x̃ - x) xᵀ where x̃ is what the original model has there;
             empty unless asked for. Tokens count as in `gram`.
         states: What the block reads, one (windows, length, width) tensor per batch; empty for the head.
@@ -56,7 +55,6 @@ class Layer:
     module: nn.Module
     edges: tuple[Edge, ...]
     gram: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
     drift: dict[str, Tensor] = field(default_factory=dict)
     states: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -114,7 +112,7 @@ def sweep(
     hidden = hidden_path.hidden
     unchanged = list(hidden) if original else []
     for index, block in enumerate(blocks_of(network)):
-        layer = Layer(f"{anatomy.blocks}.{index}", index, block, anatomy.edges, tokens=windows.numel())
+        layer = Layer(f"{anatomy.blocks}.{index}", index, block, anatomy.edges)
         layer.states, layer.keywords = hidden, hidden_path.keywords[index]
         for batch, keywords in enumerate(layer.keywords):
             wanted = {}
@@ -130,7 +128,7 @@ def sweep(
             hidden[batch] = run_block(block, hidden[batch], keywords)
     if head:
         norm = network.get_submodule(anatomy.final_norm)
-        layer = Layer("", len(blocks_of(network)), network, (HEAD,), tokens=windows.numel())
+        layer = Layer("", len(blocks_of(network)), network, (HEAD,))
         for batch, states in enumerate(hidden):
             wanted = {HEAD.reads: norm(unchanged[batch])} if original else {}
             _add_moments(layer, wanted, weights(layer.index, batch), HEAD.reads, norm(states))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError
-from pocketlm.measure.device import FileSpeed, Machine, machine, versions
+from pocketlm.measure.device import FileSpeed, Machine, Speeds, machine, versions
 from pocketlm.measure.quality import Interval
 from pocketlm.measure.tasks import Share, TaskResult
 from pocketlm.model.anatomy import ffn_width
@@ -21,7 +21,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.cache import Finished, held
-from pocketlm.pipeline.proof import STAGE_WINDOWS, Proof
+from pocketlm.pipeline.proof import STAGE_WINDOWS, TIMED, Proof
 from pocketlm.pipeline.stages import Compressed, Texts
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.search import Damages, Plan
@@ -166,7 +166,7 @@ def make_report(
         answers=proof.answers,
         verification=tuple(content.Check(check.name, check.passed, check.detail) for check in proof.checks),
         recipe=run.recipe,
-        notes=(*run.notes, _cache_note(proof), *_vocabulary_note(before, after)),
+        notes=(*run.notes, _cache_note(proof), _speed_note(proof.speeds), *_vocabulary_note(before, after)),
         hashes=hashes,
         perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
         trials=run.trials,
@@ -240,6 +240,13 @@ def _cache_note(proof: Proof) -> str:
     return f"Recommended type of the cache of keys and values: {proof.cache_type} ({why})"
 
 
+def _speed_note(speeds: Speeds) -> str:
+    return (
+        f"Speed and time to the first token are those of {speeds.generate} tokens behind a prompt of {speeds.prompt}, "
+        f"on {speeds.threads} threads; memory is what the model adds to a process at its peak meanwhile"
+    )
+
+
 def _machine(here: Machine) -> dict[str, str | int]:
     memory = "not stated" if here.memory_bytes is None else say_bytes(here.memory_bytes)
     return {"processor": here.cpu, "cores": here.cores, "memory": memory, "system": here.system}
@@ -272,7 +279,7 @@ def _stage_run(finished: Finished) -> content.StageRun:
 
 def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
     quality = proof.quality.qualities[role]
-    speed = proof.speed.get(role)
+    speed = dict(zip(TIMED, proof.speeds.files, strict=True)).get(role)
     labels = {"original": "original", "plain": path.stem.replace("-", " "), "compressed": "pocketlm"}
     return content.MeasuredFile(
         role=role,

@@ -201,9 +201,11 @@ def unfinished(folder: Path) -> Path:
 
 def remove_leftovers() -> None:
     """Delete the unfinished folders of runs that were killed: those of live ones are locked."""
+    if not os.access(cache_folder(), os.W_OK):
+        return
     for partial in cache_folder().glob(".*.partial"):
         with held(partial.with_suffix(".lock"), wait=False) as mine:
-            if mine:
+            if mine:  # the lock stays: another run may wait for it by now
                 shutil.rmtree(partial, ignore_errors=True)
 
 

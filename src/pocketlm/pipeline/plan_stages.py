@@ -22,7 +22,7 @@ from pocketlm.plan.decide import (
 )
 from pocketlm.plan.footprint import Costs, measure_costs
 from pocketlm.plan.pace import tuned_tokens_in
-from pocketlm.plan.recipe import Recipe, to_yaml
+from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.steps.tune import Tune
@@ -59,10 +59,8 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
     damages = measure_damages(model, wanted, texts, progress)
     both, documents = (texts.calibration, texts.validation), texts.documents["calibration"]
 
-    def produce(folder: Path) -> dict:
-        decision = decide(model, wanted, damages, both, documents, seed, progress)
-        (folder / "recipe.yaml").write_text(to_yaml(decision.recipe))
-        return asdict(decision)
+    def produce(_: Path) -> dict:
+        return asdict(decide(model, wanted, damages, both, documents, seed, progress))
 
     inputs = {"wanted": asdict(wanted), "seed": seed, **_of_text(model, texts)}
     return from_facts(stage("plan", inputs, produce).facts)

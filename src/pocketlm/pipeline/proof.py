@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pocketlm.errors import OutOfResourcesError, VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
-from pocketlm.measure.device import FileSpeed, measure_speed
+from pocketlm.measure.device import Speeds, measure_speed
 from pocketlm.measure.quality import Comparison, Logits, Reader, compare, compare_on_text
 from pocketlm.measure.task_files import Task
 from pocketlm.measure.tasks import TaskResult
@@ -21,7 +21,7 @@ from pocketlm.model.source import load, set_aside
 from pocketlm.model.text import encode_from_start, plain_pieces
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.scoring import score_tasks
-from pocketlm.pipeline.stages import Compressed, Progress, Texts, put_decoded, read_packed, silent
+from pocketlm.pipeline.stages import PACKED, Compressed, Progress, Texts, put_decoded, read_packed, silent
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
@@ -42,7 +42,7 @@ VERIFIED_WINDOWS = 2
 CACHE_WINDOWS = 2
 ENGINE_WINDOWS = 2
 STAGE_WINDOWS = 2
-PACKED = "packed.json"  # in the folder of a stage that quantizes
+TIMED = ("original", "compressed")  # roles of files
 # A type of the cache is recommended where its KL is below this, or below this share of the file's own.
 CACHE_KL = 0.001
 CACHE_SHARE = 0.02
@@ -57,7 +57,7 @@ class Proof:
         checks: What was verified about the exported file; all passed.
         answers: What original and exported file say to the fixed prompts; empty for a base model.
         quality: By role, on text that nothing else of the run has seen.
-        speed: By role; the plain file is not timed.
+        speeds: Of original and exported file; the plain one is not timed.
         cache: What caching keys and values in other types than f16 costs the exported file: KL in nats per token.
         by_stage: The KL to the original behind each stage, the exported file in the engine last; see `damage_by_stage`.
         tasks: Scores of the exported file beside the original's.
@@ -67,7 +67,7 @@ class Proof:
     checks: tuple[Check, ...]
     answers: tuple[Answer, ...]
     quality: Comparison
-    speed: dict[str, FileSpeed]
+    speeds: Speeds
     cache: dict[str, float]
     by_stage: tuple[tuple[str, float], ...] = ()
     tasks: tuple[TaskResult, ...] = ()
@@ -101,12 +101,12 @@ def prove(
     files |= {"plain": plain, "compressed": exported}
     models = {"original": original, "plain": original, "compressed": compressed.model}
     quality = measure_models(files, models, texts.test.windows, progress)
-    speed = measure_speeds(files, texts, progress)
+    speeds = measure_speeds(files, texts, progress)
     cache = measure_cache(exported, compressed.texts.validation.first(CACHE_WINDOWS))
     by_stage = damage_by_stage(original, compressed, files, texts, progress)
     both = {"reference": (files["original"], original), "model": (exported, compressed.model)}
     scores = score_tasks(both, tasks, progress)
-    return Proof(files, checks, answers, quality, speed, cache, by_stage, tuple(scores))
+    return Proof(files, checks, answers, quality, speeds, cache, by_stage, tuple(scores))
 
 
 # ---- what to compare with ----
@@ -134,27 +134,32 @@ class Simpler:
 
 def simpler_choice(sizes: Sizes, budget: int) -> Simpler:
     """Return the largest plain file that fits the budget, or the smallest there is."""
-    plain = {}
-    for name in ("Q8_0", "Q5_0", "Q4_0"):
-        formats = {group: name if name in sizes.allowed(group) else "F16" for group in sizes.group_names}
-        plain[name] = (sizes.total(sizes.original, formats), formats)
-    fitting = [name for name, (size, _) in plain.items() if size <= budget]
-    name = fitting[0] if fitting else "Q4_0"
-    return Simpler(plain[name][1], name)
+    plain = {name: _everywhere(name, sizes) for name in ("Q8_0", "Q5_0", "Q4_0")}
+    name = next((name for name, formats in plain.items() if sizes.total(sizes.original, formats) <= budget), "Q4_0")
+    return Simpler(plain[name], name)
+
+
+def _everywhere(name: str, sizes: Sizes) -> dict[str, str]:
+    return {group: name if name in sizes.allowed(group) else "F16" for group in sizes.group_names}
+
+
+def _write_rounded(
+    model: LanguageModel, formats: dict[str, str], windows: Tensor, path: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Write a file of the original in formats, by rounding alone."""
+    again = load(str(model.origin.path), model.network.dtype)  # not what was typed: a hub's may be another by now
+    done, packed, _ = quantize(
+        replace(again, origin=model.origin), Quantize(formats=formats, method="rtn"), windows, progress
+    )
+    write_gguf(done, packed, path)
 
 
 def plain_file(model: LanguageModel, choice: Simpler, texts: Texts, progress: Progress) -> Path:
     """Return the simpler choice as a file, made once."""
 
     def produce(folder: Path) -> None:
-        step = Quantize(formats=choice.formats, method="rtn")
-        done, packed, _ = quantize(
-            load(model.origin.source, model.network.dtype),
-            step,
-            texts.calibration.first(1),
-            lambda i, n: progress(f"plain {choice.name} to compare with", i, n),
-        )
-        write_gguf(done, packed, folder / f"plain-{choice.name}.gguf")
+        path, what = folder / f"plain-{choice.name}.gguf", f"plain {choice.name} to compare with"
+        _write_rounded(model, choice.formats, texts.calibration.first(1), path, lambda i, n: progress(what, i, n))
 
     inputs = {"model": model.origin.key, "formats": choice.formats, "text": texts.calibration.sha256}
     done = stage("plain", inputs, produce)
@@ -169,12 +174,9 @@ def engine_damage(model: LanguageModel, texts: Texts, progress: Progress) -> flo
     """
 
     def produce(folder: Path) -> dict[str, float]:
-        sizes, path = sizes_of(model), folder / "Q8_0.gguf"
-        formats = {group: "Q8_0" if "Q8_0" in sizes.allowed(group) else "F16" for group in sizes.group_names}
-        windows = texts.validation.first(ENGINE_WINDOWS)
-        copy = load(model.origin.source, model.network.dtype)
-        done, packed, _ = quantize(copy, Quantize(formats=formats, method="rtn"), windows[:1])
-        write_gguf(done, packed, path)
+        path, windows = folder / "Q8_0.gguf", texts.validation.first(ENGINE_WINDOWS)
+        formats = _everywhere("Q8_0", sizes_of(model))
+        _write_rounded(model, formats, windows[:1], path, lambda i, n: progress("what the engine itself costs", i, n))
         quality = measure_quality({"original": original_file(model), "Q8_0": path}, windows, progress)
         path.unlink()
         return {"kl": quality.qualities["Q8_0"].kl.value}
@@ -344,13 +346,12 @@ def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:
     return {name: quality.kl.value for name, quality in found.qualities.items() if quality.kl}
 
 
-def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> dict[str, FileSpeed]:
+def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> Speeds:
     """Time original and exported file in turns."""
     progress("measuring speed in llama.cpp", 0, 1)
-    roles = ("original", "compressed")
     prompt = texts.test.windows.shape[1] // 2
     speeds = measure_speed(
-        [files[role] for role in roles],
+        [files[role] for role in TIMED],
         WORKER,
         prompt=prompt,
         generate=min(48, prompt),
@@ -358,4 +359,4 @@ def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> 
         rounds=2,
     )
     progress("measuring speed in llama.cpp", 1, 1)
-    return dict(zip(roles, speeds.files, strict=True))
+    return speeds

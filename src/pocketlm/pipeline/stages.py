@@ -1,6 +1,7 @@
 """The stages of a run: each finished one is kept, each starts from what the one before left on disk.
 
-    text ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil] ─> quantize [─> tune]
+    text ─> original (16 bit) ─> [trim_vocabulary ─> prune_depth ─> prune_width ─> distil ─> sparsify ─> prepare]
+         ─> quantize [─> tune]
 
 A stage loads what it needs from the stage before it, in a fresh run as in a resumed one, so that both end in the
 same bytes.
@@ -58,6 +59,7 @@ LEARNING_WINDOWS = 2048  # of calibration text at most, to learn from: what `bes
 VALIDATION_WINDOWS = 8
 TEST_WINDOWS = 12
 NORMS = "norms.safetensors"
+PACKED = "packed.json"  # of a stage that quantizes: which formats
 IMPORTANCE = "importance.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +109,7 @@ def gather_texts(
     corpus = read_corpus(data) if data else python_topics()
     length = min(WINDOW, getattr(model.network.config, "max_position_embeddings", WINDOW))
 
-    def produce(folder: Path) -> dict:
+    def produce(folder: Path) -> None:
         samples = []
         if not data:
             progress("the model writes calibration text", 0, 1)
@@ -117,11 +119,6 @@ def gather_texts(
         for part in ("calibration", "validation", "test"):
             check_length(corpus, part, windows[part], length)
         save_file(windows, folder / "windows.safetensors")
-        return {
-            "name": corpus.name,
-            "samples": len(samples),
-            "counts": {k: len(v) for k, v in windows.items()},
-        }
 
     inputs = {"model": model.origin.key, "text": corpus.sha256, "own": not data, "seed": seed, "learning": learning}
     done = stage("text", inputs, produce)
@@ -344,12 +341,12 @@ def write_packed(packed: dict[str, Packed], folder: Path) -> None:
     """Keep quantized tensors in a folder."""
     save_file({name: tensor.rows.contiguous() for name, tensor in packed.items()}, folder / "packed.safetensors")
     kinds = {name: [tensor.format.name, *tensor.shape] for name, tensor in packed.items()}
-    (folder / "packed.json").write_text(json.dumps(kinds))
+    (folder / PACKED).write_text(json.dumps(kinds))
 
 
 def read_packed(folder: Path) -> dict[str, Packed]:
     """Read quantized tensors back."""
-    kinds = json.loads((folder / "packed.json").read_text())
+    kinds = json.loads((folder / PACKED).read_text())
     rows = load_file(folder / "packed.safetensors")
     return {
         name: Packed(find_format(kind, shape[1]), rows[name], tuple(shape)) for name, (kind, *shape) in kinds.items()

@@ -1,4 +1,4 @@
-"""A recipe: the list of typed steps that a run follows, as YAML. The only place that knows pydantic."""
+"""A recipe: the list of typed steps that a run follows, as YAML, checked by pydantic."""
 
 import math
 from dataclasses import asdict, dataclass

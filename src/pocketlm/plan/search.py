@@ -1,4 +1,4 @@
-"""From a budget and measured damages to a recipe: the least expected damage that fits."""
+"""From a budget and measured damages to a plan: the least expected damage that fits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Plan:
     Attributes:
         shape: The shape after pruning.
         drop: Blocks that go.
-        formats: Format by group.
+        formats: Format by group, and by parameter name where one differs.
         bytes: Exact bytes of the file.
         damage: Expected KL in nats per token: no recovery, damages added up, or the least of `measured`.
         units: Format, bytes and expected KL of each unit.

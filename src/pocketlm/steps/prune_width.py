@@ -35,7 +35,6 @@ from pocketlm.tensors.reconstruction import kept_groups, removal_order, solve_re
 
 WIDTHS = ("ffn", "kv_groups", "heads", "hidden")
 SPACE = "mlp_hidden"
-HEADS = "attention_out"
 FINAL = 1.0  # how much what the head reads counts beside all that the blocks read, when directions are chosen
 
 

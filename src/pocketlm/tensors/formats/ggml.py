@@ -1,4 +1,4 @@
-"""The block formats of GGUF files with one scale per block: blocks of 32 or 64 weights suit narrow models.
+"""The block formats of GGUF files that scale each block by itself; blocks of 32 or 64 weights suit narrow models.
 
 Layouts as in ggml's ggml-common.h; the gguf package's decoder and the engine's are the judges (tests/test_formats.py).
 
@@ -141,12 +141,10 @@ def _from_fp4_bits(bits: Tensor) -> Tensor:
 # A scale of MXFP4 is one byte e for 2^(e - 128), halved because the levels are doubled.
 _E8M0 = torch.cat([2.0**-128 * torch.ones(1), 2.0 ** (torch.arange(1, 255, dtype=torch.float64) - 128).float()])
 # A scale of NVFP4 is an unsigned E4M3 number, halved likewise; 0x7F stands for zero.
-_E4M3 = (
-    torch.tensor([mantissa * 2.0**-9 for mantissa in range(8)])
-    .tolist()
-    + [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
-)  # fmt: skip
-_E4M3_TABLE = torch.tensor(_E4M3[:-1]) * 0.5
+_E4M3_SMALL = [mantissa * 2.0**-9 for mantissa in range(8)]
+_E4M3_OTHER = [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
+_E4M3 = torch.tensor(_E4M3_SMALL + _E4M3_OTHER) * 0.5
+_E4M3_TABLE = _E4M3[:-1]
 
 
 def _around(table: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +176,7 @@ def _pack_nvfp4(codes: Tensor, scales: Tensor, steps: Tensor) -> Tensor:
 def _unpack_nvfp4(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers = data[:, :4].long()
     # The sign is ignored, except that 0xFF is not zero.
-    scales = torch.where(numbers == 0x7F, 0.0, torch.tensor(_E4M3)[numbers & 0x7F] * 0.5)
+    scales = torch.where(numbers == 0x7F, 0.0, _E4M3[numbers & 0x7F])
     codes = _from_fp4_bits(unpack_nibbles(data[:, 4:].reshape(-1, 8))).reshape(len(data), -1)
     return codes, scales[:, :, None], ones(codes, 4)
 
