@@ -679,8 +679,10 @@ def test_a_client_that_sends_or_takes_nothing_holds_no_place(model, monkeypatch)
         asyncio.run(asyncio.wait_for(two_clients(listener), 180))
 
 
-def test_an_empty_key_is_no_key(model, tmp_path):
-    done = pocketlm("serve", model, "--api-key", "", cache=tmp_path)
+@pytest.mark.parametrize(("words", "variable"), [(("--api-key", ""), "secret"), ((), "")], ids=["option", "variable"])
+def test_an_empty_key_is_no_key(words, variable, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_API_KEY", variable)
+    done = pocketlm("serve", model, *words, cache=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "The key is empty, so anyone would be let in" in done.stderr
 
