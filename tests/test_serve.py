@@ -757,6 +757,9 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, model, tmp_path):
             ((other, "--port", 0), "is not a GGUF file"),
             ((tmp_path / "none.gguf", "--port", 0), "No such file"),
             ((model, "--port", port), "Give another --port"),
+            ((model, "--port", 0, "--host", "192.0.2.1"), "Give another --host"),  # of no machine: RFC 5737
+            ((model, "--port", 0, "--host", "x" * 64), "it is no name of a host. Give another --host"),
+            ((model, "--port", 0, "--context", CONTEXT + 1), "Give at most 16,384"),
             ((model, "--escalate-to", "https://x/v1"), "--escalate-model and (to serve) --threshold together"),
         ):
             done = pocketlm("serve", *arguments, cache=folder)
