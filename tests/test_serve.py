@@ -37,6 +37,7 @@ from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, Completion, Embedding, parse
+from pocketlm.run.server.serve import model_name
 from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -767,6 +768,13 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, model, tmp_path):
             assert message in done.stderr
             assert done.stderr.count("\n") == 1
             assert done.stdout == ""
+
+
+def test_a_file_of_a_run_is_named_after_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "p70" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "p70" / "inside")
+    names = [model_name(Path(path)) for path in ("../model.gguf", "model.gguf", "../other.gguf")]
+    assert names == ["p70", "inside", "other"]
 
 
 def test_a_missing_package_names_the_line_that_installs_it(folder, model):

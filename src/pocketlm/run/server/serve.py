@@ -144,7 +144,7 @@ async def _measured(job: Serve, engines: list[EngineSettings]) -> list[EngineSet
 
 def model_name(path: Path) -> str:
     """Name a model after its file, or after the folder that `fit` made for it."""
-    return path.absolute().parent.name if path.name == "model.gguf" else path.stem
+    return path.parent.resolve().name if path.name == "model.gguf" else path.stem
 
 
 def _listener(host: str, port: int) -> socket.socket:
