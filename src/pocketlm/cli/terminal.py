@@ -172,18 +172,23 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
             f"{out / 'bitmask'} has the weights without their zeros in {made.bitmask_bytes:,} bytes, on disk alone "
             "(compressed-tensors' sparse-bitmask); a GGUF file stores zeros like any other number"
         )
-    removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
-    gone = f"{removed:.1%} of the parameters are gone"
-    healing = f"{gone}: about {made.healing_tokens:,} tokens of distillation usually heal that"
-    if any(cut.step == "sparsify" for cut in made.cuts):
-        healing = f"{gone}; distillation would fill the zeros again: --heal lets the model learn before they are made"
     return [
         *lines,
         "read in llama.cpp on text that no step has seen; in brackets: 95 % intervals, bootstrap over windows, paired",
-        healing,
+        *_healing(made),
         f"wrote {out}: {out / 'hf'} loads in transformers, {out / 'model.gguf'} in llama.cpp "
         f"({made.actual_bytes:,} bytes, {made.predicted_bytes:,} predicted); the choices are in {out / 'choices.html'}",
     ]
+
+
+def _healing(made: Pruned) -> list[str]:
+    """Say how much is gone and what heals that; nothing where nothing is gone."""
+    removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
+    gone = [f"{removed:.1%} of the parameters are gone"] if removed > 0 else []
+    if any(cut.step == "sparsify" for cut in made.cuts):
+        zeros = "distillation would fill the zeros again: --heal lets the model learn before they are made"
+        return ["; ".join([*gone, zeros])]
+    return [f"{each}: about {made.healing_tokens:,} tokens of distillation usually heal that" for each in gone]
 
 
 def distilled_lines(made: Distilled, out: Path) -> list[str]:

@@ -158,6 +158,7 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     """
     if all(getattr(job, part) is None for part in PARTS):
         raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
+    _check_vocabulary(model, job.vocab)
     blocks = model.network.config.num_hidden_layers
     least = min(2, blocks)
     if job.depth is not None and job.depth < least:
@@ -180,8 +181,16 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
     unchanged = checked(model.network, _widths(job)) == present_widths(model.network) and job.depth in (None, blocks)
-    if unchanged and not job.cuts_connections and job.vocab is None:
+    if unchanged and not job.cuts_connections and job.vocab in (None, model.network.config.vocab_size):
         raise BadInputError("Nothing to prune: the model has that shape already. `pocketlm inspect` shows it")
+
+
+def _check_vocabulary(model: LanguageModel, tokens: int | None) -> None:
+    present = min(len(model.tokenizer), model.network.config.vocab_size)  # of either, some have more than of the other
+    if tokens is not None and not 1 <= tokens <= present:
+        raise BadInputError(
+            f"Cannot keep {tokens:,} tokens: the model has {present:,}. Give --vocab at most as many, and at least 1"
+        )
 
 
 def _widths(job: Prune) -> PruneWidth:
@@ -215,7 +224,7 @@ def _decide(
     asked = {name: getattr(job, name) for name in (*PARTS, "method", "heal", "seed")}
 
     def produce(_: Path) -> dict[str, Any]:
-        steps: list[Any] = [TrimVocabulary(size=job.vocab)] if job.vocab else []
+        steps: list[Any] = [] if job.vocab is None else [TrimVocabulary(size=job.vocab)]
         most = model.network.config.num_hidden_layers - (job.depth or model.network.config.num_hidden_layers)
         damage = []
         if most:
@@ -225,7 +234,7 @@ def _decide(
         if any(getattr(job, name) is not None for name in WIDTHS):
             steps.append(_widths(job))
         if job.heal:
-            rate = NEW_TOKENS_RATE if job.vocab else Distil(tokens=1).learning_rate
+            rate = Distil(tokens=1).learning_rate if job.vocab is None else NEW_TOKENS_RATE
             tokens = tokens_in(model, texts.calibration, job.heal)
             steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
         if job.cuts_connections:  # last: healing would fill the zeros again
