@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.model.anatomy import FAMILIES, anatomy_for
 from pocketlm.model.attention import slice_attention
+from pocketlm.model.card import read_card
 from pocketlm.model.files import file_sha256
 from pocketlm.model.gguf_config import config_from_gguf
 from pocketlm.model.gguf_file import GgufFile, read_gguf, read_tensor
@@ -201,7 +202,8 @@ def _load_folder(source: str, folder: Path, dtype: torch.dtype, kind: str = "fol
     hashes = [file_sha256(file) for file in weights]
     sha256 = hashes[0] if len(hashes) == 1 else _hash_of(*hashes)
     company = [f"{file.name} {file_sha256(file)}" for each in _COMPANY for file in sorted(folder.glob(each))]
-    license, name = _card_license(folder), source if kind == "hub" else folder.resolve().name
+    license, base = read_card(folder)
+    name = source if kind == "hub" else base or folder.resolve().name
     origin = Origin(
         source=source,
         kind=kind,
@@ -299,15 +301,6 @@ def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
                 f"The weights in {folder} do not fit its config: {len(names)} {fault}, such as `{names[0]}`"
             )
     return _ready(network)
-
-
-def _card_license(folder: Path) -> str | None:
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*(\S+)", header.group(1), re.MULTILINE) if header else None
-    return found.group(1) if found else None
 
 
 def _download(name: str) -> Path:
