@@ -50,7 +50,7 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """
     if source == DEMO:
         return _load_gguf(source, demo_file(), dtype)
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _load_folder(source, path, dtype)
     if path.is_file():
@@ -86,14 +86,22 @@ def weight_bytes(source: str) -> int:
     Raises:
         BadInputError: The hub does not give it.
     """
-    path = _download(source) if _on_hub(source) else Path(source).expanduser()
+    path = _download(source) if _on_hub(source) else local_path(source)
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)
 
 
+def local_path(source: str | Path) -> Path:
+    """Return the path that a source may be; `~` of a user that does not exist stays as it is written."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
 def _on_hub(source: str) -> bool:
     """Whether a source is a hub id and nothing on this disk."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return bool(_HUB_ID.fullmatch(source)) and path.suffix != ".gguf" and not path.parent.exists()
 
 

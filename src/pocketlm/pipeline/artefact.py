@@ -19,6 +19,7 @@ from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
+from pocketlm.model.source import local_path
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.cache import Finished, held
 from pocketlm.pipeline.proof import STAGE_WINDOWS, Proof
@@ -93,7 +94,7 @@ def check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None]
         return
     if not force:
         raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
-    read = [Path(name).expanduser() for name in reads if name]
+    read = [local_path(name) for name in reads if name]
     inside = [path for path in read if path.resolve().is_relative_to(out.resolve())]
     if inside:
         raise BadInputError(f"{out} has {inside[0]} in it, which is read. Give another folder with -o")
