@@ -83,6 +83,7 @@ def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
     assert data["points"][0]["bytes"] == report.product.bytes
     page = frontier_page({"<b>": report}, {"1MB": "cannot & will not"})
     assert "<b>" not in page
+    assert "formats alone where pruning won" in page, "what is beside a result is not always plain"
     assert "cannot &amp; will not" in page
 
 
