@@ -12,9 +12,12 @@ import pytest
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.cli.terminal import evaluation_lines
+from pocketlm.commands.inspection import Evaluation
 from pocketlm.errors import BadInputError, VerificationError
 from pocketlm.export.verify import check_bytes
 from pocketlm.pipeline.artefact import new_folder
+from pocketlm.report.content import TextUsed
 from pocketlm.report.write import write_manifest
 
 RECIPE = """
@@ -383,13 +386,21 @@ def test_inspect_says_what_is_inside(llama, tmp_path):
 
 
 def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tmp_path):
-    arguments = ("evaluate", llama, "--reference", llama, "--data", text, "--json")
+    arguments = ("evaluate", llama, "--reference", llama, "--data", text, "--windows", 5, "--json")
     done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    model = json.loads(done.stdout)["model"]
+    found = json.loads(done.stdout)
+    read = found["text"]
+    assert (read["name"], read["windows"], read["window_length"]) == ("words.txt (test)", 5, 256)
+    model = found["model"]
     assert model["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert model["ratio"]["value"] == pytest.approx(1)
     assert model["agreement"]["value"] == 1
+
+
+def test_an_evaluation_says_on_which_text_and_that_it_was_short():
+    lines = evaluation_lines(Evaluation({}, TextUsed("a.txt (test)", "0f3a", 2048, 4, 512, True)), 12)
+    assert lines[-1] == "4 windows of 512 tokens, a.txt (test), sha256 0f3a; 12 were asked for, it has no more"
 
 
 def test_doctor_and_clean(llama, tmp_path):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketlm.commands.distillation import Distilled
+from pocketlm.commands.inspection import Evaluation
 from pocketlm.commands.integers import IntegerFolder
 from pocketlm.commands.pruning import Pruned
 from pocketlm.measure.device import Figure, Speeds
@@ -22,6 +23,7 @@ from pocketlm.plan.recipe import to_yaml
 from pocketlm.plan.search import Plan
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
+from pocketlm.report.wording import text_used
 from pocketlm.run.server.serve import model_name
 
 SECONDS_BETWEEN_LINES = 10
@@ -271,6 +273,12 @@ def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
+
+
+def evaluation_lines(made: Evaluation, asked: int) -> list[str]:
+    """Lay an evaluation out, with the text that it was made on."""
+    fewer = f"; {asked:,} were asked for, it has no more" if made.text.windows < asked else ""
+    return [*quality_lines(made.qualities), f"{text_used(made.text)}{fewer}"]
 
 
 def _cell(interval: Interval | None) -> str:
