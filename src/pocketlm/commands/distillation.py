@@ -153,6 +153,8 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
 
 def _check(job: Distillation) -> None:
     """Refuse what does not go together, before any work."""
+    if job.seconds is not None and job.seconds <= 0:
+        raise BadInputError("In no time nothing is learnt. Give a --time such as 30m, or --tokens")
     if job.remote and not job.task:
         raise BadInputError(
             "A remote teacher answers prompts. Give some with --task: a .jsonl with a `prompt` per line"
@@ -183,7 +185,7 @@ def read_shape(student: str) -> dict[str, int]:
     for part in student.split(","):
         name, _, value = part.strip().partition("=")
         name = name.strip().replace("-", "_")
-        if name not in SHAPE or not value.strip().isdigit():
+        if name not in SHAPE or not value.strip().isdecimal():
             raise BadInputError(
                 f"Cannot read `{part}` in the student `{student}`. Write a shape like depth=12,ffn=768, of "
                 f"{', '.join(SHAPE)}, or the name of a model"
