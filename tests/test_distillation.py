@@ -95,6 +95,12 @@ def test_students_of_every_kind(student: str, more: tuple, folders: dict[str, Pa
     made = json.loads(done.stdout)
     assert set(made["qualities"]) == {"teacher", "student before", "student"}
     assert made["parameters"][1] < made["parameters"][0]
+    assert json.loads((out / "distillation.json").read_text()) == made
+    inputs = made["inputs"]
+    assert inputs["teacher"]["sha256"] == file_sha256(folders["teacher"] / "model.safetensors")
+    assert inputs["settings"].items() >= {"seed": 0, "tokens": 2048}.items()
+    assert inputs["learnt"]["data"] == [str(folders["text"])]
+    assert (made["text"]["name"], made["text"]["held_out"]) == ("text.txt", True)
     losses = (out / "loss.csv").read_text().splitlines()
     assert losses[0] == "step,tokens,loss,held_out_kl"
     assert len(losses) == 2 + len(made["details"]["losses"])

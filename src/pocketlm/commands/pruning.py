@@ -19,7 +19,7 @@ from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.artefact import new_folder, text_used
 from pocketlm.pipeline.cache import remove_leftovers, stage
 from pocketlm.pipeline.planning import sizes_before
 from pocketlm.pipeline.preflight import check_resources
@@ -31,6 +31,7 @@ from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
 from pocketlm.report.choices import choices_page
+from pocketlm.report.content import TextUsed
 from pocketlm.report.write import write_manifest
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
@@ -100,6 +101,7 @@ class Pruned:
         predicted_bytes: Of the GGUF file.
         actual_bytes: Of the GGUF file.
         healing_tokens: How many tokens of distillation such a cut usually takes to heal.
+        text: That the qualities were read on.
         bitmask_bytes: Of the weights in the folder of bitmasks; None where there is none.
     """
 
@@ -107,6 +109,7 @@ class Pruned:
     predicted_bytes: int
     actual_bytes: int
     healing_tokens: int
+    text: TextUsed
     bitmask_bytes: int | None = None
 
 
@@ -134,8 +137,9 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
-        actual = (folder / "model.gguf").stat().st_size
-        made = Pruned(tuple(cuts), predicted, actual, tokens, _bitmasks(compressed.model, job, folder / "bitmask"))
+        actual, text = (folder / "model.gguf").stat().st_size, text_used(texts.test, held_out=True)
+        bitmasks = _bitmasks(compressed.model, job, folder / "bitmask")
+        made = Pruned(tuple(cuts), predicted, actual, tokens, text, bitmasks)
         (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")
         (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
         write_manifest(folder)
