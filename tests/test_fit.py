@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +109,7 @@ def test_the_folder_is_whole(uninterrupted):
     assert product["perplexity"]["low"] <= product["perplexity"]["value"] <= product["perplexity"]["high"]
     assert report["model"]["blocks"] == {"before": 3, "after": 2}
     assert report["model"]["ffn_width"]["after"] == 96
+    assert not {"method", "preset", "pruning allowed"} & report["settings"].keys(), "the recipe says all that is done"
     names, divergences = zip(*(stage.values() for stage in report["waterfall"]["stages"]), strict=True)
     assert names == ("prune_depth", "prune_width", "distil", "quantize", "llama.cpp")
     assert min(divergences) > 0
@@ -361,12 +364,22 @@ def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "option", [("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m"), ("--seed", "7")]
+    "option",
+    [
+        *(("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m"), ("--seed", "7")),
+        *(("--preset", "balanced"), ("--context", "2048")),
+    ],
 )
 def test_a_recipe_takes_no_limits_that_it_would_ignore(option, llama, recipe, tmp_path):
     done = pocketlm("fit", llama, "--recipe", recipe, *option, "-o", tmp_path / "out", cache=tmp_path / "cache")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "A recipe says all that is done" in done.stderr
+    assert re.search("A recipe says all that is done|are for making a recipe", done.stderr)
+
+
+def test_a_context_is_of_a_memory(llama, tmp_path):
+    done = pocketlm("fit", llama, "--size", "60%", "--context", 64, "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "give --ram too" in done.stderr
 
 
 def test_a_file_with_other_bytes_than_predicted_is_refused(tmp_path):
