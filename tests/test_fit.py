@@ -356,6 +356,23 @@ run(lambda **_: {problem})
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [(r"print('\u2013 \ud83d')", "\\u2013 \\ud83d\n"), (r"print_result([], '\u2013 \U0001f600', True)", None)],
+    ids=["words", "json"],
+)
+def test_what_a_terminal_cannot_show_ends_no_run(printed, said):
+    program = f"""
+from pocketlm.cli.exits import run
+from pocketlm.cli.options import print_result
+run(lambda **_: {printed})
+"""
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=latin)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said if said else json.loads(done.stdout) == "\u2013 \U0001f600"
+
+
 def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_path):
     arguments = ("fit", llama, "--recipe", recipe, "--size", "40kB", "--data", text, "-o", tmp_path / "out")
     done = pocketlm(*arguments, cache=tmp_path / "cache")
