@@ -522,6 +522,7 @@ def test_markdown_has_the_verdict_and_cannot_be_broken_out_of(report):
     assert fence(HOSTILE) in text
     assert fence(HOSTILE).startswith("``````text\n")
     assert cell("a|b\n<i>*x*") == "a\\|b &lt;i&gt;\\*x\\*"
+    assert cell("_a_ ~~b~~ Q4_0 __init__") == "\\_a\\_ \\~\\~b\\~\\~ Q4_0 \\_\\_init\\_\\_"
 
 
 @pytest.mark.parametrize(
