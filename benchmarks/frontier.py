@@ -92,7 +92,7 @@ def quality(args: argparse.Namespace, file: Path, screen: Screen) -> dict:
     inputs |= {"text": [file_sha256(path) for path in args.measure]}
 
     def produce(folder: Path) -> dict:
-        found = evaluate(str(file), args.model, args.measure, args.windows, screen.progress)["model"]
+        found = evaluate(str(file), args.model, args.measure, args.windows, screen.progress).qualities["model"]
         return asdict(found)
 
     return stage("frontier-quality", inputs, produce).facts

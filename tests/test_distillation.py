@@ -10,8 +10,12 @@ from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from pocketlm.commands.distillation import read_shape
+from pocketlm.commands.distillation import Distillation, Distilled, distill, read_shape
 from pocketlm.errors import BadInputError
+from pocketlm.model.files import file_sha256
+from pocketlm.report.content import TextUsed
+from pocketlm.report.distilled import distilled_page
+from pocketlm.steps.distil import Distil
 
 QUICK = ("--tokens", 2048, "--learning-rate", "1e-3")
 
@@ -41,9 +45,29 @@ def test_shapes_are_read():
     assert read_shape("depth=12,ffn=768") == {"depth": 12, "ffn": 768}
     assert read_shape("kv-groups=1, hidden=64") == {"kv_groups": 1, "hidden": 64}
     assert read_shape("some/model") == {}
-    for wrong in ("depth=x", "layers=3", "depth=3,", "depth=-1"):
+    for wrong in ("depth=x", "depth=²", "layers=3", "depth=3,", "depth=-1"):
         with pytest.raises(BadInputError, match="Write a shape like depth=12,ffn=768"):
             read_shape(wrong)
+
+
+def test_in_no_time_nothing_is_learnt(tmp_path: Path):
+    job = Distillation(teacher="", student="depth=4", how=Distil(tokens=0), seconds=0.0, out=tmp_path / "out")
+    with pytest.raises(BadInputError, match="Give a --time such as 30m, or --tokens"):
+        distill(job)
+
+
+def test_a_page_says_what_it_was_made_of_and_cannot_be_broken_out_of():
+    inputs = {"teacher": {"sha256": "0f3a"}, "settings": {"seed": 7}}
+    text = TextUsed("a|b.txt", "5b2c", 2048, 4, 512, True)
+    page = distilled_page(
+        "<b>", "depth=4|", Distilled(("*so*",), (2, 1), {}, 8, {"tokens_per_second": 9.0}, text, inputs)
+    )
+    assert "# &lt;b&gt;, distilled" in page
+    assert "Student: depth=4\\|, 1 parameters" in page
+    assert "- \\*so\\*" in page
+    assert (
+        "Text: 4 windows of 512 tokens, a\\|b.txt, sha256 5b2c. Seed 7; the teacher's weights: SHA-256\n0f3a." in page
+    )
 
 
 @pytest.mark.slow
@@ -71,6 +95,12 @@ def test_students_of_every_kind(student: str, more: tuple, folders: dict[str, Pa
     made = json.loads(done.stdout)
     assert set(made["qualities"]) == {"teacher", "student before", "student"}
     assert made["parameters"][1] < made["parameters"][0]
+    assert json.loads((out / "distillation.json").read_text()) == made
+    inputs = made["inputs"]
+    assert inputs["teacher"]["sha256"] == file_sha256(folders["teacher"] / "model.safetensors")
+    assert inputs["settings"].items() >= {"seed": 0, "tokens": 2048}.items()
+    assert inputs["learnt"]["data"] == [str(folders["text"])]
+    assert (made["text"]["name"], made["text"]["held_out"]) == ("text.txt", True)
     losses = (out / "loss.csv").read_text().splitlines()
     assert losses[0] == "step,tokens,loss,held_out_kl"
     assert len(losses) == 2 + len(made["details"]["losses"])

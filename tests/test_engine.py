@@ -1,8 +1,10 @@
 """The engine says what torch says, and the chat around it behaves."""
 
 import importlib.util
+import io
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from pocketlm.cli.terminal import Screen
 from pocketlm.errors import BadInputError
+from pocketlm.run import chat
 from pocketlm.run.chat import complete, has_chat_template, serving, stream
 from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import decode_row, version
@@ -285,6 +289,21 @@ def test_piped_questions_give_nothing_but_answers():
     assert result.stdout.startswith("Hello")
     assert result.stdout.count("\n") == 1
     assert result.stderr == ""
+
+
+def test_names_of_emoji_are_printed_as_they_were_said(monkeypatch, capsys):
+    def answer(*_: object, **__: object):
+        yield "a :key: b"
+        return chat.Reply("a :key: b", "stop", 1, 1.0)
+
+    monkeypatch.setattr(chat, "serving", lambda *_: nullcontext())
+    monkeypatch.setattr(chat, "has_chat_template", bool)
+    monkeypatch.setattr(chat, "stream", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    chat.chat_loop("a.gguf")
+    with Screen() as screen:
+        screen.say(["c :key: d"])
+    assert capsys.readouterr() == ("a :key: b\n", "c :key: d\n")
 
 
 @needs_demo

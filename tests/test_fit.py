@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +14,12 @@ import pytest
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.cli.terminal import evaluation_lines
+from pocketlm.commands.inspection import Evaluation
 from pocketlm.errors import BadInputError, VerificationError
 from pocketlm.export.verify import check_bytes
 from pocketlm.pipeline.artefact import new_folder
+from pocketlm.report.content import TextUsed
 from pocketlm.report.write import write_manifest
 
 RECIPE = """
@@ -104,6 +109,7 @@ def test_the_folder_is_whole(uninterrupted):
     assert product["perplexity"]["low"] <= product["perplexity"]["value"] <= product["perplexity"]["high"]
     assert report["model"]["blocks"] == {"before": 3, "after": 2}
     assert report["model"]["ffn_width"]["after"] == 96
+    assert not {"method", "preset", "pruning allowed"} & report["settings"].keys(), "the recipe says all that is done"
     names, divergences = zip(*(stage.values() for stage in report["waterfall"]["stages"]), strict=True)
     assert names == ("prune_depth", "prune_width", "distil", "quantize", "llama.cpp")
     assert min(divergences) > 0
@@ -350,6 +356,23 @@ run(lambda **_: {problem})
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [(r"print('\u2013 \ud83d')", "\\u2013 \\ud83d\n"), (r"print_result([], '\u2013 \U0001f600', True)", None)],
+    ids=["words", "json"],
+)
+def test_what_a_terminal_cannot_show_ends_no_run(printed, said):
+    program = f"""
+from pocketlm.cli.exits import run
+from pocketlm.cli.options import print_result
+run(lambda **_: {printed})
+"""
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=latin)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said if said else json.loads(done.stdout) == "\u2013 \U0001f600"
+
+
 def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_path):
     arguments = ("fit", llama, "--recipe", recipe, "--size", "40kB", "--data", text, "-o", tmp_path / "out")
     done = pocketlm(*arguments, cache=tmp_path / "cache")
@@ -358,12 +381,22 @@ def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "option", [("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m"), ("--seed", "7")]
+    "option",
+    [
+        *(("--ram", "1GB"), ("--speed", "1tok/s"), ("--quality", "0.9"), ("--heal", "1m"), ("--seed", "7")),
+        *(("--preset", "balanced"), ("--context", "2048")),
+    ],
 )
 def test_a_recipe_takes_no_limits_that_it_would_ignore(option, llama, recipe, tmp_path):
     done = pocketlm("fit", llama, "--recipe", recipe, *option, "-o", tmp_path / "out", cache=tmp_path / "cache")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "A recipe says all that is done" in done.stderr
+    assert re.search("A recipe says all that is done|are for making a recipe", done.stderr)
+
+
+def test_a_context_is_of_a_memory(llama, tmp_path):
+    done = pocketlm("fit", llama, "--size", "60%", "--context", 64, "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "give --ram too" in done.stderr
 
 
 def test_a_file_with_other_bytes_than_predicted_is_refused(tmp_path):
@@ -383,13 +416,21 @@ def test_inspect_says_what_is_inside(llama, tmp_path):
 
 
 def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tmp_path):
-    arguments = ("evaluate", llama, "--reference", llama, "--data", text, "--json")
+    arguments = ("evaluate", llama, "--reference", llama, "--data", text, "--windows", 5, "--json")
     done = pocketlm(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    model = json.loads(done.stdout)["model"]
+    found = json.loads(done.stdout)
+    read = found["text"]
+    assert (read["name"], read["windows"], read["window_length"]) == ("words.txt (test)", 5, 256)
+    model = found["model"]
     assert model["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert model["ratio"]["value"] == pytest.approx(1)
     assert model["agreement"]["value"] == 1
+
+
+def test_an_evaluation_says_on_which_text_and_that_it_was_short():
+    lines = evaluation_lines(Evaluation({}, TextUsed("a.txt (test)", "0f3a", 2048, 4, 512, True)), 12)
+    assert lines[-1] == "4 windows of 512 tokens, a.txt (test), sha256 0f3a; 12 were asked for, it has no more"
 
 
 def test_doctor_and_clean(llama, tmp_path):

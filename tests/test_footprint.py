@@ -92,6 +92,18 @@ def test_what_no_layout_reaches_is_refused_with_what_would_do(tiny_model: Tiny):
         check_running(sizes, Budget("b", 0, speed=1.01 / seconds), costs, prune=False)
 
 
+@pytest.mark.parametrize("speed", [0.0123, 0.98, 1.04, 12.7, 347.0])
+def test_the_speed_that_is_suggested_can_be_met(speed: float, tiny_model: Tiny):
+    sizes, costs = sizes_of(tiny_model("llama")), random_costs(1)
+    _, seconds = costs.least(sizes, sizes.original)
+    costs = replace(costs, seconds={form: each / seconds / speed for form, each in costs.seconds.items()})
+    with pytest.raises(ImpossibleBudgetError) as refused:
+        check_running(sizes, Budget("b", 0, speed=2 * speed), costs, prune=False)
+    suggested = parse_speed(str(refused.value).partition("--speed ")[2])
+    assert 0.9 * speed < suggested <= speed
+    check_running(sizes, Budget("b", 0, speed=suggested), costs, prune=False)
+
+
 def test_speeds_are_read_as_people_write_them():
     assert parse_speed("30tok/s") == parse_speed(" 30 ") == parse_speed("30 tokens/s") == 30
     for wrong in ("fast", "0", "-3", "30MB", "tok/s"):

@@ -54,6 +54,16 @@ def test_every_folder_of_a_sweep_is_looked_at_before_any_work(tmp_path):
     assert not (tmp_path / "cache").exists(), "not even the model was read"
 
 
+@pytest.mark.parametrize("name", ["frontier.md", "frontier.json"])
+def test_a_persons_file_is_no_frontier_to_replace(name, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('["mine"]')
+    done = pocketlm("fit", "demo", "--sweep", "40MB", "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert done.returncode == 2
+    assert f"{name} exists already, and no sweep made it" in done.stderr
+    assert not (tmp_path / "cache").exists(), "not even the model was read"
+
+
 def test_a_time_is_of_one_run(tmp_path):
     done = pocketlm("fit", "demo", "--sweep", "40MB,60MB", "--time", "30m", "-o", tmp_path / "out", cache=tmp_path)
     assert done.returncode == 2
@@ -73,6 +83,7 @@ def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
     assert data["points"][0]["bytes"] == report.product.bytes
     page = frontier_page({"<b>": report}, {"1MB": "cannot & will not"})
     assert "<b>" not in page
+    assert "formats alone where pruning won" in page, "what is beside a result is not always plain"
     assert "cannot &amp; will not" in page
 
 

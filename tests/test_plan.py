@@ -219,6 +219,10 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ({"steps": [LAST_STEP | {"windows": 0}]}, "`windows` of at least 1 and `learned_rounding` of at least 0"),
         ({"steps": [LAST_STEP | {"learned_rounding": -3}]}, "given: 64, -3"),
         (
+            {"steps": [{"step": "trim_vocabulary", "size": 0}, LAST_STEP]},
+            "`trim_vocabulary` needs a `size` of at least 1",
+        ),
+        (
             {"steps": [LAST_STEP, TUNE | {"warm_up": 5}]},
             "`tune` needs `tokens`, `windows_per_step` and `evaluations` of at least 1 and `warm_up` from 0 to 1",
         ),

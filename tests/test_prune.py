@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from tests.test_steps import WINDOWS, assert_reloads, droppable, every_family, l
 from tests.tiny import FAMILIES, tiny_folder
 from torch import Tensor, nn
 
-from pocketlm.commands.pruning import healing_tokens
+from pocketlm.cli.terminal import pruned_lines
+from pocketlm.commands.pruning import Cut, Pruned, healing_tokens
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.sparse_bitmask import read_sparse_bitmask
+from pocketlm.measure.quality import Interval, Quality
 from pocketlm.model import abreast as abreast_module
 from pocketlm.model.abreast import DAMPINGS, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
@@ -27,6 +30,7 @@ from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, nar
 from pocketlm.plan.importance import block_influence, perplexity_without
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sizes import recipe_bytes, sizes_of
+from pocketlm.report.content import TextUsed
 from pocketlm.run.engine import Engine
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, choose_basis, prune_width
@@ -391,6 +395,13 @@ def test_more_to_remove_takes_more_tokens_to_heal():
     assert healing_tokens(0.9) == healing_tokens(0.5)
 
 
+def test_what_removes_nothing_heals_nothing():
+    one = Interval(1, 1, 1)
+    cuts = tuple(Cut(step, "", {}, 100, Quality(one, one, one, one)) for step in ("original", "trim_vocabulary"))
+    made = Pruned(cuts, 1, 1, healing_tokens(0), TextUsed("text", "0", 1, 1, 1, True))
+    assert not [line for line in pruned_lines(made, Path("out")) if "gone" in line or "distillation" in line]
+
+
 def test_prune_makes_a_folder_that_says_what_each_step_cost(tmp_path: Path):
     source = tiny_folder("llama", tmp_path / "tiny", num_hidden_layers=4)
     options = ("--depth", 3, "--ffn", 96, "--kv-groups", 1, "--hidden", 32, "--data", _text(tmp_path))
@@ -406,6 +417,10 @@ def test_prune_makes_a_folder_that_says_what_each_step_cost(tmp_path: Path):
     assert config["head_dim"] == 16
     page = (out / "choices.html").read_text()
     assert page.count("<svg") == 3
+    text = made["text"]
+    assert (text["name"], text["held_out"]) == ("text.txt", True)
+    assert f"{text['windows']} windows of 256 tokens, text.txt, sha256 {text['sha256']}" in page
+    assert re.search(r"<td>[\d.,]+ \[[\d.,]+–[\d.,]+\]</td>", page)
     again = pocketlm("prune", source, *options, "-o", tmp_path / "again", cache=tmp_path / "cache")
     assert again.returncode == 0, again.stderr
     assert "tokens of distillation usually heal that" in again.stdout
@@ -448,6 +463,9 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
             "Nothing to prune. Give one or more of --depth, --ffn, --kv-groups, --heads, --hidden, --vocab, --sparsity",
         ),
         (("--vocab", 100), "Cannot trim the vocabulary to 100 tokens"),
+        (("--vocab", 0), "Cannot keep 0 tokens: the model has 384"),
+        (("--vocab", 385), "Cannot keep 385 tokens: the model has 384"),
+        (("--vocab", 384), "Nothing to prune: the model has that shape already"),
         (("--sparsity", 1.5), "The sparsity is a share of the weights, and 1.5 is none"),
         (("--pattern", "4:2"), "`4:2` is no pattern"),
         (("--sparsity", 0.5, "--method", "magic"), "Unknown method `magic` to cut connections"),

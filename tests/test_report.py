@@ -39,7 +39,7 @@ from pocketlm.report.content import (
 )
 from pocketlm.report.pages import cell, fence, html_page, markdown_page
 from pocketlm.report.verdict import against_one, check_budgets_met, faster, judge, lower
-from pocketlm.report.write import write_manifest, write_reports
+from pocketlm.report.write import read_report, write_manifest, write_reports
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> | `````\n# not a heading & {{ 7 * 7 }}"
 
@@ -311,6 +311,23 @@ def test_json_of_another_schema_or_with_a_field_missing_is_refused(report):
         from_dict({key: value for key, value in data.items() if key != "seed"})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("files", 5), ("command", 3), ("seed", "x"), ("budget", "70MB"), ("parts", [7])]
+)
+def test_json_with_a_value_of_another_type_is_no_report(field, value, report, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({**to_dict(report), field: value}))
+    with pytest.raises(BadInputError, match=r"report.json is no report of pocketlm"):
+        read_report(tmp_path)
+
+
+def test_a_run_without_a_command_has_no_empty_block(report, tmp_path):
+    silent = replace(report, command="")
+    write_reports(silent, tmp_path)
+    assert not [path.name for path in tmp_path.glob("*.md") if "```sh\n\n" in path.read_text()]
+    assert "<pre></pre>" not in html_page(silent)
+    assert report.command in html_page(report)
+
+
 def test_numbers_that_are_not_finite_stay_valid_json_and_are_said_in_words(report, tmp_path):
     broken = with_product(
         report,
@@ -505,6 +522,7 @@ def test_markdown_has_the_verdict_and_cannot_be_broken_out_of(report):
     assert fence(HOSTILE) in text
     assert fence(HOSTILE).startswith("``````text\n")
     assert cell("a|b\n<i>*x*") == "a\\|b &lt;i&gt;\\*x\\*"
+    assert cell("_a_ ~~b~~ Q4_0 __init__") == "\\_a\\_ \\~\\~b\\~\\~ Q4_0 \\_\\_init\\_\\_"
 
 
 @pytest.mark.parametrize(

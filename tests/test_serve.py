@@ -37,6 +37,7 @@ from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, Completion, Embedding, parse
+from pocketlm.run.server.serve import model_name
 from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -679,8 +680,10 @@ def test_a_client_that_sends_or_takes_nothing_holds_no_place(model, monkeypatch)
         asyncio.run(asyncio.wait_for(two_clients(listener), 180))
 
 
-def test_an_empty_key_is_no_key(model, tmp_path):
-    done = pocketlm("serve", model, "--api-key", "", cache=tmp_path)
+@pytest.mark.parametrize(("words", "variable"), [(("--api-key", ""), "secret"), ((), "")], ids=["option", "variable"])
+def test_an_empty_key_is_no_key(words, variable, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_API_KEY", variable)
+    done = pocketlm("serve", model, *words, cache=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "The key is empty, so anyone would be let in" in done.stderr
 
@@ -755,6 +758,9 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, model, tmp_path):
             ((other, "--port", 0), "is not a GGUF file"),
             ((tmp_path / "none.gguf", "--port", 0), "No such file"),
             ((model, "--port", port), "Give another --port"),
+            ((model, "--port", 0, "--host", "192.0.2.1"), "Give another --host"),  # of no machine: RFC 5737
+            ((model, "--port", 0, "--host", "x" * 64), "it is no name of a host. Give another --host"),
+            ((model, "--port", 0, "--context", CONTEXT + 1), "Give at most 16,384"),
             ((model, "--escalate-to", "https://x/v1"), "--escalate-model and (to serve) --threshold together"),
         ):
             done = pocketlm("serve", *arguments, cache=folder)
@@ -762,6 +768,13 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, model, tmp_path):
             assert message in done.stderr
             assert done.stderr.count("\n") == 1
             assert done.stdout == ""
+
+
+def test_a_file_of_a_run_is_named_after_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "p70" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "p70" / "inside")
+    names = [model_name(Path(path)) for path in ("../model.gguf", "model.gguf", "../other.gguf")]
+    assert names == ["p70", "inside", "other"]
 
 
 def test_a_missing_package_names_the_line_that_installs_it(folder, model):

@@ -164,6 +164,7 @@ def test_the_nearest_name_is_suggested(typed: str, meant: str, folder: Path, fil
 
 def test_a_name_like_nothing(tmp_path: Path):
     assert "a hub id such as `organisation/name`" in refused(tmp_path / "zzzzzzzzzz")
+    assert "There is no file or folder `~nobody-of-this-name/x`" in refused("~nobody-of-this-name/x")
 
 
 def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

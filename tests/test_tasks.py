@@ -233,7 +233,8 @@ def test_the_choices_of_a_classification_are_the_labels_of_the_whole_file(tmp_pa
     ["{", "[]", '{"prompt": "a", "choices": ["b", "c"]}', '{"prompt": "a", "choices": ["b"], "answer": 0}',
      '{"prompt": "", "choices": ["b", "c"], "answer": 0}', '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
      '{"prompt": "a", "choices": ["b", "b", "c"], "answer": 0}', '{"prompt": "a", "answer": "c"}',
-     '{"ctx": "a", "endings": ["b", "c"], "label": "d"}', '{"prompt": "a\\ud800", "answer": "b"}', "[" * 100_000],
+     '{"ctx": "a", "endings": ["b", "c"], "label": "d"}', '{"ctx": "a", "endings": ["b", "c"], "label": "²"}',
+     '{"prompt": "a\\ud800", "answer": "b"}', "[" * 100_000],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row):
     path = tmp_path / "task.jsonl"

@@ -162,13 +162,13 @@ def test_text_files_and_json_lines_are_read(tmp_path: Path):
         json.dumps({"text": ""}),
     ]
     paths = [
-        written(tmp_path, "a.jsonl", "\n".join(lines)),
+        written(tmp_path, "a.JSONL", "\n".join(lines)),
         written(tmp_path, "b.txt", "Some text.\r\nMore."),
         written(tmp_path, "c.md", "# Title"),
     ]
     corpus = read_corpus(paths)
     assert corpus.documents == ("plain", "Hi\n\nHello", "Some text.\nMore.", "# Title")
-    assert corpus.name == "a.jsonl, b.txt, c.md"
+    assert corpus.name == "a.JSONL, b.txt, c.md"
     assert corpus.sha256 != read_corpus(paths[:2]).sha256
 
 

@@ -16,6 +16,8 @@ RESUMING = {"fit", "quantize", "prune", "distill", "calibrate"}
 def run(app: typer.Typer) -> None:
     """Run a command line; whatever goes wrong becomes one message on standard error and an exit code."""
     _heed_signals()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a finished run
     try:
         _check_words(sys.argv[1:])
         code = app(standalone_mode=False)  # typer turns an interruption into a code that it returns

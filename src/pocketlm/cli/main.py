@@ -31,7 +31,9 @@ def fit(
     ram: Annotated[
         str | None, typer.Option(help="Budget of memory that the model adds while it runs, such as 200MB.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of context that --ram is for.", min=64)] = 2048,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of context that --ram is for, 2048 if not given.", min=64)
+    ] = None,
     speed: Annotated[
         str | None, typer.Option(help="Tokens it must write per second on this machine, such as 30tok/s.")
     ] = None,
@@ -49,8 +51,9 @@ def fit(
         list[Path] | None, typer.Option(help="A .jsonl to score the file on beside the original; repeatable.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="How much is tried: fast (one plan), balanced (up to 3 candidates), best (up to 6).")
-    ] = "balanced",
+        str | None,
+        typer.Option(help="How much is tried: fast (one plan), balanced (up to 3, if not given), best (up to 6)."),
+    ] = None,
     time: Annotated[
         str | None,
         typer.Option(

@@ -40,7 +40,7 @@ def evaluate(
 ) -> None:
     """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
     from pocketlm import api
-    from pocketlm.cli.terminal import Screen, harness_lines, quality_lines, task_lines
+    from pocketlm.cli.terminal import Screen, evaluation_lines, harness_lines, task_lines
 
     if bool(task) + bool(harness) + bool(data) > 1:
         raise BadInputError("Give one of --task, --harness and --data: they are measured apart")
@@ -54,8 +54,9 @@ def evaluate(
             scores = api.evaluate_harness(model, reference, harness, limit)
             lines, found = harness_lines(scores), {"tasks": [asdict(score) for score in scores]}
         else:
-            qualities = api.evaluate(model, reference, list(data or []), windows, screen.progress)
-            lines, found = quality_lines(qualities), {name: asdict(quality) for name, quality in qualities.items()}
+            made = api.evaluate(model, reference, list(data or []), windows, screen.progress)
+            lines = evaluation_lines(made, windows)
+            found = {name: asdict(quality) for name, quality in made.qualities.items()} | {"text": asdict(made.text)}
     print_result(lines, found, json_output)
 
 

@@ -1,6 +1,7 @@
 """What commands share: options, names of files, and how a result is printed."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,5 +59,6 @@ def fixed_formats(texts: list[str]) -> tuple[tuple[str, str], ...]:
 
 
 def print_result(lines: list[str], data: dict[str, Any], json_output: bool) -> None:
-    """Print a result for a person, or as one JSON object."""
-    print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if json_output else "\n".join(lines))
+    """Print a result for a person, or as one JSON object, which in an encoding of less than Unicode is all ASCII."""
+    plain = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"
+    print(json.dumps(data, indent=2, default=str, ensure_ascii=plain) if json_output else "\n".join(lines))

@@ -11,6 +11,7 @@ import typer
 from pocketlm.cli.options import Debug, Json, Threads, gguf_file, print_result
 from pocketlm.errors import BadInputError
 
+KEY_VARIABLE = "POCKETLM_API_KEY"
 File = Annotated[str, typer.Argument(help="A folder made by `fit`, a GGUF file, or `demo`.")]
 Url = Annotated[str | None, typer.Option(help="OpenAI-compatible API of a larger model, such as https://host/v1.")]
 LargerModel = Annotated[str | None, typer.Option(help="The larger model's name there.")]
@@ -30,7 +31,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Any free one if 0.", min=0, max=65535)] = 8080,
     api_key: Annotated[
-        str | None, typer.Option(envvar="POCKETLM_API_KEY", help="What clients must send; nothing if not given.")
+        str | None, typer.Option(envvar=KEY_VARIABLE, help="What clients must send; nothing if not given.")
     ] = None,
     slots: Slots = 4,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused with 429.", min=0)] = 64,
@@ -71,7 +72,8 @@ def serve(
             compare=None if compare is None else gguf_file(compare),
             host=host,
             port=port,
-            api_key=api_key,
+            # An empty variable is nothing to typer; here it is an empty key, which is refused.
+            api_key=os.environ.get(KEY_VARIABLE) if api_key is None else api_key,
             slots=slots,
             queue=queue,
             context=context,

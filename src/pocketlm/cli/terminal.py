@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketlm.commands.distillation import Distilled
+from pocketlm.commands.inspection import Evaluation
 from pocketlm.commands.integers import IntegerFolder
 from pocketlm.commands.pruning import Pruned
 from pocketlm.measure.device import Figure, Speeds
@@ -22,6 +23,7 @@ from pocketlm.plan.recipe import to_yaml
 from pocketlm.plan.search import Plan
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
+from pocketlm.report.wording import text_used
 from pocketlm.run.server.serve import model_name
 
 SECONDS_BETWEEN_LINES = 10
@@ -31,10 +33,10 @@ class Screen:
     """Progress on standard error: a bar with the time left in a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)  # a name may have `:key:` in it
         self._live = self._console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
@@ -172,18 +174,23 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
             f"{out / 'bitmask'} has the weights without their zeros in {made.bitmask_bytes:,} bytes, on disk alone "
             "(compressed-tensors' sparse-bitmask); a GGUF file stores zeros like any other number"
         )
-    removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
-    gone = f"{removed:.1%} of the parameters are gone"
-    healing = f"{gone}: about {made.healing_tokens:,} tokens of distillation usually heal that"
-    if any(cut.step == "sparsify" for cut in made.cuts):
-        healing = f"{gone}; distillation would fill the zeros again: --heal lets the model learn before they are made"
     return [
         *lines,
         "read in llama.cpp on text that no step has seen; in brackets: 95 % intervals, bootstrap over windows, paired",
-        healing,
+        *_healing(made),
         f"wrote {out}: {out / 'hf'} loads in transformers, {out / 'model.gguf'} in llama.cpp "
         f"({made.actual_bytes:,} bytes, {made.predicted_bytes:,} predicted); the choices are in {out / 'choices.html'}",
     ]
+
+
+def _healing(made: Pruned) -> list[str]:
+    """Say how much is gone and what heals that; nothing where nothing is gone."""
+    removed = 1 - made.cuts[-1].parameters / made.cuts[0].parameters
+    gone = [f"{removed:.1%} of the parameters are gone"] if removed > 0 else []
+    if any(cut.step == "sparsify" for cut in made.cuts):
+        zeros = "distillation would fill the zeros again: --heal lets the model learn before they are made"
+        return ["; ".join([*gone, zeros])]
+    return [f"{each}: about {made.healing_tokens:,} tokens of distillation usually heal that" for each in gone]
 
 
 def distilled_lines(made: Distilled, out: Path) -> list[str]:
@@ -266,6 +273,12 @@ def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
+
+
+def evaluation_lines(made: Evaluation, asked: int) -> list[str]:
+    """Lay an evaluation out, with the text that it was made on."""
+    fewer = f"; {asked:,} were asked for, it has no more" if made.text.windows < asked else ""
+    return [*quality_lines(made.qualities), f"{text_used(made.text)}{fewer}"]
 
 
 def _cell(interval: Interval | None) -> str:

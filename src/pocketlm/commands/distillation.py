@@ -26,7 +26,7 @@ from pocketlm.model.opinions import Opinion, keep_opinions
 from pocketlm.model.source import load
 from pocketlm.model.targets import fitting, open_targets, predicted_bytes, words_of, write_targets
 from pocketlm.model.training import LOSSES
-from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.artefact import new_folder, text_used
 from pocketlm.pipeline.cache import latest, remove_leftovers, stage, unfinished
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_models, original_file
@@ -35,6 +35,7 @@ from pocketlm.plan.importance import block_influence
 from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.sensitivity import depth_damage
+from pocketlm.report.content import TextUsed
 from pocketlm.report.distilled import distilled_page
 from pocketlm.report.write import write_manifest
 from pocketlm.run.remote import Answer, ask, read_answers, served_model
@@ -83,6 +84,8 @@ class Distilled:
             nothing else has seen.
         tokens: That were trained on.
         details: Losses, held-out divergence, speed; bytes per token of targets on disk.
+        text: That the qualities were read on.
+        inputs: The teacher with its hash, the student, the settings, and the hashes of what was learnt from.
     """
 
     summaries: tuple[str, ...]
@@ -90,6 +93,8 @@ class Distilled:
     qualities: dict[str, Quality]
     tokens: int
     details: dict[str, Any]
+    text: TextUsed
+    inputs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         made = _measured(teacher, start, folder / "hf", texts, progress)
         made = replace(made, tokens=config.tokens, details=done.facts["details"] | facts)
         made = replace(made, summaries=(*start.summaries, done.facts["summary"]))
+        made = replace(made, inputs=_inputs(job, teacher, config, of_text))
         if job.gguf:
             write_gguf(load(str(folder / "hf")), {}, folder / "model.gguf")
         (folder / "report.md").write_text(
@@ -151,8 +157,20 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
     return made
 
 
+def _inputs(job: Distillation, teacher: LanguageModel, config: Distil, of_text: dict[str, str]) -> dict[str, Any]:
+    origin = asdict(teacher.origin)
+    return {
+        "teacher": {fact: origin[fact] for fact in ("base_model", "source", "sha256")},
+        "student": job.student,
+        "settings": asdict(config) | {"targets": job.targets, "remote": job.remote},
+        "learnt": {"data": [*map(str, job.data)], "task": job.task and str(job.task), "sha256": of_text},
+    }
+
+
 def _check(job: Distillation) -> None:
     """Refuse what does not go together, before any work."""
+    if job.seconds is not None and job.seconds <= 0:
+        raise BadInputError("In no time nothing is learnt. Give a --time such as 30m, or --tokens")
     if job.remote and not job.task:
         raise BadInputError(
             "A remote teacher answers prompts. Give some with --task: a .jsonl with a `prompt` per line"
@@ -183,7 +201,7 @@ def read_shape(student: str) -> dict[str, int]:
     for part in student.split(","):
         name, _, value = part.strip().partition("=")
         name = name.strip().replace("-", "_")
-        if name not in SHAPE or not value.strip().isdigit():
+        if name not in SHAPE or not value.strip().isdecimal():
             raise BadInputError(
                 f"Cannot read `{part}` in the student `{student}`. Write a shape like depth=12,ffn=768, of "
                 f"{', '.join(SHAPE)}, or the name of a model"
@@ -373,4 +391,4 @@ def _measured(teacher: LanguageModel, start: Start, made: Path, texts: Texts, pr
             write_gguf(models[name], {}, files[name])
         qualities = measure_models(files, models, texts.test.windows, progress).qualities
     counts = tuple(models[name].parameters for name in ("teacher", "student"))
-    return Distilled((), counts, qualities, 0, {})
+    return Distilled((), counts, qualities, 0, {}, text_used(texts.test, held_out=True), {})

@@ -17,6 +17,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
+from pocketlm.pipeline.artefact import text_used
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.pipeline.harness import HarnessScore, score_harness
 from pocketlm.pipeline.preflight import existing
@@ -24,6 +25,7 @@ from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.scoring import check_items, score_tasks
 from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.sizes import budget_range, sizes_of
+from pocketlm.report.content import TextUsed
 from pocketlm.run.speed import WORKER
 
 
@@ -51,6 +53,19 @@ class Inspection:
     largest: int
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model compares with a reference, and on which text.
+
+    Attributes:
+        qualities: Of `reference` and `model`.
+        text: That they were read on; of fewer windows than were asked for where it has no more.
+    """
+
+    qualities: dict[str, Quality]
+    text: TextUsed
+
+
 def inspect(source: str) -> Inspection:
     """Return what a model is made of and which budgets it can meet."""
     model = load(source)
@@ -73,9 +88,7 @@ def inspect(source: str) -> Inspection:
     )
 
 
-def evaluate(
-    source: str, reference: str, data: list[Path], count: int = 12, progress: Progress = silent
-) -> dict[str, Quality]:
+def evaluate(source: str, reference: str, data: list[Path], count: int = 12, progress: Progress = silent) -> Evaluation:
     """Measure a model against a reference in the engine, on a person's text or on Python's help topics.
 
     Where their vocabularies differ, the same text is measured in bits per byte, and there is no KL.
@@ -87,9 +100,10 @@ def evaluate(
     models = {"reference": load(reference), "model": load(source)}
     length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
     corpus = read_corpus(data) if data else python_topics()
-    windows = corpus.tokens("test", models["reference"].tokenizer, count, length).windows
+    tokens = corpus.tokens("test", models["reference"].tokenizer, count, length)
     files = {name: original_file(model) for name, model in models.items()}
-    return measure_models(files, models, windows, progress).qualities
+    qualities = measure_models(files, models, tokens.windows, progress).qualities
+    return Evaluation(qualities, text_used(tokens, held_out=True))
 
 
 def evaluate_tasks(

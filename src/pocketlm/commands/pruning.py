@@ -19,7 +19,7 @@ from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.artefact import new_folder, text_used
 from pocketlm.pipeline.cache import remove_leftovers, stage
 from pocketlm.pipeline.planning import sizes_before
 from pocketlm.pipeline.preflight import check_resources
@@ -31,6 +31,7 @@ from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
 from pocketlm.report.choices import choices_page
+from pocketlm.report.content import TextUsed
 from pocketlm.report.write import write_manifest
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
@@ -100,6 +101,7 @@ class Pruned:
         predicted_bytes: Of the GGUF file.
         actual_bytes: Of the GGUF file.
         healing_tokens: How many tokens of distillation such a cut usually takes to heal.
+        text: That the qualities were read on.
         bitmask_bytes: Of the weights in the folder of bitmasks; None where there is none.
     """
 
@@ -107,6 +109,7 @@ class Pruned:
     predicted_bytes: int
     actual_bytes: int
     healing_tokens: int
+    text: TextUsed
     bitmask_bytes: int | None = None
 
 
@@ -134,8 +137,9 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
-        actual = (folder / "model.gguf").stat().st_size
-        made = Pruned(tuple(cuts), predicted, actual, tokens, _bitmasks(compressed.model, job, folder / "bitmask"))
+        actual, text = (folder / "model.gguf").stat().st_size, text_used(texts.test, held_out=True)
+        bitmasks = _bitmasks(compressed.model, job, folder / "bitmask")
+        made = Pruned(tuple(cuts), predicted, actual, tokens, text, bitmasks)
         (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")
         (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
         write_manifest(folder)
@@ -158,6 +162,7 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     """
     if all(getattr(job, part) is None for part in PARTS):
         raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
+    _check_vocabulary(model, job.vocab)
     blocks = model.network.config.num_hidden_layers
     least = min(2, blocks)
     if job.depth is not None and job.depth < least:
@@ -180,8 +185,16 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
     unchanged = checked(model.network, _widths(job)) == present_widths(model.network) and job.depth in (None, blocks)
-    if unchanged and not job.cuts_connections and job.vocab is None:
+    if unchanged and not job.cuts_connections and job.vocab in (None, model.network.config.vocab_size):
         raise BadInputError("Nothing to prune: the model has that shape already. `pocketlm inspect` shows it")
+
+
+def _check_vocabulary(model: LanguageModel, tokens: int | None) -> None:
+    present = min(len(model.tokenizer), model.network.config.vocab_size)  # of either, some have more than of the other
+    if tokens is not None and not 1 <= tokens <= present:
+        raise BadInputError(
+            f"Cannot keep {tokens:,} tokens: the model has {present:,}. Give --vocab at most as many, and at least 1"
+        )
 
 
 def _widths(job: Prune) -> PruneWidth:
@@ -215,7 +228,7 @@ def _decide(
     asked = {name: getattr(job, name) for name in (*PARTS, "method", "heal", "seed")}
 
     def produce(_: Path) -> dict[str, Any]:
-        steps: list[Any] = [TrimVocabulary(size=job.vocab)] if job.vocab else []
+        steps: list[Any] = [] if job.vocab is None else [TrimVocabulary(size=job.vocab)]
         most = model.network.config.num_hidden_layers - (job.depth or model.network.config.num_hidden_layers)
         damage = []
         if most:
@@ -225,7 +238,7 @@ def _decide(
         if any(getattr(job, name) is not None for name in WIDTHS):
             steps.append(_widths(job))
         if job.heal:
-            rate = NEW_TOKENS_RATE if job.vocab else Distil(tokens=1).learning_rate
+            rate = Distil(tokens=1).learning_rate if job.vocab is None else NEW_TOKENS_RATE
             tokens = tokens_in(model, texts.calibration, job.heal)
             steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
         if job.cuts_connections:  # last: healing would fill the zeros again

@@ -15,6 +15,7 @@ from pocketlm.report.content import Report
 from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
 from pocketlm.report.write import is_whole, read_report, replace_text
 
+DATA, OTHERS = "frontier.json", ("frontier.md", "frontier.html")
 LARGE = 10**12  # bytes, of which any share that is a size is some
 
 
@@ -49,16 +50,11 @@ def sweep(
         announce: Called with each plan before it is run.
 
     Raises:
-        BadInputError: No sizes are given, a size is no size, the folder of one holds something else, or the job has a
-            time, which is of one run. All of that before any work.
+        BadInputError: No sizes are given, a size is no size, the folder of one holds something else, the frontier's
+            files are a person's, or the job has a time, which is of one run. All of that before any work.
         ImpossibleBudgetError: None of the sizes can be met.
     """
-    if not sizes:
-        raise BadInputError("A sweep needs sizes, such as --sweep 40MB,60MB,80MB")
-    if job.time:
-        raise BadInputError("--time is for one size: leave it out of a sweep, or give --preset fast")
-    for size in sizes:
-        parse_size(size, LARGE)  # what cannot be read is said before any is made
+    _check(job, sizes)
     names = {size.replace("%", "percent").replace(" ", ""): size for size in sizes}
     jobs = {name: replace(job, size=size, out=job.out / name) for name, size in names.items()}
     made = {name: None if job.force else _made_before(each.out, job.command) for name, each in jobs.items()}
@@ -78,10 +74,31 @@ def sweep(
         raise ImpossibleBudgetError(next(iter(refused.values())))
     found = Frontier(reports, refused)
     data = frontier_data(reports) | {"refused": refused, "command": job.command}
-    replace_text(job.out / "frontier.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    replace_text(job.out / "frontier.md", frontier_markdown(reports, refused))
-    replace_text(job.out / "frontier.html", frontier_page(reports, refused))
+    replace_text(job.out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    for name, text in zip(OTHERS, (frontier_markdown, frontier_page), strict=True):
+        replace_text(job.out / name, text(reports, refused))
     return found
+
+
+def _check(job: Fit, sizes: tuple[str, ...]) -> None:
+    """Refuse what makes no sweep, and to replace a person's files that are named like a frontier's."""
+    if not sizes:
+        raise BadInputError("A sweep needs sizes, such as --sweep 40MB,60MB,80MB")
+    if job.time:
+        raise BadInputError("--time is for one size: leave it out of a sweep, or give --preset fast")
+    for size in sizes:
+        parse_size(size, LARGE)  # what cannot be read is said before any is made
+    there = [job.out / name for name in (DATA, *OTHERS) if (job.out / name).exists()]
+    if not there or job.force:
+        return
+    try:
+        ours = {"points", "choice", "refused"} <= json.loads((job.out / DATA).read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise BadInputError(
+            f"{there[0]} exists already, and no sweep made it. Give another folder with -o, or --force to replace it"
+        )
 
 
 def _made_before(folder: Path, command: str) -> Report | None:

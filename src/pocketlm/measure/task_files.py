@@ -91,7 +91,7 @@ def _row(line: str, place: str) -> dict[str, Any]:
                 case {"ctx_a": str(first), "ctx_b": str(second)}:
                     context = f"{first} {second.capitalize()}"
             choices = [_plain(ending) if isinstance(ending, str) else ending for ending in endings]
-            answer = int(answer) if str(answer).isdigit() else answer
+            answer = int(answer) if str(answer).isdecimal() else answer
             row = {"prompt": _plain(title + context), "choices": choices, "answer": answer}
     if not isinstance(row, dict) or "prompt" not in row or not {"label", "answer"} & row.keys():
         raise BadInputError(f"{place}: expected an object of {FIELDS}")

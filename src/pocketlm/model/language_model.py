@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pocketlm.model.card import write_card
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -69,8 +71,9 @@ def save(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.bfloat16
 
 
 def save_company(model: LanguageModel, folder: Path) -> None:
-    """Write into `folder` what goes with the weights: the tokenizer and the license texts of the source."""
+    """Write into `folder` what goes with the weights: the tokenizer, and the source's name, license and its texts."""
     model.tokenizer.save_pretrained(folder)
+    write_card(folder, model.origin.license, model.origin.base_model)
     if model.origin.path.is_dir():
         for notice in sorted(model.origin.path.glob("LICENSE*")):
             shutil.copy(notice, folder / notice.name)

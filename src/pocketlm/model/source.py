@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.model.anatomy import FAMILIES, anatomy_for
 from pocketlm.model.attention import slice_attention
+from pocketlm.model.card import read_card
 from pocketlm.model.files import file_sha256
 from pocketlm.model.gguf_config import config_from_gguf
 from pocketlm.model.gguf_file import GgufFile, read_gguf, read_tensor
@@ -51,7 +52,7 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """
     if source == DEMO:
         return _load_gguf(source, demo_file(), dtype)
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _load_folder(source, path, dtype)
     if path.is_file():
@@ -90,7 +91,7 @@ def weights_of(source: str) -> int:
     """
     if source == DEMO:
         return weights_of(str(demo_file()))
-    path = _download(source) if _on_hub(source) else Path(source).expanduser()
+    path = _download(source) if _on_hub(source) else local_path(source)
     if path.is_file():
         return sum(prod(info.shape) for info in read_gguf(path).tensors.values())
     return sum(prod(shape) for file in path.glob("*.safetensors") for shape in _shapes_in(file))
@@ -104,9 +105,17 @@ def _shapes_in(file: Path) -> list[list[int]]:
         return []  # loading says what is wrong with it
 
 
+def local_path(source: str | Path) -> Path:
+    """Return the path that a source may be; `~` of a user that does not exist stays as it is written."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
 def _on_hub(source: str) -> bool:
     """Whether a source is a hub id and nothing on this disk."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return bool(_HUB_ID.fullmatch(source)) and path.suffix != ".gguf" and not path.parent.exists()
 
 
@@ -215,7 +224,8 @@ def _load_folder(source: str, folder: Path, dtype: torch.dtype, kind: str = "fol
     hashes = [file_sha256(file) for file in weights]
     sha256 = hashes[0] if len(hashes) == 1 else _hash_of(*hashes)
     company = [f"{file.name} {file_sha256(file)}" for each in _COMPANY for file in sorted(folder.glob(each))]
-    license, name = _card_license(folder), source if kind == "hub" else folder.resolve().name
+    license, base = read_card(folder)
+    name = source if kind == "hub" else base or folder.resolve().name
     origin = Origin(
         source=source,
         kind=kind,
@@ -313,15 +323,6 @@ def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
                 f"The weights in {folder} do not fit its config: {len(names)} {fault}, such as `{names[0]}`"
             )
     return _ready(network)
-
-
-def _card_license(folder: Path) -> str | None:
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*(\S+)", header.group(1), re.MULTILINE) if header else None
-    return found.group(1) if found else None
 
 
 def _download(name: str) -> Path:

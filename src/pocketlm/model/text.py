@@ -195,7 +195,7 @@ def _texts(path: Path) -> list[str]:
         raise BadInputError(f"Cannot read {path}: {error.strerror}. Check the path given with --data") from error
     if not content.strip():
         raise BadInputError(f"{path} is empty. Give a file with text")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [content]
     # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
     lines = enumerate(content.split("\n"), 1)

@@ -8,6 +8,7 @@ from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.proof import Proof
 from pocketlm.pipeline.trials import Search, alone_of
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, say_bytes
+from pocketlm.plan.effort import PRESET
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.report.content import BudgetFacts, Estimate, LimitFacts, TrialRun
@@ -37,8 +38,9 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
     if running:
         notes.append(_running_note(planned, running))
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
-    settings |= {"tune seconds": job.tune, "method": job.method, "pruning allowed": job.prune}
-    settings |= {"preset": job.preset, "time": job.time}
+    settings |= {"tune seconds": job.tune, "time": job.time}
+    if not job.recipe:  # which says all that is done
+        settings |= {"method": job.method, "pruning allowed": job.prune, "preset": job.preset or PRESET}
     parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
     return Run(
         job.command, settings, planned.recipe.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts

@@ -19,6 +19,7 @@ from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import parts_of
+from pocketlm.model.source import local_path
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.cache import Finished, held
 from pocketlm.pipeline.proof import STAGE_WINDOWS, TIMED, Proof
@@ -93,7 +94,7 @@ def check_replaceable(out: Path, force: bool, reads: Iterable[str | Path | None]
         return
     if not force:
         raise BadInputError(f"{out} exists already. Give another folder with -o, or --force to replace it")
-    read = [Path(name).expanduser() for name in reads if name]
+    read = [local_path(name) for name in reads if name]
     inside = [path for path in read if path.resolve().is_relative_to(out.resolve())]
     if inside:
         raise BadInputError(f"{out} has {inside[0]} in it, which is read. Give another folder with -o")
@@ -161,8 +162,8 @@ def make_report(
         parts=_parts(proof.files["original"], proof.files["compressed"]),
         stages=tuple(_stage_run(finished) for finished in compressed.stages),
         files=tuple(_measured_file(role, path, proof) for role, path in proof.files.items()),
-        measured_text=_text(texts.test, held_out=True),
-        calibration_text=_text(texts.calibration, held_out=False),
+        measured_text=text_used(texts.test, held_out=True),
+        calibration_text=text_used(texts.calibration, held_out=False),
         answers=proof.answers,
         verification=tuple(content.Check(check.name, check.passed, check.detail) for check in proof.checks),
         recipe=run.recipe,
@@ -310,6 +311,7 @@ def _estimate(interval: Interval | Share | None) -> content.Estimate | None:
     return None if interval is None else content.Estimate(interval.value, interval.low, interval.high)
 
 
-def _text(tokens: Tokens, held_out: bool) -> content.TextUsed:
+def text_used(tokens: Tokens, held_out: bool) -> content.TextUsed:
+    """Return what a report says of a text."""
     rows, length = tokens.windows.shape
     return content.TextUsed(tokens.name, tokens.sha256, rows * length, rows, length, held_out)

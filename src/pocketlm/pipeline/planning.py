@@ -31,6 +31,7 @@ from pocketlm.steps.quantize import METHODS
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 
 LARGE = 600_000_000  # weights
+CONTEXT = 2048  # tokens, where none is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Fit:
     model: str  # a folder, a hub id, a GGUF file, or `demo`
     size: str | None = None  # such as 70MB, 0.5GiB, 40%; a recipe needs none
     ram: str | None = None  # memory while running, with `context`, such as 200MB
-    context: int = 2048  # tokens that `ram` is for
+    context: int | None = None  # tokens that `ram` is for: CONTEXT where None
     speed: str | None = None  # of generating on this machine, such as 30tok/s
     quality: str | None = None  # floor of exp(-KL) to the original, such as 0.95: the fewest bytes that keep it
     accuracy: str | None = None  # floor on the one task, such as 0.9: the fewest bytes that keep it
@@ -53,11 +54,9 @@ class Fit:
     fixed: tuple[tuple[str, str], ...] = ()  # formats of groups or patterns of tensors that are not up for choice
     method: str = "descent"  # how codes are chosen; or `gptaq`, `gptq`, `rtn`
     prune: bool = True  # whether parts may be removed where that costs less than coarser numbers
-    preset: str = "balanced"  # how much is tried: or `fast`, `best`; see plan/effort.py
+    preset: str | None = None  # how much is tried; see plan/effort.py
     time: float | None = None  # seconds that the whole run may take, with `balanced` or `best`
-    heal: float | None = (
-        None  # seconds of learning, after pruning or behind quantizing; as many tokens as the preset says where None
-    )
+    heal: float | None = None  # seconds of learning, by healing or tuning; as many tokens as the preset says where None
     tune: float = 0.0  # seconds of tuning scales and norms after quantizing
     seed: int = 0
     force: bool = False  # replace `out`
@@ -199,8 +198,16 @@ def check_job(job: Fit) -> None:
         raise BadInputError("--accuracy builds models until one is right often enough: leave --time out, or that")
     if job.accuracy and len(job.tasks) != 1:
         raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
+    _check_used(job)
     if job.data:
         read_corpus(list(job.data))
+
+
+def _check_used(job: Fit) -> None:
+    if job.recipe and (job.preset or job.context):
+        raise BadInputError("--preset and --context are for making a recipe: leave them out, or the recipe")
+    if job.context and not job.ram:
+        raise BadInputError("--context is of the memory that --ram bounds: give --ram too, or leave it out")
 
 
 def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
@@ -263,7 +270,8 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
         return size
     memory = parse_size(job.ram, whole) if job.ram else None
     texts = [size.text] if size else []
-    texts += [f"{memory.text} of memory at {job.context:,} tokens of context"] if memory else []
+    context = job.context or CONTEXT
+    texts += [f"{memory.text} of memory at {context:,} tokens of context"] if memory else []
     texts += [f"{parse_speed(job.speed):g} tokens/s"] if job.speed else []
     texts += [f"quality {parse_quality(job.quality):g}"] if job.quality else []
     texts += [f"accuracy {parse_accuracy(job.accuracy):g} on {job.tasks[0].stem}"] if job.accuracy else []
@@ -272,6 +280,6 @@ def _budget(job: Fit, model: LanguageModel, sizes: Sizes) -> Budget | None:
         bytes=size.bytes if size else budget_range(sizes, fixed=dict(job.fixed))[1],
         memory=memory and memory.bytes,
         speed=parse_speed(job.speed) if job.speed else None,
-        context=job.context,
+        context=context,
         sized=size is not None,
     )

@@ -43,14 +43,16 @@ PRESETS = {
     "balanced": Effort(candidates=3, trial_tokens=12_288, tokens=49_152),
     "best": Effort(candidates=6, trial_tokens=24_576, tokens=1_048_576, mixes=2),
 }
+PRESET = "balanced"  # where none is given
 
 
-def effort_of(preset: str) -> Effort:
-    """Return what a preset does.
+def effort_of(preset: str | None) -> Effort:
+    """Return what a preset does; what PRESET does where it is None.
 
     Raises:
         BadInputError: There is no such preset.
     """
+    preset = PRESET if preset is None else preset
     if preset not in PRESETS:
         raise BadInputError(f"Unknown preset `{preset}`. Known: {', '.join(PRESETS)}")
     return PRESETS[preset]

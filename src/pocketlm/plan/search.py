@@ -105,9 +105,11 @@ def check_running(sizes: Sizes, budget: Budget, costs: Costs, prune: bool = True
             f"that fits: --ram {math.ceil(memory / 1e6)}MB, or a smaller --context"
         )
     if budget.speed and budget.speed > 1 / seconds:
+        second = 10 ** (math.floor(math.log10(1 / seconds)) - 1)  # of two digits
+        most = math.floor(1 / seconds / second) * second
         raise ImpossibleBudgetError(
-            f"{budget.speed:g} tokens/s cannot be met: on this machine this model reaches {1 / seconds:.1f} at most. "
-            f"The smallest change that fits: --speed {math.floor(1 / seconds)}"
+            f"{budget.speed:g} tokens/s cannot be met: on this machine this model reaches about {most:g} at most. "
+            f"The smallest change that fits: --speed {most:g}"
         )
 
 

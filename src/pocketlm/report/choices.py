@@ -6,7 +6,9 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from pocketlm.report.charts import columns, grid
+from pocketlm.report.content import Estimate
 from pocketlm.report.pages import page
+from pocketlm.report.wording import estimate, text_used
 
 
 def choices_page(name: str, made: Any, damage: Sequence[tuple[int, float]]) -> str:
@@ -23,8 +25,9 @@ def choices_page(name: str, made: Any, damage: Sequence[tuple[int, float]]) -> s
         figures.append((title, columns({f"{block}": kl for block, kl in damage}, title)))
     for cut in made.cuts:
         figures += _width(cut.details)
+    said = f"Read in llama.cpp on {text_used(made.text)}. Brackets are 95 % intervals, bootstrap over windows, paired."
     body = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>" for title, picture in figures)
-    return page(f"{name}, pruned", Markup('<div class="charts">{}</div>').format(Markup(body)))
+    return page(f"{name}, pruned", Markup('<p>{}</p><div class="charts">{}</div>').format(said, Markup(body)))
 
 
 def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
@@ -49,7 +52,7 @@ def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 
 def _table(made: Any) -> Markup:
     rows = [
-        (cut.step, cut.summary, f"{cut.parameters:,}", f"{cut.quality.perplexity.value:.2f}", _distance(cut.quality))
+        (cut.step, cut.summary, f"{cut.parameters:,}", _interval(cut.quality.perplexity), _distance(cut.quality))
         for cut in made.cuts
     ]
     per_byte = made.cuts[0].quality.bits_per_byte is not None
@@ -60,6 +63,9 @@ def _table(made: Any) -> Markup:
 
 
 def _distance(quality: Any) -> str:
-    if quality.bits_per_byte is not None:
-        return f"{quality.bits_per_byte.value:.4f}"
-    return "" if quality.kl is None else f"{quality.kl.value:.4f}"
+    found = quality.kl if quality.bits_per_byte is None else quality.bits_per_byte
+    return "" if found is None else _interval(found)
+
+
+def _interval(found: Any) -> str:
+    return estimate(Estimate(found.value, found.low, found.high))

@@ -303,6 +303,7 @@ def from_dict(data: dict[str, Any]) -> Report:
 
     Raises:
         BadInputError: The data are of another schema or lack a field.
+        TypeError: A value is of another type than its field.
     """
     if data.get("schema") != SCHEMA:
         raise BadInputError(
@@ -336,4 +337,6 @@ def _build(kind: Any, value: Any) -> Any:
         hints = typing.get_type_hints(kind)
         wanted = [item.name for item in fields(kind) if item.init and (item.default is MISSING or item.name in value)]
         return kind(**{name: _build(hints[name], value[name]) for name in wanted})
+    if (kind in (int, float) and isinstance(value, str | list | dict)) or (kind is str and not isinstance(value, str)):
+        raise TypeError(f"{value!r} stands where {kind.__name__} should")
     return value

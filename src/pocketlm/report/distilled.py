@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from pocketlm.report.pages import cell
+from pocketlm.report.wording import text_used
+
 
 def distilled_page(teacher: str, student: str, made: Any) -> str:
     """Return the page.
@@ -12,20 +15,21 @@ def distilled_page(teacher: str, student: str, made: Any) -> str:
         made: A `Distilled`: what was done, what the models are worth, and the losses.
     """
     before, after = made.parameters
+    inputs = made.inputs
     lines = [
-        f"# {teacher}, distilled",
+        f"# {cell(teacher)}, distilled",
         "",
-        f"Student: `{student}`, {after:,} parameters where the teacher has {before:,}. "
+        f"Student: {cell(student)}, {after:,} parameters where the teacher has {before:,}. "
         f"Trained on {made.tokens:,} tokens at {made.details['tokens_per_second']:,.0f} tokens/s.",
         "",
-        *(f"- {summary}" for summary in made.summaries),
+        *(f"- {cell(summary)}" for summary in made.summaries),
         "",
         "| model | perplexity | KL to the teacher | first choice kept | bits per byte |",
         "|---|---|---|---|---|",
     ]
     for name, quality in made.qualities.items():
         cells = (quality.perplexity, quality.kl, quality.agreement, quality.bits_per_byte)
-        lines.append(f"| {name} | " + " | ".join(map(_cell, cells)) + " |")
+        lines.append(f"| {name} | " + " | ".join(map(_interval, cells)) + " |")
     return "\n".join(
         [
             *lines,
@@ -33,9 +37,12 @@ def distilled_page(teacher: str, student: str, made: Any) -> str:
             "F16 files read in llama.cpp on text that nothing else has seen; in brackets 95 % intervals, bootstrap",
             "over windows, paired. `loss.csv` has every step.",
             "",
+            f"Text: {cell(text_used(made.text))}. Seed {inputs['settings']['seed']}; the teacher's weights: SHA-256",
+            f"{inputs['teacher']['sha256']}. Settings, and what was learnt from, are in `distillation.json`.",
+            "",
         ]
     )
 
 
-def _cell(interval: Any) -> str:
+def _interval(interval: Any) -> str:
     return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"

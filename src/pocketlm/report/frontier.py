@@ -12,11 +12,13 @@ from pocketlm.report.tables import against
 from pocketlm.report.wording import interval, middle, rate, size
 
 BOUNDS = (1.05, 1.15, 1.5)  # of the perplexity ratio, for which the smallest file is named
-HEADS = ("result", "perplexity ratio", "KL, nats per token", "decode, tokens/s", "plain file's ratio")
+HEADS = ("result", "perplexity ratio", "KL, nats per token", "decode, tokens/s", "simpler choice's ratio")
+# What the file beside a result is made by (`plain` in the data).
+SIMPLER = "the simpler choice: plain rounding, or formats alone where pruning won"
 
 
 def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
-    """Return the figures of each result, those of plain quantization beside it, and the smallest within each bound."""
+    """Return the figures of each result, those of the simpler choice beside it, and the smallest within each bound."""
     points = [
         {
             "result": name,
@@ -76,7 +78,7 @@ def frontier_page(reports: Mapping[str, Report], refused: Mapping[str, str]) -> 
     }
     title = (
         "Perplexity over the original's against megabytes of the file, 95 % intervals; named dots are pocketlm's, "
-        "the others plain quantization; lower and further left is better"
+        f"the others {SIMPLER}; lower and further left is better"
     )
     series = [("plain", sorted(plain, key=lambda point: point[0])), ("compressed", ours)]
     picture = charts.scatter([(kind, [p for p in points if p[1] and p[1].known]) for kind, points in series], title)

@@ -82,7 +82,8 @@ def style() -> str:
 def cell(text: object) -> str:
     """Return `text` on one line of Markdown, with nothing in it that would be read as markup."""
     line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", line)
+    # An underscore between letters or digits, as in Q4_0, is none to Markdown.
+    return re.sub(r"([\\`*~\[\]|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
 
 
 def fence(text: str, language: str = "text") -> str:

@@ -2,7 +2,7 @@
 
 import math
 
-from pocketlm.report.content import Change, Estimate, Rate
+from pocketlm.report.content import Change, Estimate, Rate, TextUsed
 
 MISSING = "not measured"
 
@@ -95,6 +95,11 @@ def duration(seconds: float | None) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(whole / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def text_used(text: TextUsed) -> str:
+    """Return which text it was: `12 windows of 512 tokens, wiki.txt, sha256 0f3a…`, the hash in full."""
+    return f"{text.windows:,} windows of {text.window_length:,} tokens, {text.name}, sha256 {text.sha256}"
 
 
 def _three_digits(value: float) -> str:

@@ -83,7 +83,7 @@ def read_report(folder: Path) -> Report:
             f"There is no report at {path}: {error.strerror}. Name a folder that `pocketlm fit` made; two GGUF files "
             "are compared by `pocketlm evaluate A --reference B` and `pocketlm bench A B`"
         ) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise BadInputError(f"{path} is no report of pocketlm: {error}") from error
 
 

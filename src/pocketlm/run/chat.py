@@ -224,7 +224,7 @@ def chat_loop(
     Raises:
         BadInputError: The file cannot be used; or, where input is no terminal, the engine refuses a question.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)  # answers are printed as they are, `:key:` too
     interactive = sys.stdin.isatty()
     questions = _questions(console, interactive)
     # Where there is nothing to ask, no engine is started.

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.run.server.header import Header, read_header
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ def main() -> None:
 def _start(settings: EngineSettings, header: Header) -> tuple[Ready, object]:
     import xllamacpp
 
+    if header.trained_context and (settings.context or 0) > header.trained_context:  # it would be cut without a word
+        raise BadInputError(
+            f"--context {settings.context:,} is more than {settings.path} was made for. "
+            f"Give at most {header.trained_context:,}"
+        )
     context = settings.context or min(header.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     template = header.chat_template
     wraps_tools = template is not None and "tools" not in template

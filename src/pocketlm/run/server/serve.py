@@ -1,6 +1,7 @@
 """`pocketlm serve`: from a file to a server that runs until it is told to end."""
 
 import asyncio
+import errno
 import signal
 import socket
 import sys
@@ -143,7 +144,7 @@ async def _measured(job: Serve, engines: list[EngineSettings]) -> list[EngineSet
 
 def model_name(path: Path) -> str:
     """Name a model after its file, or after the folder that `fit` made for it."""
-    return path.absolute().parent.name if path.name == "model.gguf" else path.stem
+    return path.parent.resolve().name if path.name == "model.gguf" else path.stem
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -152,8 +153,12 @@ def _listener(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+    except UnicodeError as error:  # what is no name of a host at all, such as one of over 63 letters without a dot
+        raise BadInputError(f"Cannot listen on {host}: it is no name of a host. Give another --host") from error
     except OSError as error:
-        raise BadInputError(f"Cannot listen on {host}, port {port}: {error.strerror}. Give another --port") from error
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        other = "--host" if unknown else "--port"
+        raise BadInputError(f"Cannot listen on {host}, port {port}: {error.strerror}. Give another {other}") from error
     return listener
 
 
