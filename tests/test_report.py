@@ -813,3 +813,11 @@ def test_charts_draw_to_scale():
     assert drawn.index('class="limit"') < drawn.index(">b</text>"), "names stand over the line"
     points = re.search(r'points="([^"]*)"', str(charts.curve([(0, 2.0), (1, 1.0), (2, math.nan), (4, 0.0)], "t")))
     assert points[1] == "0.0,0.0 250.0,50.0 1000.0,100.0"
+
+
+@pytest.mark.parametrize(("x", "side"), [(70.0, 'dx="9"'), (80.0, 'dx="-9" text-anchor="end"')])
+def test_a_name_in_a_scatter_does_not_run_into_the_ticks(x: float, side: str):
+    """A chart is narrow on a phone, and a name stands left of its dot only where it has room there."""
+    ends = [(60.0, Estimate(1, 1, 1), ""), (100.0, Estimate(1.2, 1.2, 1.2), "")]
+    drawn = str(charts.scatter([("compressed", [*ends, (x, Estimate(1.1, 1.07, 1.13), "compressed")])], "t"))
+    assert re.search(rf'<text class="small halo" x="[0-9.]+%" {side} y', drawn)

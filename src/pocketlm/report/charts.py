@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from pocketlm.report.content import Estimate
 
 LEAST_SPAN = 0.1  # of a scatter's x, as a share of the largest
+NARROWEST = 320  # pixels that a chart is wide on a small phone
 
 
 def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float | None, limit_label: str) -> Markup:
@@ -221,7 +222,8 @@ def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]],
     for _, x, item, name in points:  # below the dots, which a halo would cut
         if name:
             left, middle = place(x, item.value)
-            side = 'dx="-9" text-anchor="end"' if left > 28 else 'dx="9"'
+            needed = 41 + 6.5 * len(name)  # pixels of the name, and of the ticks that it must not run into
+            side = 'dx="-9" text-anchor="end"' if left / 100 * NARROWEST > needed else 'dx="9"'
             drawn.append(f'<text class="small halo" x="{left:.3f}%" {side} y="{middle + 4:.1f}">{escape(name)}</text>')
     for kind, x, item, _ in points:
         left, middle = place(x, item.value)
