@@ -141,8 +141,6 @@ def quantize(
 
     if sum(option is not None for option in (size, bits, format)) != 1:
         raise BadInputError("Give one of --size (such as 60MB), --bits (such as 4.25) and --format (such as q4_0)")
-    if method not in ("descent", "gptaq", "gptq", "rtn"):
-        raise BadInputError(f"Unknown method `{method}`. Known: descent, gptaq, gptq, rtn")
     job = api.Fit(
         model=model,
         size=size,

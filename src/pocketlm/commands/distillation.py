@@ -26,7 +26,7 @@ from pocketlm.model.opinions import Opinion, keep_opinions
 from pocketlm.model.source import load
 from pocketlm.model.targets import fitting, open_targets, predicted_bytes, words_of, write_targets
 from pocketlm.model.training import LOSSES
-from pocketlm.pipeline.artefact import new_folder, text_used
+from pocketlm.pipeline.artefact import facts_of_text, new_folder
 from pocketlm.pipeline.cache import latest, remove_leftovers, stage, unfinished
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_models, original_file
@@ -143,12 +143,18 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         )
         shutil.copytree(done.folder / "hf", folder / "hf")
         shutil.copy(done.folder / LOSSES, folder)
-        made = _measured(teacher, start, folder / "hf", texts, progress)
-        made = replace(made, tokens=config.tokens, details=done.facts["details"] | facts)
-        made = replace(made, summaries=(*start.summaries, done.facts["summary"]))
-        made = replace(made, inputs=_inputs(job, teacher, config, of_text))
+        student = load(str(folder / "hf"))
+        made = Distilled(
+            summaries=(*start.summaries, done.facts["summary"]),
+            parameters=(teacher.parameters, student.parameters),
+            qualities=_measured(teacher, start, student, texts, progress),
+            tokens=config.tokens,
+            details=done.facts["details"] | facts,
+            text=facts_of_text(texts.test, held_out=True),
+            inputs=_inputs(job, teacher, config, of_text),
+        )
         if job.gguf:
-            write_gguf(load(str(folder / "hf")), {}, folder / "model.gguf")
+            write_gguf(student, {}, folder / "model.gguf")
         (folder / "report.md").write_text(
             distilled_page(teacher.origin.base_model, job.student, made), encoding="utf-8"
         )
@@ -381,14 +387,14 @@ def _train(
     return asdict(report)
 
 
-def _measured(teacher: LanguageModel, start: Start, made: Path, texts: Texts, progress: Progress) -> Distilled:
+def _measured(
+    teacher: LanguageModel, start: Start, student: LanguageModel, texts: Texts, progress: Progress
+) -> dict[str, Quality]:
     """Read teacher, student before and student after in llama.cpp, on text that nothing else has seen."""
-    models = {"teacher": teacher, "student before": load(start.source), "student": load(str(made))}
-    with tempfile.TemporaryDirectory(dir=made.parent) as beside:
+    models = {"teacher": teacher, "student before": load(start.source), "student": student}
+    with tempfile.TemporaryDirectory(dir=student.origin.path.parent) as beside:
         files = {"teacher": original_file(teacher)}
         for name in ("student before", "student"):
             files[name] = Path(beside) / f"{name.replace(' ', '-')}.gguf"
             write_gguf(models[name], {}, files[name])
-        qualities = measure_models(files, models, texts.test.windows, progress).qualities
-    counts = tuple(models[name].parameters for name in ("teacher", "student"))
-    return Distilled((), counts, qualities, 0, {}, text_used(texts.test, held_out=True), {})
+        return measure_models(files, models, texts.test.windows, progress).qualities

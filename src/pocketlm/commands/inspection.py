@@ -17,7 +17,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import Part, parts_of
 from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
-from pocketlm.pipeline.artefact import text_used
+from pocketlm.pipeline.artefact import facts_of_text
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.pipeline.harness import HarnessScore, score_harness
 from pocketlm.pipeline.preflight import existing
@@ -103,7 +103,7 @@ def evaluate(source: str, reference: str, data: list[Path], count: int = 12, pro
     tokens = corpus.tokens("test", models["reference"].tokenizer, count, length)
     files = {name: original_file(model) for name, model in models.items()}
     qualities = measure_models(files, models, tokens.windows, progress).qualities
-    return Evaluation(qualities, text_used(tokens, held_out=True))
+    return Evaluation(qualities, facts_of_text(tokens, held_out=True))
 
 
 def evaluate_tasks(

@@ -16,7 +16,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.pipeline.artefact import new_folder
 from pocketlm.pipeline.cache import remove_leftovers
-from pocketlm.pipeline.planning import Fit, Planned
+from pocketlm.pipeline.planning import Fit, Planned, check_job
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_quality, original_file
 from pocketlm.pipeline.stages import Progress, gather_texts, run_recipe, silent
@@ -51,6 +51,7 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         BadInputError: The format is unknown, its groups do not divide a row, or compressed-tensors cannot express it.
         MissingExtraError: compressed-tensors is not installed.
     """
+    check_job(job)
     remove_leftovers()
     with new_folder(job.out, job.force, job.reads) as folder:
         model = load(job.model)
@@ -79,6 +80,7 @@ def plan_integers(job: Fit) -> Planned:
     Raises:
         BadInputError: As `quantize_integers`.
     """
+    check_job(job)
     return _plan(job, load(job.model))
 
 

@@ -19,7 +19,7 @@ from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
-from pocketlm.pipeline.artefact import new_folder, text_used
+from pocketlm.pipeline.artefact import facts_of_text, new_folder
 from pocketlm.pipeline.cache import remove_leftovers, stage
 from pocketlm.pipeline.planning import sizes_before
 from pocketlm.pipeline.preflight import check_resources
@@ -137,7 +137,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         shutil.copytree(compressed.folder, folder / "hf")
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
-        actual, text = (folder / "model.gguf").stat().st_size, text_used(texts.test, held_out=True)
+        actual, text = (folder / "model.gguf").stat().st_size, facts_of_text(texts.test, held_out=True)
         bitmasks = _bitmasks(compressed.model, job, folder / "bitmask")
         made = Pruned(tuple(cuts), predicted, actual, tokens, text, bitmasks)
         (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")

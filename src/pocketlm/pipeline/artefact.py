@@ -162,8 +162,8 @@ def make_report(
         parts=_parts(proof.files["original"], proof.files["compressed"]),
         stages=tuple(_stage_run(finished) for finished in compressed.stages),
         files=tuple(_measured_file(role, path, proof) for role, path in proof.files.items()),
-        measured_text=text_used(texts.test, held_out=True),
-        calibration_text=text_used(texts.calibration, held_out=False),
+        measured_text=facts_of_text(texts.test, held_out=True),
+        calibration_text=facts_of_text(texts.calibration, held_out=False),
         answers=proof.answers,
         verification=tuple(content.Check(check.name, check.passed, check.detail) for check in proof.checks),
         recipe=run.recipe,
@@ -311,7 +311,7 @@ def _estimate(interval: Interval | Share | None) -> content.Estimate | None:
     return None if interval is None else content.Estimate(interval.value, interval.low, interval.high)
 
 
-def text_used(tokens: Tokens, held_out: bool) -> content.TextUsed:
+def facts_of_text(tokens: Tokens, held_out: bool) -> content.TextUsed:
     """Return what a report says of a text."""
     rows, length = tokens.windows.shape
     return content.TextUsed(tokens.name, tokens.sha256, rows * length, rows, length, held_out)
