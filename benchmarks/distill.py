@@ -32,7 +32,8 @@ from torch import Tensor
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
-from pocketlm.measure.quality import LEVEL, RESAMPLES, Comparison, Interval, compare
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.quality import LEVEL, RESAMPLES, Comparison, compare
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.learning import Lessons

@@ -28,7 +28,7 @@ from pocketlm.cli.terminal import Screen
 from pocketlm.commands.distillation import Distillation, distill
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.device import machine, versions
-from pocketlm.measure.tasks import wilson
+from pocketlm.measure.interval import wilson
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
 from pocketlm.model.files import file_sha256

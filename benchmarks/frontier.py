@@ -24,6 +24,7 @@ from pocketlm.api import Fit, evaluate, load, sweep
 from pocketlm.cli.terminal import Screen
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.measure.device import machine, versions
+from pocketlm.measure.interval import Interval
 from pocketlm.measure.task_files import Task, read_task
 from pocketlm.measure.tasks import Outcome, Z, pair
 from pocketlm.model.files import file_sha256
@@ -32,7 +33,6 @@ from pocketlm.pipeline.proof import original_file
 from pocketlm.pipeline.scoring import outcomes
 from pocketlm.plan.budget import parse_time
 from pocketlm.report.charts import scatter
-from pocketlm.report.content import Estimate
 from pocketlm.report.pages import style
 from pocketlm.report.write import replace_text
 
@@ -185,7 +185,7 @@ def picture(rows: list[dict]) -> str:
         series = []
         for look, kind in LOOKS.items():
             members = [row for row in drawn if _kind(row["name"]) == kind]
-            series.append((look, [(row["bytes"] / 1e6, Estimate(**of(row)), "") for row in members]))
+            series.append((look, [(row["bytes"] / 1e6, Interval(**of(row)), "") for row in members]))
         body = scatter(series, title)
         parts.append(f'<svg x="20" y="{46 + 330 * index}" width="720"><text y="12">{title}</text>')
         parts.append(f'<svg y="26" width="720">{body}</svg></svg>')

@@ -313,7 +313,7 @@ async def overhead(file: Path, threads: int, rounds: int, tokens: int) -> dict:
     """(e) One client's decode tokens/s through the server and straight from an engine of the same settings."""
     rates = {"engine": [], "server": []}
     options = question("Write a very long story about the sea.") | {"max_tokens": tokens, "seed": 1}
-    bare = LocalModel(EngineSettings(str(file), "bare", key="", threads=threads), queue=0)
+    bare = LocalModel(EngineSettings(str(file), "bare", threads=threads), queue=0)
     await bare.start()
     try:
         async with server(file, "--threads", threads) as (address, _), bare.session() as direct, loopback() as session:

@@ -124,7 +124,7 @@ def main() -> None:
         url = args.escalate_to or stand_in.url
         endpoint = Escalation(url, args.escalate_model if args.escalate_to else "larger", 0.0, timeout=120)
         with Screen() as screen:
-            settings = EngineSettings(str(small), "small", key="", slots=AT_ONCE, context=None, threads=None)
+            settings = EngineSettings(str(small), "small", slots=AT_ONCE)
             kept = args.out / "calibrating.answers"
             found = calibrate(settings, held_back, args.target, endpoint, kept, screen.progress)
         print("\n".join(calibration_lines(found)))

@@ -157,7 +157,7 @@ def test_groups_are_the_sums_of_their_units(sizes: Sizes):
 
 
 def formats_by_tensor(sizes: Sizes, fixed: dict[str, str], budget: Budget) -> dict[str, str]:
-    plan = choose(sizes, Damages((), {}, random_damages(sizes)), budget, fixed)
+    plan = choose(sizes, Damages(formats=random_damages(sizes)), budget, fixed)
     return {name: format_name(plan.formats, name, group) for name, group in sizes.groups.items()}
 
 
@@ -197,7 +197,7 @@ def test_a_plans_bytes_are_those_of_the_file(family: str, fixed: dict[str, str],
     first = next(name for name, group in sizes.groups.items() if group == "ffn_out")
     fixed = {first if key == "FIRST" else key: form for key, form in fixed.items()}
     budget = Budget("b", sizes.total(sizes.original, dict.fromkeys(sizes.group_names, "Q5_0")) + 1000)
-    plan = choose(sizes, Damages((), {}, random_damages(sizes, 2)), budget, fixed)
+    plan = choose(sizes, Damages(formats=random_damages(sizes, 2)), budget, fixed)
     assert len(set(plan.formats.values())) > 2, "a mix"
     assert len(plan.formats) > len(sizes.group_names), "blocks that differ"
     model, packed, _ = quantize(model, Quantize(formats=plan.formats, method="rtn"), WINDOWS)

@@ -31,7 +31,7 @@ speed = float(path.read_text()) * calls
 print(json.dumps(dict(
     engine="known", load_seconds=1.0, prefill_tokens_per_second=[speed, speed],
     first_token_seconds=[1 / speed], decode_tokens_per_second=[speed],
-    prefill_joules=None, decode_joules=[8.0] if path.name == "b" else None,
+    decode_joules=[8.0] if path.name == "b" else None,
     peak_memory_bytes=300, memory_before_bytes=100)))
 """
 

@@ -17,7 +17,7 @@ from tests.tiny import tiny_tokenizer
 
 from pocketlm.errors import BadInputError
 from pocketlm.run.server.answers import confidence
-from pocketlm.run.server.calibration import Judged, choose, is_right, lines, read_examples, wilson
+from pocketlm.run.server.calibration import Judged, choose, is_right, lines, read_examples
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -230,11 +230,6 @@ def test_the_printed_threshold_is_the_chosen_one_and_no_longer_than_it_must_be(l
     assert low < float(printed) <= high
     apart = [Judged({"mean": level, "min": level}, level > 0.98, None) for level in (0.97123456, 0.98765432)]
     assert choose(apart, 1).chosen.threshold == 0.98
-
-
-def test_wilsons_interval():
-    assert wilson(95, 100) == pytest.approx((0.8883, 0.9785), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 def test_the_measure_that_ranks_better_is_chosen():

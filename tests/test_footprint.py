@@ -49,7 +49,7 @@ def random_costs(seed: int) -> Costs:
 def test_a_plan_keeps_to_memory_and_speed_as_measured(tiny_model: Tiny):
     sizes, names = sizes_of(tiny_model("llama")), ("Q4_0", "Q5_0", "Q8_0")
     by_format = {name: 1 / FORMATS[name].bits for name in names}
-    damages = Damages((), {}, dict.fromkeys(sizes.units(sizes.original), by_format))
+    damages = Damages(formats=dict.fromkeys(sizes.units(sizes.original), by_format))
     costs = random_costs(0)
     free = choose(sizes, damages, Budget("b", 10**9), costs=costs)
     assert {form for form, *_ in free.units.values()} == {"Q8_0"}
@@ -120,7 +120,7 @@ def test_a_floor_of_quality_takes_the_fewest_bytes_that_keep_it(tiny_model: Tiny
 
     def decided(floor: float | None, size: int = most) -> Plan:
         wanted = Wanted(budget=Budget("b", size), prune=False, most_damage=floor)
-        return decide(model, wanted, Damages((), {}, formats), (text, text), [], 0, silent).plan
+        return decide(model, wanted, Damages(formats=formats), (text, text), [], 0, silent).plan
 
     for floor in (0.006, 0.02, 0.1):
         plan = decided(floor)

@@ -9,8 +9,9 @@ from tests.command_line import pocketlm
 from tests.test_report import report as invented_report
 from tests.tiny import tiny_folder
 
+from pocketlm.measure.interval import Interval
 from pocketlm.report.charts import scatter
-from pocketlm.report.content import Estimate, Report
+from pocketlm.report.content import Report
 from pocketlm.report.difference import cautions, differences
 from pocketlm.report.frontier import frontier_data, frontier_page, smallest_within
 
@@ -72,7 +73,7 @@ def test_a_time_is_of_one_run(tmp_path):
 
 def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
     def like(size: int, high: float) -> Report:
-        found = replace(report.product, bytes=size, perplexity_ratio=Estimate(1.01, 1.0, high))
+        found = replace(report.product, bytes=size, perplexity_ratio=Interval(1.01, 1.0, high))
         others = tuple(each for each in report.files if each is not report.product)
         return replace(report, files=(*others, found))
 
@@ -88,7 +89,7 @@ def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
 
 
 def test_a_kl_that_cannot_be_is_told_from_one_that_was_not_measured(report):
-    trimmed = replace(report.product, divergence=None, bits_per_byte=Estimate(1.2, 1.1, 1.3))
+    trimmed = replace(report.product, divergence=None, bits_per_byte=Interval(1.2, 1.1, 1.3))
     others = tuple(each for each in report.files if each is not report.product)
     respelled = replace(report, files=(*others, trimmed))
     assert "another vocabulary" in frontier_page({"1MB": respelled}, {})
@@ -102,7 +103,7 @@ def test_a_result_differs_from_itself_in_nothing(report):
 
 
 def test_points_are_drawn_to_scale():
-    points = [(10.0, Estimate(1.0, 1.0, 1.0), "a"), (20.0, Estimate(2.0, 1.5, 2.0), "b")]
+    points = [(10.0, Interval(1.0, 1.0, 1.0), "a"), (20.0, Interval(2.0, 1.5, 2.0), "b")]
     drawn = str(scatter([("compressed", points)], "t"))
     places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)%" cy="([\d.]+)"', drawn)]
     assert places == [(8.0, 250.0), (92.0, 10.0)]

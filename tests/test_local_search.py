@@ -89,7 +89,7 @@ def wrong_decision(model: LanguageModel, budget: Budget) -> Decision:
         }
         for unit in sizes.units(sizes.original)
     }
-    found = Damages((), {}, damages)
+    found = Damages(formats=damages)
     plan = choose(sizes, found, budget)
     return Decision(Recipe(steps=(Quantize(formats=plan.formats),), seed=0), plan, found, (plan,), 0, 0)
 
@@ -133,7 +133,7 @@ def test_a_largest_kl_is_kept_to_by_measuring(
     sizes = sizes_of(model)
     formats = measure_formats(model, TEXTS.calibration, TEXTS.validation, silent)
     allowed = sum(by_format["Q5_0"] for by_format in formats.values())
-    said = Damages((), {}, {unit: {n: wrong * kl for n, kl in each.items()} for unit, each in formats.items()})
+    said = Damages(formats={unit: {n: wrong * kl for n, kl in each.items()} for unit, each in formats.items()})
     wanted = Wanted(budget=Budget("any", budget_range(sizes)[1]), prune=False, most_damage=allowed)
     first = decide(model, wanted, said, (TEXTS.calibration, TEXTS.validation), [], 0, silent)
     found = improve(model, wanted, first, TEXTS, silent).plan

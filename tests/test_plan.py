@@ -500,7 +500,7 @@ def test_nothing_is_pruned_that_was_not_measured(sizes: Sizes):
     assert choose(sizes, Damages((), {64: 0.5}, formats), narrow).shape == Shape(3, 64)
     assert choose(sizes, Damages(((1, 9.0),), {64: 0.5}, formats), narrow).shape == Shape(3, 64)
     with pytest.raises(ImpossibleBudgetError, match="cannot be met with what was measured and fixed"):
-        choose(sizes, Damages((), {}, formats), tight)
+        choose(sizes, Damages(formats=formats), tight)
 
 
 def test_pruning_is_measured_once_and_only_where_nearly_free_formats_do_not_fit(

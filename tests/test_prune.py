@@ -19,7 +19,8 @@ from pocketlm.commands.pruning import Cut, Pruned, healing_tokens
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.sparse_bitmask import read_sparse_bitmask
-from pocketlm.measure.quality import Interval, Quality
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.quality import Quality
 from pocketlm.model import abreast as abreast_module
 from pocketlm.model.abreast import DAMPINGS, abreast
 from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight

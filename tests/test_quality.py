@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pocketlm.measure.quality import Interval, _interval, compare
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.quality import bootstrap, compare
 from pocketlm.tensors.divergence import kl_divergence, negative_log_likelihood
 
 VOCABULARY, LENGTH = 50, 20
@@ -105,7 +106,7 @@ def test_every_figure_lies_in_its_interval_and_more_noise_is_worse():
 @settings(deadline=None, max_examples=60)
 @given(FIGURES)
 def test_an_interval_is_in_order_and_inside_the_data(values: list[float]):
-    interval = _interval(torch.tensor(values, dtype=torch.float64))
+    interval = bootstrap(torch.tensor(values, dtype=torch.float64))
     assert interval.value == pytest.approx(sum(values) / len(values), abs=1e-9)
     assert interval.low <= interval.high
     assert interval.low >= min(values) - 1e-9
@@ -116,7 +117,7 @@ def test_intervals_shrink_with_the_root_of_the_number_of_windows():
     values = torch.randn(6400, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     widths = []
     for count in (25, 100, 400, 1600, 6400):
-        interval = _interval(values[:count])
+        interval = bootstrap(values[:count])
         assert inside(interval)
         widths.append((interval.high - interval.low) * math.sqrt(count))
     assert all(width == pytest.approx(2 * 1.96, rel=0.25) for width in widths)
@@ -126,13 +127,13 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     generator = torch.Generator().manual_seed(4)
     hits = 0
     for _ in range(200):
-        interval = _interval(torch.randn(40, generator=generator, dtype=torch.float64))
+        interval = bootstrap(torch.randn(40, generator=generator, dtype=torch.float64))
         hits += interval.low <= 0 <= interval.high
     assert 180 <= hits <= 198
 
 
 def test_one_window_has_no_spread_to_show():
-    assert _interval(torch.tensor([3.0], dtype=torch.float64)) == Interval(3.0, 3.0, 3.0)
+    assert bootstrap(torch.tensor([3.0], dtype=torch.float64)) == Interval(3.0, 3.0, 3.0)
 
 
 def test_the_same_windows_give_the_same_intervals():

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pocketlm.errors import BadInputError, VerificationError
+from pocketlm.measure.interval import Interval
 from pocketlm.pipeline.artefact import sensitivity_of
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
@@ -19,7 +20,6 @@ from pocketlm.report.content import (
     BudgetFacts,
     Change,
     Check,
-    Estimate,
     LimitFacts,
     MeasuredFile,
     ModelFacts,
@@ -159,7 +159,7 @@ def report_of_smollm2() -> Report:
                 "Q4_1 with a Q8_0 embedding",
                 "SmolLM2-135M-Instruct.Q4_1.gguf",
                 98362432,
-                Estimate(17.412, 16.803, 18.043),
+                Interval(17.412, 16.803, 18.043),
                 None,
                 None,
                 None,
@@ -170,10 +170,10 @@ def report_of_smollm2() -> Report:
                 "round-to-nearest Q2_0",
                 "plain-Q2_0.gguf",
                 70_312_448,
-                Estimate(24.815, 23.702, 25.981),
-                Estimate(1.4252, 1.3901, 1.4611),
-                Estimate(0.4318, 0.4102, 0.4534),
-                Estimate(0.6612, 0.6507, 0.6716),
+                Interval(24.815, 23.702, 25.981),
+                Interval(1.4252, 1.3901, 1.4611),
+                Interval(0.4318, 0.4102, 0.4534),
+                Interval(0.6612, 0.6507, 0.6716),
                 speed(51.2, 42.3, 172_031_232),
             ),
             MeasuredFile(
@@ -181,10 +181,10 @@ def report_of_smollm2() -> Report:
                 "pruned, distilled, IQ4_NL",
                 "SmolLM2-135M-Instruct-70MB.gguf",
                 69_911_808,
-                Estimate(19.226, 18.513, 19.967),
-                Estimate(1.1042, 1.0911, 1.1174),
-                Estimate(0.1213, 0.1142, 0.1284),
-                Estimate(0.8127, 0.8041, 0.8213),
+                Interval(19.226, 18.513, 19.967),
+                Interval(1.1042, 1.0911, 1.1174),
+                Interval(0.1213, 0.1142, 0.1284),
+                Interval(0.8127, 0.8041, 0.8213),
                 speed(1012.7, 168.4, 165_675_008, 0.0713),
             ),
         ),
@@ -230,12 +230,12 @@ def report_of_smollm2() -> Report:
         tasks=(
             TaskScore(
                 "arc_easy", "acc_norm", 500,
-                Estimate(0.486, 0.442, 0.530), Estimate(0.4621, 0.4187, 0.5059), Estimate(-0.024, -0.05, 0.004),
+                Interval(0.486, 0.442, 0.530), Interval(0.4621, 0.4187, 0.5059), Interval(-0.024, -0.05, 0.004),
                 lost=30, won=18, faults={},
             ),
             TaskScore(
                 "capitals", "acc", 100,
-                Estimate(0.81, 0.72, 0.88), Estimate(0.61, 0.51, 0.7), Estimate(-0.2, -0.29, -0.11),
+                Interval(0.81, 0.72, 0.88), Interval(0.61, 0.51, 0.7), Interval(-0.2, -0.29, -0.11),
                 lost=21, won=1, faults={"empty": 3, "repeats itself": 4},
             ),
         ),
@@ -331,8 +331,8 @@ def test_a_run_without_a_command_has_no_empty_block(report, tmp_path):
 def test_numbers_that_are_not_finite_stay_valid_json_and_are_said_in_words(report, tmp_path):
     broken = with_product(
         report,
-        perplexity=Estimate(math.inf, math.inf, math.inf),
-        perplexity_ratio=Estimate(math.inf, math.nan, math.inf),
+        perplexity=Interval(math.inf, math.inf, math.inf),
+        perplexity_ratio=Interval(math.inf, math.nan, math.inf),
     )
     write_reports(broken, tmp_path)
 
@@ -373,7 +373,7 @@ def test_costs_of_the_blocks_that_are_left_are_those_of_the_same_blocks_of_the_o
     formats = {unit: {"Q4_0": kl, "Q8_0": kl / 10} for unit, kl in kls.items()}
     units = {"embedding": ("Q8_0", 30, 0.1), "0.ffn_in": ("Q4_0", 20, 2.0), "1.ffn_in": ("Q4_0", 20, 8.0)}
     plan = Plan(Shape(2, 64), (1,), {}, 70, 10.1, units)
-    found = sensitivity_of(plan, Damages((), {}, formats))
+    found = sensitivity_of(plan, Damages(formats=formats))
     assert found.format == "Q4_0"
     assert [(unit.group, unit.block, unit.alike, unit.expected) for unit in found.units] == [
         ("embedding", None, 1.0, 0.1),
@@ -529,21 +529,21 @@ def test_markdown_has_the_verdict_and_cannot_be_broken_out_of(report):
     ("ratio", "outcome", "words"),
     [
         (
-            Estimate(1.10, 1.09, 1.11),
+            Interval(1.10, 1.09, 1.11),
             "worse",
             "1.100 times the original's (1.090–1.110): worse, by more than noise",
         ),
         (
-            Estimate(0.95, 0.93, 0.97),
+            Interval(0.95, 0.93, 0.97),
             "better",
             "0.950 times the original's (0.930–0.970): better, by more than noise",
         ),
         (
-            Estimate(1.01, 0.99, 1.03),
+            Interval(1.01, 0.99, 1.03),
             "within noise",
             "1.010 times the original's (0.990–1.030): within noise",
         ),
-        (Estimate(1.02, 1.00, 1.04), "within noise", "within noise"),
+        (Interval(1.02, 1.00, 1.04), "within noise", "within noise"),
     ],
 )
 def test_quality_is_worded_by_its_interval(report, ratio, outcome, words):
@@ -608,8 +608,8 @@ def test_comparison_with_the_plain_file(report, ratio, divergence, own_bytes, bu
     changed = with_product(
         report,
         bytes=own_bytes,
-        perplexity_ratio=Estimate(ratio, ratio - 0.01, ratio + 0.01),
-        divergence=Estimate(divergence, divergence - 0.01, divergence + 0.01),
+        perplexity_ratio=Interval(ratio, ratio - 0.01, ratio + 0.01),
+        divergence=Interval(divergence, divergence - 0.01, divergence + 0.01),
     )
     finding = judge(replace(changed, budget=budget or report.budget))["plain"]
     assert (finding.tone, finding.word) == (tone, word)
@@ -617,16 +617,16 @@ def test_comparison_with_the_plain_file(report, ratio, divergence, own_bytes, bu
 
 
 def test_loss_to_the_plain_file_is_said_on_every_page(report, tmp_path):
-    losing = with_product(report, perplexity_ratio=Estimate(1.6, 1.59, 1.61), divergence=Estimate(0.6, 0.59, 0.61))
+    losing = with_product(report, perplexity_ratio=Interval(1.6, 1.59, 1.61), divergence=Interval(0.6, 0.59, 0.61))
     write_reports(replace(losing, budget=PLAIN_FITS), tmp_path)
     for name in ("report.html", "report.md", "README.md"):
         assert "The plain file is the better choice here" in (tmp_path / name).read_text()
 
 
 def test_a_paired_ratio_decides_where_intervals_overlap(report):
-    close = with_product(report, perplexity_ratio=Estimate(1.42, 1.39, 1.45), divergence=None)
+    close = with_product(report, perplexity_ratio=Interval(1.42, 1.39, 1.45), divergence=None)
     assert "(within noise)" in judge(close)["plain"].sentence
-    paired = replace(close, perplexity_ratio_to_plain=Estimate(0.996, 0.994, 0.998))
+    paired = replace(close, perplexity_ratio_to_plain=Interval(0.996, 0.994, 0.998))
     assert "(better)" in judge(paired)["plain"].sentence
 
 
@@ -641,9 +641,9 @@ def test_speed_counts_only_beyond_its_noise(report):
 
 
 def test_overlapping_intervals_are_noise_and_a_broken_file_is_worse():
-    assert lower(Estimate(1, 0.9, 1.1), Estimate(1.15, 1.05, 1.25)) == "within noise"
-    assert lower(Estimate(1, 0.9, 1.1), Estimate(1.3, 1.2, 1.4)) == "better"
-    assert lower(Estimate(math.inf, math.nan, math.inf), Estimate(1.3, 1.2, 1.4)) == "worse"
+    assert lower(Interval(1, 0.9, 1.1), Interval(1.15, 1.05, 1.25)) == "within noise"
+    assert lower(Interval(1, 0.9, 1.1), Interval(1.3, 1.2, 1.4)) == "better"
+    assert lower(Interval(math.inf, math.nan, math.inf), Interval(1.3, 1.2, 1.4)) == "worse"
 
 
 @pytest.mark.parametrize(
@@ -752,7 +752,7 @@ def test_model_card_of_an_unlicensed_base_model_in_a_new_format(report, tmp_path
 def test_numbers_are_worded():
     assert tables.spread([0.0124, 0.00003]) == "<0.0001–0.0124"
     assert tables.spread([0.5, 0.5]) == "0.5000"
-    assert wording.interval(Estimate(-0.2, -0.29, -0.11), 100, "%") == "-29 to -11%"
+    assert wording.interval(Interval(-0.2, -0.29, -0.11), 100, "%") == "-29 to -11%"
     assert wording.size(69_911_808) == "69.9 MB"
     assert wording.size(999_960) == "1.00 MB"
     assert wording.size(1_234_000_000) == "1.23 GB"
@@ -763,9 +763,9 @@ def test_numbers_are_worded():
     assert wording.duration(3599.7) == "1 h 00 min"
     assert wording.duration(59.7) == "1 min 00 s"
     assert wording.duration(0.41) == "0.41 s"
-    assert wording.middle(Estimate(17.412, 16.803, 18.043)) == "17.4"
-    assert wording.interval(Estimate(0.1213, 0.1142, 0.1284)) == "0.114–0.128"
-    assert wording.interval(Estimate(0.8127, 0.8041, 0.8213), 100, "%") == "80.4–82.1%"
+    assert wording.middle(Interval(17.412, 16.803, 18.043)) == "17.4"
+    assert wording.interval(Interval(0.1213, 0.1142, 0.1284)) == "0.114–0.128"
+    assert wording.interval(Interval(0.8127, 0.8041, 0.8213), 100, "%") == "80.4–82.1%"
     assert wording.rate(Rate(139.24, 2.06)) == "139.2 ± 2.1"
 
 
@@ -778,7 +778,7 @@ def test_settings_and_changes_read_as_people_write_them():
 
 
 def test_files_of_one_budget_stand_at_one_place():
-    points = [(39.99738, Estimate(3.0, 2.6, 3.4), "plain"), (39.99741, Estimate(1.8, 1.5, 2.1), "40MB")]
+    points = [(39.99738, Interval(3.0, 2.6, 3.4), "plain"), (39.99741, Interval(1.8, 1.5, 2.1), "40MB")]
     drawn = str(charts.scatter([("compressed", points)], "t"))
     one, other = (float(x) for x in re.findall(r'cx="([\d.]+)%"', drawn))
     assert 20 < one < 80
@@ -818,6 +818,6 @@ def test_charts_draw_to_scale():
 @pytest.mark.parametrize(("x", "side"), [(70.0, 'dx="9"'), (80.0, 'dx="-9" text-anchor="end"')])
 def test_a_name_in_a_scatter_does_not_run_into_the_ticks(x: float, side: str):
     """A chart is narrow on a phone, and a name stands left of its dot only where it has room there."""
-    ends = [(60.0, Estimate(1, 1, 1), ""), (100.0, Estimate(1.2, 1.2, 1.2), "")]
-    drawn = str(charts.scatter([("compressed", [*ends, (x, Estimate(1.1, 1.07, 1.13), "compressed")])], "t"))
+    ends = [(60.0, Interval(1, 1, 1), ""), (100.0, Interval(1.2, 1.2, 1.2), "")]
+    drawn = str(charts.scatter([("compressed", [*ends, (x, Interval(1.1, 1.07, 1.13), "compressed")])], "t"))
     assert re.search(rf'<text class="small halo" x="[0-9.]+%" {side} y', drawn)

@@ -7,7 +7,7 @@ import pytest
 from tests.browser import CHROMIUM, chromium
 from tests.test_report import report_of_smollm2, with_product
 
-from pocketlm.report.content import Estimate
+from pocketlm.measure.interval import Interval
 from pocketlm.report.frontier import frontier_page
 from pocketlm.report.pages import html_page
 
@@ -36,9 +36,9 @@ def frontier() -> str:
     """A page of five sizes; the figures are invented."""
     reports = {}
     for size, ratio in ((40, 1.62), (50, 1.33), (60, 1.16), (75, 1.06), (90, 1.02)):
-        found = Estimate(ratio, ratio - 0.02, ratio + 0.02)
+        found = Interval(ratio, ratio - 0.02, ratio + 0.02)
         made = with_product(report_of_smollm2(), bytes=size * 10**6 - 100, perplexity_ratio=found)
-        plain = Estimate(1.2 * ratio, 1.17 * ratio, 1.23 * ratio)
+        plain = Interval(1.2 * ratio, 1.17 * ratio, 1.23 * ratio)
         files = [
             replace(file, bytes=size * 10**6 - 9000, perplexity_ratio=plain) if file.role == "plain" else file
             for file in made.files

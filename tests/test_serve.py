@@ -626,7 +626,7 @@ def test_whatever_keeps_an_engine_from_starting_it_is_tried_again(model, monkeyp
                 return await start(*other, **options)
 
     async def until_it_is_up():
-        local = LocalModel(EngineSettings(str(model), "small", key="", slots=1, context=256, threads=1), queue=0)
+        local = LocalModel(EngineSettings(str(model), "small", slots=1, context=256, threads=1), queue=0)
         try:
             await local.start()
             monkeypatch.setattr(asyncio, "create_subprocess_exec", troubled)
@@ -651,7 +651,7 @@ def test_a_client_that_sends_or_takes_nothing_holds_no_place(model, monkeypatch)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
     async def two_clients(listener):
-        local = LocalModel(EngineSettings(str(model), "small", key="", slots=1, context=CONTEXT, threads=1), queue=0)
+        local = LocalModel(EngineSettings(str(model), "small", slots=1, context=CONTEXT, threads=1), queue=0)
         service = app.Service([local], None, local_only=True, escalation=None)
         runner = web.AppRunner(app.application(service), handler_cancellation=True)
         try:
@@ -813,7 +813,7 @@ def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monke
         local._process.kill()
 
     monkeypatch.setattr(LocalModel, "start", start_and_die)
-    settings = EngineSettings(str(model), "small", key="", context=256, threads=1)
+    settings = EngineSettings(str(model), "small", context=256, threads=1)
     for measuring in (tuned(settings, print), drafted(settings, model, print)):
         with pytest.raises(PocketlmError, match=r"Measuring .*small\.gguf failed: the engine died"):
             asyncio.run(measuring)

@@ -11,8 +11,9 @@ from tests.tiny import tiny_folder
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.interval import wilson
 from pocketlm.measure.task_files import Item, Task, read_task
-from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result, wilson
+from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.pipeline.artefact import task_score
 from pocketlm.pipeline.scoring import check_items, label_pairs, write
@@ -148,6 +149,11 @@ def test_wilson_holds_the_share_and_stays_inside(counts):
     share = wilson(*counts)
     assert 0 <= share.low <= share.value <= share.high <= 1
     assert share.low < share.high
+
+
+def test_wilsons_interval():
+    found = [(share.low, share.high) for share in (wilson(95, 100), wilson(0, 10))]
+    assert found == [pytest.approx((0.8883, 0.9785), abs=1e-4), pytest.approx((0.0, 0.2775), abs=1e-4)]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))

@@ -119,7 +119,7 @@ def calibrate(
         raise BadInputError(f"{out} exists already and is no calibration. Give another file with -o")
     threshold = 0.0 if escalate_to or escalate_model else None
     larger = _escalation(escalate_to, escalate_model, threshold, "mean", timeout=120)
-    settings = EngineSettings(str(gguf_file(file)), file, key="", slots=slots, context=context, threads=threads)
+    settings = EngineSettings(str(gguf_file(file)), file, slots=slots, context=context, threads=threads)
     with Screen() as screen:
         kept = out.with_name(f".{out.name}.answers")
         found = run(settings, data, target_accuracy, larger, kept, screen.progress)

@@ -13,8 +13,9 @@ from pocketlm.commands.inspection import Evaluation
 from pocketlm.commands.integers import IntegerFolder
 from pocketlm.commands.pruning import Pruned
 from pocketlm.measure.device import Figure, Speeds
-from pocketlm.measure.quality import Interval, Quality
-from pocketlm.measure.tasks import Share, TaskResult
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.quality import Quality
+from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.training import LOSSES
 from pocketlm.pipeline.harness import HarnessScore
 from pocketlm.pipeline.planning import Planned
@@ -257,7 +258,7 @@ def harness_lines(scores: list[HarnessScore]) -> list[str]:
     return [*lines, "in brackets: 95 % intervals (normal; the difference is paired, bootstrap over items)"]
 
 
-def _percent(share: Share, form: str = ".1f") -> str:
+def _percent(share: Interval, form: str = ".1f") -> str:
     value, low, high = (format(100 * number, form) for number in (share.value, share.low, share.high))
     return f"{value}% ({low} to {high})"
 

@@ -183,7 +183,7 @@ def _check(job: Distillation) -> None:
         )
     if job.task and job.targets != "live":
         raise BadInputError("Targets on disk are for text. Leave out --targets where a --task is learnt")
-    job.how.objective  # noqa: B018  (refuses what is out of range)
+    job.how.check()
     if job.targets != "live":
         job.how.check_for_targets()
     if job.remote and job.how.asks_more:

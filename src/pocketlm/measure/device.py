@@ -20,24 +20,11 @@ from pathlib import Path
 
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 
-# The flags of /proc/cpuinfo for which inference kernels exist, on x86 and on ARM.
 GROUP = Path("/sys/fs/cgroup")  # what a container's control group says of it
+# The flags of /proc/cpuinfo for which inference kernels exist, on x86 and on ARM.
 _KERNEL_FEATURES = (
-    *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *(
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-        "neon",
-        "asimd",
-        "asimddp",
-        "asimdhp",
-        "i8mm",
-        "bf16",
-        "sve",
-        "sve2",
-        "sme",
-    ),
+    "avx avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
+    "neon asimd asimddp asimdhp i8mm bf16 sve sve2 sme"
 )
 
 
@@ -234,7 +221,7 @@ def machine(folder: Path = Path()) -> Machine:
         gpu = "Apple Metal" if torch.backends.mps.is_available() else None
     return Machine(
         cpu=_cpu_name(cpu_lines),
-        features=tuple(feature for feature in _KERNEL_FEATURES if feature in flags),
+        features=tuple(feature for feature in _KERNEL_FEATURES.split() if feature in flags),
         cores=usable_cores(),
         memory_bytes=memory,
         memory_available_bytes=available,

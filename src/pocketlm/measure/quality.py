@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketlm.measure.interval import Interval
 from pocketlm.tensors.divergence import kl_divergence, negative_log_likelihood
 
 Logits = Callable[[list[int]], Tensor]
@@ -14,15 +15,6 @@ Logits = Callable[[list[int]], Tensor]
 
 RESAMPLES = 2000
 LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its 95 % interval from a bootstrap over windows."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Comparison:
 
     def ratio(self, name: str, to: str) -> Interval:
         """Return the perplexity of `name` over that of `to`, paired window by window."""
-        return _interval((self.losses[name] - self.losses[to]), torch.exp)
+        return bootstrap(self.losses[name] - self.losses[to], torch.exp)
 
 
 @torch.no_grad()
@@ -87,10 +79,10 @@ def compare(
     base = columns[reference][0]
     qualities = {
         name: Quality(
-            perplexity=_interval(loss, torch.exp),
-            ratio=_interval(loss - base, torch.exp),
-            kl=None if name == reference else _interval(kl),
-            agreement=None if name == reference else _interval(agree),
+            perplexity=bootstrap(loss, torch.exp),
+            ratio=bootstrap(loss - base, torch.exp),
+            kl=None if name == reference else bootstrap(kl),
+            agreement=None if name == reference else bootstrap(agree),
         )
         for name, (loss, kl, agree) in columns.items()
     }
@@ -141,19 +133,23 @@ def compare_on_text(
     for name, (loss, kl, agree, bits) in columns.items():
         comparable = name != reference and not kl.isnan().any()
         qualities[name] = Quality(
-            perplexity=_interval(loss, torch.exp),
-            ratio=_interval(loss - base, torch.exp),
-            kl=_interval(kl) if comparable else None,
-            agreement=_interval(agree) if comparable else None,
-            bits_per_byte=_interval(bits),
+            perplexity=bootstrap(loss, torch.exp),
+            ratio=bootstrap(loss - base, torch.exp),
+            kl=bootstrap(kl) if comparable else None,
+            agreement=bootstrap(agree) if comparable else None,
+            bits_per_byte=bootstrap(bits),
         )
     return Comparison(qualities, {name: column[0] for name, column in columns.items()})
 
 
-def _interval(values: Tensor, then: Callable[[Tensor], Tensor] = lambda mean: mean) -> Interval:
-    """Return `then` of the mean of per-window values, with its percentile bootstrap interval over windows.
+def bootstrap(values: Tensor, then: Callable[[Tensor], Tensor] = lambda mean: mean) -> Interval:
+    """Return `then` of the mean of values of windows or items, with its percentile bootstrap interval over them.
 
-    Every figure resamples the windows in the same way (a fixed seed), so figures of two models stay paired.
+    Every figure resamples in the same way (a fixed seed), so figures of two models stay paired.
+
+    Args:
+        values: (windows,) float64.
+        then: Rising, applied to each mean.
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)

@@ -1,6 +1,5 @@
 """Scores on tasks: by likelihood or by what a model writes, with margins of error, paired against an original."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -10,21 +9,12 @@ import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
+from pocketlm.measure.interval import Interval, wilson
+from pocketlm.measure.quality import bootstrap
 from pocketlm.measure.task_files import Item, Kind
 
-Z = 1.959964  # of a 95 % interval
-RESAMPLES = 2000
 LEADING_POINT = re.compile(r"^\.(?=\d)")
 MARKS = " \t.,;:!?\"'`*()[]{}"  # around an answer, which do not make it another one
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share with its 95 % interval; of a difference, the interval of the difference."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -54,8 +44,8 @@ class Score:
     """
 
     count: int
-    acc: Share
-    acc_norm: Share | None
+    acc: Interval
+    acc_norm: Interval | None
     faults: dict[str, int]
 
 
@@ -69,7 +59,7 @@ class Paired:
         won: Items that only the model has right.
     """
 
-    difference: Share
+    difference: Interval
     lost: int
     won: int
 
@@ -165,14 +155,6 @@ def _bare(text: str) -> str:
     return bare or text  # an answer of marks alone is no empty one
 
 
-def wilson(hits: int, count: int) -> Share:
-    """Return a share with its Wilson interval (Wilson 1927)."""
-    share, spread = hits / count, Z * Z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / count + spread / count / 4) / (1 + spread)
-    return Share(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
-
-
 def score(outcomes: Sequence[Outcome]) -> Score:
     """Summarize what a model did with each item of a task, which are of one kind."""
     count = len(outcomes)
@@ -200,8 +182,4 @@ def result(task: str, kind: Kind, outcomes: dict[str, list[Outcome]]) -> TaskRes
 def pair(reference: Sequence[float], model: Sequence[float]) -> Paired:
     """Compare two models on the same items, with a bootstrap over items of a fixed seed."""
     change = torch.tensor(model, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
-    draws = torch.randint(len(change), (RESAMPLES, len(change)), generator=torch.Generator().manual_seed(0))
-    low, high = change[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    value = change.mean().item()
-    difference = Share(value, min(value, low), max(value, high))
-    return Paired(difference, int((change < 0).sum()), int((change > 0).sum()))
+    return Paired(bootstrap(change), int((change < 0).sum()), int((change > 0).sum()))

@@ -17,12 +17,12 @@ from pocketlm.errors import OutOfResourcesError
 # For `mallopt` of glibc (malloc.h): never trim the heap, grow it by 64 MB, take no mappings; and the defaults.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 REUSING = ((TRIM_THRESHOLD, -1), (TOP_PAD, 1 << 26), (MMAP_MAX, 0))
+DEFAULTS = ((TRIM_THRESHOLD, 1 << 17), (TOP_PAD, 1 << 17), (MMAP_MAX, 1 << 16))
 # What training takes on a GPU: per parameter of teacher and student, in float32, gradients, moments and the best
 # checkpoint spread over both; and for activations and logits.
 TRAINING_BYTES, ACTIVATION_BYTES = 14, 3 << 30
 NARROW = (torch.bfloat16, torch.float16)
 PRODUCTS = (nn.functional.linear, torch.addmm)  # what the linears of all families call
-DEFAULTS = ((TRIM_THRESHOLD, 1 << 17), (TOP_PAD, 1 << 17), (MMAP_MAX, 1 << 16))
 
 
 @cache

@@ -48,16 +48,15 @@ class Sampling:
     kind: Literal["sampled", "top"] = "sampled"
     count: int = 40
 
-    def checked(self, vocabulary: int) -> "Sampling":
-        """Return itself.
+    def check(self, vocabulary: int) -> None:
+        """Refuse a count that does not fit.
 
         Raises:
-            BadInputError: The count does not fit.
+            BadInputError: It does not.
         """
         most = 255 if self.kind == "sampled" else min(255, vocabulary - 1)
         if not 0 < self.count <= most:
             raise BadInputError(f"Cannot keep {self.count} per token with `{self.kind}` targets: give 1 to {most}")
-        return self
 
 
 def fitting(vocabulary: int, kind: Literal["sampled", "top"]) -> Sampling:
@@ -153,7 +152,7 @@ def words_of(model: LanguageModel) -> int:
 
 def predicted_bytes(teacher: LanguageModel, windows: Tensor, sampling: Sampling) -> float:
     """Return about how many bytes a token will take, from a few of the windows."""
-    sampling.checked(words_of(teacher))
+    sampling.check(words_of(teacher))
     trial = windows[:: max(1, len(windows) // TRIAL)][:TRIAL]
     kept = opinion(teacher, trial, sampling, torch.Generator().manual_seed(0))
     return sum(tensor.nbytes for tensor in kept.values()) / trial.numel()
@@ -180,7 +179,7 @@ def write_targets(
     Raises:
         BadInputError: More is to be kept than there is.
     """
-    sampling.checked(words_of(teacher))
+    sampling.check(words_of(teacher))
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(windows), SHARD):
         path = _shard(folder, start)

@@ -11,7 +11,7 @@ from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, say_byte
 from pocketlm.plan.effort import PRESET
 from pocketlm.plan.footprint import Footprint, measure_file
 from pocketlm.plan.recipe import to_yaml
-from pocketlm.report.content import BudgetFacts, Estimate, LimitFacts, TrialRun
+from pocketlm.report.content import BudgetFacts, LimitFacts, TrialRun
 
 
 def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
@@ -77,7 +77,7 @@ def tried(planned: Planned) -> tuple[TrialRun, ...]:
             bytes=trial.bytes,
             expected_kl=trial.plan.damage,
             kl=trial.kl,
-            perplexity_ratio=Estimate(**vars(trial.ratio)),
+            perplexity_ratio=trial.ratio,
             tokens=trial.tokens,
             seconds=trial.seconds,
             won=trial is found.winner,

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pocketlm
 from pocketlm.errors import BadInputError
 from pocketlm.measure.device import FileSpeed, Machine, Speeds, machine, versions
-from pocketlm.measure.quality import Interval
-from pocketlm.measure.tasks import Share, TaskResult
+from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
@@ -169,7 +168,7 @@ def make_report(
         recipe=run.recipe,
         notes=(*run.notes, _cache_note(proof), _speed_note(proof.speeds), *_vocabulary_note(before, after)),
         hashes=hashes,
-        perplexity_ratio_to_plain=_estimate(proof.quality.ratio("compressed", "plain")),
+        perplexity_ratio_to_plain=proof.quality.ratio("compressed", "plain"),
         trials=run.trials,
         waterfall=_waterfall(proof),
         sensitivity=run.sensitivity,
@@ -216,9 +215,9 @@ def task_score(result: TaskResult) -> content.TaskScore:
         name=result.task,
         measure=result.measure,
         items=result.scores["model"].count,
-        original=_estimate(original),
-        compressed=_estimate(compressed),
-        difference=_estimate(result.paired.difference),
+        original=original,
+        compressed=compressed,
+        difference=result.paired.difference,
         lost=result.paired.lost,
         won=result.paired.won,
         faults=result.scores["model"].faults,
@@ -287,11 +286,11 @@ def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
         label=labels[role],
         file_name=path.name,
         bytes=path.stat().st_size,
-        perplexity=_estimate(quality.perplexity),
-        perplexity_ratio=None if role == "original" else _estimate(quality.ratio),
-        divergence=_estimate(quality.kl),
-        agreement=_estimate(quality.agreement),
-        bits_per_byte=_estimate(quality.bits_per_byte),
+        perplexity=quality.perplexity,
+        perplexity_ratio=None if role == "original" else quality.ratio,
+        divergence=quality.kl,
+        agreement=quality.agreement,
+        bits_per_byte=quality.bits_per_byte,
         speed=None if speed is None else _speed(speed),
     )
 
@@ -305,10 +304,6 @@ def _speed(speed: FileSpeed) -> content.Speed:
         peak_memory_bytes=int(speed.memory_bytes.mean),
         joules_per_token=None if speed.joules_per_token is None else speed.joules_per_token.mean,
     )
-
-
-def _estimate(interval: Interval | Share | None) -> content.Estimate | None:
-    return None if interval is None else content.Estimate(interval.value, interval.low, interval.high)
 
 
 def facts_of_text(tokens: Tokens, held_out: bool) -> content.TextUsed:

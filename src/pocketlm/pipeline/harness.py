@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import BadInputError, MissingExtraError
-from pocketlm.measure.tasks import Pair, Share, Z, joined, likelihoods, pair
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.tasks import Pair, joined, likelihoods, pair
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.scoring import reading
 from pocketlm.run.engine import Engine
@@ -26,8 +28,8 @@ class HarnessScore:
     task: str
     metric: str
     items: int
-    scores: dict[str, Share]
-    difference: Share | None
+    scores: dict[str, Interval]
+    difference: Interval | None
 
 
 def score_harness(
@@ -86,11 +88,12 @@ def _scores(task: str, found: Mapping[str, Any]) -> list[HarnessScore]:
     return scores
 
 
-def _mean(values: Sequence[float]) -> Share:
+def _mean(values: Sequence[float]) -> Interval:
     """Return a mean with its normal 95 % interval, as the harness gives its standard error."""
-    mean = sum(values) / len(values)
-    half = Z * (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values)) ** 0.5
-    return Share(mean, mean - half, mean + half)
+    mean = fmean(values)
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    half = NormalDist().inv_cdf(0.975) * error
+    return Interval(mean, mean - half, mean + half)
 
 
 def _adapter(engine: Engine, tokenizer: Any) -> "LM":

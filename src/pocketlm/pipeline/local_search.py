@@ -96,7 +96,7 @@ def _try_mixes(
         return mixed, kl
 
     if wanted.most_damage is not None:
-        damages = Damages((), {}, decision.damages.formats)  # whose plans prune nothing
+        damages = Damages(formats=decision.damages.formats)  # whose plans prune nothing
         return _within(wanted.most_damage, make, wanted, plan, sizes_of(model), damages)
     windows = texts.validation.windows[:SHARING_WINDOWS]
     sizes, formats, tried = sizes_of(model), decision.damages.formats, []
@@ -108,7 +108,7 @@ def _try_mixes(
         if last:
             return tried
         formats = corrected(formats, plan, tried[-1])
-        plan = choose(sizes, Damages((), {}, formats), wanted.budget, wanted.fixed)
+        plan = choose(sizes, Damages(formats=formats), wanted.budget, wanted.fixed)
         if any(plan.formats == other.formats for other in tried):
             return tried
 

@@ -77,7 +77,7 @@ def measure_damages(model: LanguageModel, wanted: Wanted, texts: Texts, progress
     measured = stage("damage", of_text, lambda folder: {"formats": measure_formats(model, *both, progress)})
     formats = measured.facts["formats"]
     if not may_prune(sizes, wanted):
-        return Damages((), {}, formats)
+        return Damages(formats=formats)
     widths = stage("damage-width", of_text, lambda folder: measure_widths(model, *both, progress)).facts
     most, enough = depth_wanted(sizes, wanted, formats)
     key = of_text | {"most": most, "enough": enough}

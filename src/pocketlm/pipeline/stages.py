@@ -39,7 +39,7 @@ from pocketlm.model.text import (
 from pocketlm.model.training import LOSSES
 from pocketlm.model.vocabulary import spellings
 from pocketlm.pipeline.cache import Finished, stage, unfinished
-from pocketlm.plan.recipe import Recipe, step_settings
+from pocketlm.plan.recipe import Recipe
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.prepare import Prepare, prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
@@ -202,7 +202,7 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
         before = done[-1]
         if isinstance(step, Quantize):
             plain = before  # the model as it is before its numbers become coarse
-        inputs = {"before": before.key, "step": step_settings(step), **texts.sha256}
+        inputs = {"before": before.key, "step": asdict(step), **texts.sha256}
         match step:
             case TrimVocabulary():
                 done.append(_trim(original, before, step, texts))
@@ -242,7 +242,7 @@ def _trim(original: LanguageModel, before: Finished, step: TrimVocabulary, texts
         save(model, folder / "hf")
         return asdict(report)
 
-    return stage(step.step, {"before": before.key, "step": step_settings(step), "text": text}, produce)
+    return stage(step.step, {"before": before.key, "step": asdict(step), "text": text}, produce)
 
 
 def _change(

@@ -145,7 +145,7 @@ def depth_wanted(sizes: Sizes, wanted: Wanted, formats: dict[str, dict[str, floa
     if wanted.effort.candidates > 1:
         return most, math.inf
     try:
-        alone = choose(sizes, Damages((), {}, formats), wanted.budget, wanted.fixed, wanted.costs)
+        alone = choose(sizes, Damages(formats=formats), wanted.budget, wanted.fixed, wanted.costs)
     except ImpossibleBudgetError:
         return most, math.inf
     return most, alone.damage

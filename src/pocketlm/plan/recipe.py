@@ -1,7 +1,7 @@
 """A recipe: the list of typed steps that a run follows, as YAML, checked by pydantic."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -101,7 +101,7 @@ def _check_training(step: Distil | Tune, where: str) -> None:
             f"from 0 to 1; given: {given}"
         )
     if isinstance(step, Distil):
-        step.objective  # noqa: B018  (refuses what is out of range)
+        step.check()
     elif not (0 < step.scale_rate < math.inf and 0 < step.code_rate < math.inf):
         raise BadInputError(
             f"{where}: `tune` needs a `scale_rate` and a `code_rate` above 0; "
@@ -156,8 +156,3 @@ def read_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     return from_dict(data, str(path))
-
-
-def step_settings(step: Step) -> dict:
-    """Return a step's settings as plain data."""
-    return asdict(step)

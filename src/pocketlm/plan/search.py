@@ -25,9 +25,9 @@ class Damages:
         vocabulary: By tokens kept; nats per token of the original's, of the text itself.
     """
 
-    depth: tuple[tuple[int, float], ...]
-    width: dict[int, float]
-    formats: dict[str, dict[str, float]]
+    depth: tuple[tuple[int, float], ...] = ()
+    width: dict[int, float] = field(default_factory=dict)
+    formats: dict[str, dict[str, float]] = field(default_factory=dict)
     vocabulary: dict[int, float] = field(default_factory=dict)
 
 
@@ -205,7 +205,7 @@ def _dropped(sizes: Sizes, damages: Damages, shape: Shape) -> tuple[int, ...]:
 
 
 def _options(
-    sizes: Sizes, damages: Damages, shape: Shape, fixed: Mapping[str, str] | None, costs: Costs | None
+    sizes: Sizes, damages: Damages, shape: Shape, fixed: Mapping[str, str], costs: Costs | None
 ) -> tuple[int, dict[str, list[Option]]]:
     """Return `unit_options` at a shape, whose blocks are the kept ones of the original in order."""
     dropped = _dropped(sizes, damages, shape)
@@ -216,4 +216,4 @@ def _options(
         block, dot, group = unit.rpartition(".")
         if not dot or block in renumbered:
             formats[f"{renumbered[block]}.{group}" if dot else unit] = by_format
-    return unit_options(sizes, shape, formats, fixed or {}, costs)
+    return unit_options(sizes, shape, formats, fixed, costs)

@@ -46,9 +46,9 @@ class Sizes:
     original: Shape
     embedding: str
     tied: bool
-    kv_groups: int = 1
-    heads: int = 1
-    hidden: int = 1
+    kv_groups: int
+    heads: int
+    hidden: int
 
     @cached_property
     def groups(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from pocketlm.report.content import Estimate
+from pocketlm.measure.interval import Interval
 
 LEAST_SPAN = 0.1  # of a scatter's x, as a share of the largest
 NARROWEST = 320  # pixels that a chart is wide on a small phone
@@ -43,7 +43,7 @@ def stacked(rows: Sequence[tuple[str, str, Sequence[float]]], limit: float | Non
     return _picture(drawn, bottom + 20, "Bytes of each part, before and after")
 
 
-def whiskers(rows: Sequence[tuple[str, str, Estimate, str]], title: str, reference: float, scale: float = 1) -> Markup:
+def whiskers(rows: Sequence[tuple[str, str, Interval, str]], title: str, reference: float, scale: float = 1) -> Markup:
     """Draw estimates as dots with their intervals on one axis.
 
     Args:
@@ -193,7 +193,7 @@ def curve(points: Sequence[tuple[float, float]], title: str) -> Markup:
     return _picture(drawn, 144, title)
 
 
-def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Estimate, str]]]], title: str) -> Markup:
+def scatter(series: Sequence[tuple[str, Sequence[tuple[float, Interval, str]]]], title: str) -> Markup:
     """Draw estimates over x with their intervals, a name beside each dot.
 
     Args:

@@ -6,7 +6,6 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from pocketlm.report.charts import columns, grid
-from pocketlm.report.content import Estimate
 from pocketlm.report.pages import page
 from pocketlm.report.wording import estimate, text_used
 
@@ -68,4 +67,4 @@ def _distance(quality: Any) -> str:
 
 
 def _interval(found: Any) -> str:
-    return estimate(Estimate(found.value, found.low, found.high))
+    return estimate(found)

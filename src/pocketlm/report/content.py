@@ -1,6 +1,6 @@
 """What a report holds, as data: every page, card and JSON file is made from one `Report`.
 
-Bytes are bytes, times are seconds unless the name says otherwise, and an `Estimate` is a value with its 95 %
+Bytes are bytes, times are seconds unless the name says otherwise, and an `Interval` is a value with its 95 %
 interval. What was not measured is None and is shown as such.
 """
 
@@ -11,24 +11,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pocketlm.errors import BadInputError
+from pocketlm.measure.interval import Interval
 
 SCHEMA = 1
 
 Role = Literal["original", "plain", "compressed"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured value and the 95 % interval around it."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def known(self) -> bool:
-        """Whether all three are numbers: not those of a broken model, nor what JSON made of them."""
-        return all(end is not None and math.isfinite(end) for end in (self.value, self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -128,18 +115,21 @@ class Speed:
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """One file, measured as it ships; `plain` is plain round-to-nearest of the same or nearest bytes."""
+    """One file, measured as it ships; `plain` is the obvious simpler choice at the same or nearest bytes.
+
+    It is plain rounding, or formats alone where pruning won.
+    """
 
     role: Role
-    label: str  # what it is, in words: "plain Q3_K"
+    label: str  # what it is, in words: "plain Q5_0"
     file_name: str
     bytes: int
-    perplexity: Estimate | None
-    perplexity_ratio: Estimate | None  # to the original, paired window by window; None for the original
-    divergence: Estimate | None  # KL(original || this), nats per token; None for the original
-    agreement: Estimate | None  # fraction of tokens with the original's first choice; None for the original
+    perplexity: Interval | None
+    perplexity_ratio: Interval | None  # to the original, paired window by window; None for the original
+    divergence: Interval | None  # KL(original || this), nats per token; None for the original
+    agreement: Interval | None  # fraction of tokens with the original's first choice; None for the original
     speed: Speed | None
-    bits_per_byte: Estimate | None = None  # where the vocabularies differ; divergence and agreement are None then
+    bits_per_byte: Interval | None = None  # where the vocabularies differ; divergence and agreement are None then
 
 
 @dataclass(frozen=True)
@@ -189,9 +179,9 @@ class TaskScore:
     name: str
     measure: str  # acc or acc_norm
     items: int
-    original: Estimate
-    compressed: Estimate
-    difference: Estimate
+    original: Interval
+    compressed: Interval
+    difference: Interval
     lost: int  # items that only the original has right
     won: int
     faults: dict[str, int]  # of the compressed file's written answers
@@ -227,7 +217,7 @@ class TrialRun:
     bytes: int
     expected_kl: float  # before it was built; nats per token
     kl: float | None  # None where vocabularies differ
-    perplexity_ratio: Estimate  # to the original, per token of the original's
+    perplexity_ratio: Interval  # to the original, per token of the original's
     tokens: int  # that it learnt from
     seconds: float
     won: bool
@@ -249,7 +239,7 @@ class Report:
     command: str  # that makes the same file again
     created: str  # ISO date
     pocketlm: str  # version
-    versions: dict[str, str]  # python, torch, transformers, gguf, xllamacpp, llama.cpp
+    versions: dict[str, str]  # python and the libraries that bear on the result
     machine: dict[str, str | int | float]
     seed: int
     settings: dict[str, Any]
@@ -265,7 +255,7 @@ class Report:
     recipe: str  # YAML
     notes: tuple[str, ...]  # what was not done, fallbacks, warnings
     hashes: dict[str, str]  # what is hashed, and its SHA-256
-    perplexity_ratio_to_plain: Estimate | None = None  # compressed over plain, paired window by window
+    perplexity_ratio_to_plain: Interval | None = None  # compressed over plain, paired window by window
     trials: tuple[TrialRun, ...] = ()
     waterfall: Waterfall | None = None
     sensitivity: Sensitivity | None = None

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from pocketlm.report.content import Estimate, MeasuredFile, Report
+from pocketlm.measure.interval import Interval
+from pocketlm.report.content import MeasuredFile, Report
 from pocketlm.report.wording import MISSING, count, interval, middle, rate, size
 
 Row = tuple[str, str, str]
@@ -58,5 +59,5 @@ def _quality(file: MeasuredFile) -> Iterator[tuple[str, str]]:
         yield name, _worded(item)
 
 
-def _worded(item: Estimate | None) -> str:
+def _worded(item: Interval | None) -> str:
     return MISSING if item is None else f"{middle(item)} ({interval(item)})"

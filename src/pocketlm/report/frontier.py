@@ -5,8 +5,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pocketlm.measure.interval import Interval
 from pocketlm.report import charts
-from pocketlm.report.content import Estimate, MeasuredFile, Report
+from pocketlm.report.content import MeasuredFile, Report
 from pocketlm.report.pages import cell, page
 from pocketlm.report.tables import against
 from pocketlm.report.wording import interval, middle, rate, size
@@ -123,11 +124,11 @@ def _beside(plain: MeasuredFile | None) -> str:
     return f"{middle(ratio)} ({interval(ratio)}, {plain.label}, {size(plain.bytes)})"
 
 
-def _worded(item: Estimate | None) -> str:
+def _worded(item: Interval | None) -> str:
     return "not measured" if item is None else f"{middle(item)} ({interval(item)})"
 
 
-def _plain_data(item: Estimate | None) -> dict[str, float] | None:
+def _plain_data(item: Interval | None) -> dict[str, float] | None:
     return None if item is None or not item.known else vars(item).copy()
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pocketlm.measure.interval import Interval
 from pocketlm.report import charts, tables, wording
 from pocketlm.report.answers import folded, is_fault
-from pocketlm.report.content import Estimate, Report, UnitCost
+from pocketlm.report.content import Report, UnitCost
 from pocketlm.report.verdict import judge
 
 _DRAWN_ROWS = 40  # a mapping with more entries is printed instead
@@ -115,7 +116,7 @@ def _bytes(report: Report) -> Markup:
 def _damage(report: Report) -> list[tuple[str, Markup]]:
     drawings = []
     points = [
-        (file.role, [(file.bytes / 1e6, file.perplexity_ratio or Estimate(1, 1, 1), file.role)])
+        (file.role, [(file.bytes / 1e6, file.perplexity_ratio or Interval(1, 1, 1), file.role)])
         for file in tables.files_in_order(report)
         if file.role == "original" or (file.perplexity_ratio and file.perplexity_ratio.known)
     ]

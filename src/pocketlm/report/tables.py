@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pocketlm.report.content import Estimate, MeasuredFile, Report, UnitCost
+from pocketlm.measure.interval import Interval
+from pocketlm.report.content import MeasuredFile, Report, UnitCost
 from pocketlm.report.wording import MISSING, count, duration, interval, middle, number, percent, rate, size
 
 
@@ -99,12 +100,12 @@ def _speed(file: MeasuredFile, name: str) -> Cell:
     )
 
 
-def _estimate(value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+def _estimate(value: Interval | None, scale: float = 1, unit: str = "") -> Cell:
     text = middle(value, scale, unit)
     return Cell(text) if value is None or text == MISSING else Cell(text, interval(value, scale, unit))
 
 
-def against(file: MeasuredFile, value: Estimate | None, scale: float = 1, unit: str = "") -> Cell:
+def against(file: MeasuredFile, value: Interval | None, scale: float = 1, unit: str = "") -> Cell:
     """Return a figure of a file against the original, or why there is none."""
     if value is None and file.bits_per_byte is not None and file.role != "original":
         return Cell("not available", "another vocabulary")

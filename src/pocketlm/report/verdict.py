@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pocketlm.errors import VerificationError
-from pocketlm.report.content import Estimate, MeasuredFile, Rate, Report
+from pocketlm.measure.interval import Interval
+from pocketlm.report.content import MeasuredFile, Rate, Report
 from pocketlm.report.wording import interval, middle, number, percent, size
 
 Outcome = Literal["better", "worse", "within noise"]
@@ -64,7 +65,7 @@ def check_budgets_met(reports: Mapping[str, Report]) -> None:
         )
 
 
-def against_one(ratio: Estimate) -> Outcome:
+def against_one(ratio: Interval) -> Outcome:
     """Return what a ratio of perplexities says about the file above the line."""
     if not ratio.known:
         return "worse"  # a perplexity that is not finite is a broken model
@@ -73,7 +74,7 @@ def against_one(ratio: Estimate) -> Outcome:
     return "better" if ratio.value < 1 else "worse"
 
 
-def lower(ours: Estimate, other: Estimate) -> Outcome:
+def lower(ours: Interval, other: Interval) -> Outcome:
     """Return whether `ours` is better, lower being better, by more than both intervals."""
     if not (ours.known and other.known):
         return "within noise" if ours.known == other.known else "better" if ours.known else "worse"

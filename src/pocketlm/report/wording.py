@@ -2,7 +2,8 @@
 
 import math
 
-from pocketlm.report.content import Change, Estimate, Rate, TextUsed
+from pocketlm.measure.interval import Interval
+from pocketlm.report.content import Change, Rate, TextUsed
 
 MISSING = "not measured"
 
@@ -54,7 +55,7 @@ def percent(fraction: float | None, decimals: int = 0) -> str:
     return f"{100 * fraction:.{decimals}f}%"
 
 
-def interval(estimate: Estimate, scale: float = 1, unit: str = "") -> str:
+def interval(estimate: Interval, scale: float = 1, unit: str = "") -> str:
     """Return the interval alone: `1.061–1.105`, `-0.4 to 1.1`."""
     decimals = _decimals(estimate, scale)
     low, high = (number(_times(end, scale), decimals) for end in (estimate.low, estimate.high))
@@ -62,14 +63,14 @@ def interval(estimate: Estimate, scale: float = 1, unit: str = "") -> str:
     return f"{low}{between}{high}{unit}" if estimate.known else "interval not finite"
 
 
-def middle(estimate: Estimate | None, scale: float = 1, unit: str = "") -> str:
+def middle(estimate: Interval | None, scale: float = 1, unit: str = "") -> str:
     """Return the value of an estimate, with as many decimals as its interval warrants."""
     if estimate is None:
         return MISSING
     return f"{number(_times(estimate.value, scale), _decimals(estimate, scale))}{unit}"
 
 
-def estimate(value: Estimate) -> str:
+def estimate(value: Interval) -> str:
     """Return a value with its interval: `1.083 [1.061–1.105]`."""
     return f"{middle(value)} [{interval(value)}]"
 
@@ -111,7 +112,7 @@ def _times(value: float | None, scale: float) -> float | None:
     return None if value is None else value * scale
 
 
-def _decimals(estimate: Estimate, scale: float) -> int:
+def _decimals(estimate: Interval, scale: float) -> int:
     """Return how many decimals show the half width of the interval to a third of itself, 4 at most."""
     if not estimate.known or estimate.high == estimate.low:
         return 2

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]  # "role" ("system", "user" or "assistant") and "content"
 
+CONTEXT = 4096  # tokens of the longest conversation
+LONGEST_ANSWER = 1024  # tokens; small models can repeat themselves without end
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
@@ -203,8 +205,6 @@ def chat_loop(
     system: str | None = None,
     *,
     threads: int | None = None,
-    context: int = 4096,
-    max_tokens: int = 1024,
     greedy: bool = False,
     seed: int | None = None,
 ) -> None:
@@ -216,8 +216,6 @@ def chat_loop(
         path: A GGUF file.
         system: The first message, about how to answer.
         threads: CPU threads; the engine's choice if None.
-        context: Longest conversation in tokens.
-        max_tokens: Longest answer; small models can repeat themselves without end.
         greedy: Take the likeliest token each time.
         seed: Of the draws.
 
@@ -231,7 +229,7 @@ def chat_loop(
     asked = [] if interactive else list(islice(questions, 1))
     if not interactive and not asked:
         return
-    with serving(path, threads, context) as server:
+    with serving(path, threads, CONTEXT) as server:
         chatty = has_chat_template(Path(path))
         opening: list[Message] = [{"role": "system", "content": system}] if system and chatty else []
         conversation, replies = list(opening), []
@@ -247,7 +245,7 @@ def chat_loop(
                 continue
             conversation.append({"role": "user", "content": question})
             prompt = conversation if chatty else question
-            pieces = stream(server, prompt, max_tokens=max_tokens, greedy=greedy, seed=seed)
+            pieces = stream(server, prompt, max_tokens=LONGEST_ANSWER, greedy=greedy, seed=seed)
             reply = _answer(console, pieces, interactive)
             replies.append(reply)
             if reply.text:

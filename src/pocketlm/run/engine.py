@@ -38,7 +38,6 @@ class Engine:
 
     Attributes:
         vocabulary_size: The width of the logits.
-        trained_context: The context length that the file states, in tokens.
         version: The engine's version, for reports.
     """
 
@@ -74,7 +73,6 @@ class Engine:
             )
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.vocabulary_size: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
-        self.trained_context: int = self._llama.llama_model_n_ctx_train(self._model)
         context_parameters = self._llama.llama_context_default_params()
         context_parameters.n_ctx = context
         if cache != "f16":

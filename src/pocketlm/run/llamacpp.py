@@ -85,7 +85,6 @@ _PROTOTYPES = {
     "llama_model_load_from_file": (c_void_p, (c_char_p, ModelParameters)),
     "llama_model_free": (None, (c_void_p,)),
     "llama_model_get_vocab": (c_void_p, (c_void_p,)),
-    "llama_model_n_ctx_train": (c_int32, (c_void_p,)),
     "llama_context_default_params": (ContextParameters, ()),
     "llama_init_from_model": (c_void_p, (c_void_p, ContextParameters)),
     "llama_free": (None, (c_void_p,)),

@@ -32,9 +32,8 @@ class Timings:
         prefill_tokens_per_second: Reading the prompt.
         first_token_seconds: From the prompt to the first token of an answer.
         decode_tokens_per_second: Generating greedily behind the prompt.
-        prefill_joules: Energy of the processor packages while reading the prompt, whoever used it; None where
-            the system does not let it be read.
-        decode_joules: The same while generating.
+        decode_joules: Energy of the processor packages while generating, whoever used it; None where the system
+            does not let it be read.
         peak_memory_bytes: The process's peak resident memory, with Python.
         memory_before_bytes: Its resident memory before loading the model.
     """
@@ -44,7 +43,6 @@ class Timings:
     prefill_tokens_per_second: list[float]
     first_token_seconds: list[float]
     decode_tokens_per_second: list[float]
-    prefill_joules: list[float] | None
     decode_joules: list[float] | None
     peak_memory_bytes: int
     memory_before_bytes: int
@@ -75,37 +73,29 @@ def time_file(
         tokens = [draw.randrange(engine.vocabulary_size) for _ in range(prompt)]
         _time_once(engine, tokens, generate)
         runs = [_time_once(engine, tokens, generate) for _ in range(repeat)]
-    prefill_seconds, decode_seconds, prefill_joules, decode_joules = zip(*runs, strict=True)
+    prefill_seconds, decode_seconds, decode_joules = zip(*runs, strict=True)
     return Timings(
         engine=engine.version,
         load_seconds=load_seconds,
         prefill_tokens_per_second=[prompt / seconds for seconds in prefill_seconds],
         first_token_seconds=list(prefill_seconds),
         decode_tokens_per_second=[generate / seconds for seconds in decode_seconds],
-        prefill_joules=None if None in prefill_joules else list(prefill_joules),
         decode_joules=None if None in decode_joules else list(decode_joules),
         peak_memory_bytes=_memory("VmHWM"),
         memory_before_bytes=memory_before,
     )
 
 
-def _time_once(engine: Engine, tokens: list[int], generate: int) -> tuple[float, float, float | None, float | None]:
-    """Return seconds of prefill and of decode, then joules of both."""
+def _time_once(engine: Engine, tokens: list[int], generate: int) -> tuple[float, float, float | None]:
+    """Return seconds of prefill and of decode, and joules of decode."""
     engine.forget()
-    energies, times = [_package_joules()], [time.perf_counter()]
+    start = time.perf_counter()
     token = engine.follow(tokens)
-    times.append(time.perf_counter())
-    energies.append(_package_joules())
+    energy, answered = _package_joules(), time.perf_counter()
     for _ in range(generate):
         token = engine.follow([token])
-    times.append(time.perf_counter())
-    energies.append(_package_joules())
-    return (
-        times[1] - times[0],
-        times[2] - times[1],
-        _spent(energies[0], energies[1]),
-        _spent(energies[1], energies[2]),
-    )
+    seconds = time.perf_counter() - answered
+    return answered - start, seconds, _spent(energy, _package_joules())
 
 
 def _package_joules() -> list[tuple[float, float]] | None:

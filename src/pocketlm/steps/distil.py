@@ -65,20 +65,23 @@ class Distil:
 
     @property
     def objective(self) -> Loss:
-        """The loss.
+        """The loss."""
+        return Loss(kind=self.loss, temperature=self.temperature, share=self.share, cross_entropy=self.cross_entropy)
+
+    def check(self) -> None:
+        """Refuse a setting of the loss that is out of its range.
 
         Raises:
-            BadInputError: A setting is out of its range.
+            BadInputError: There is one.
         """
-        loss = Loss(kind=self.loss, temperature=self.temperature, share=self.share, cross_entropy=self.cross_entropy)
         if not 0 < self.learning_rate < math.inf:
             raise BadInputError(f"A learning rate of {self.learning_rate:g} teaches nothing. Give one such as 1e-4")
         if not 0 < self.temperature < math.inf:
             raise BadInputError(f"distil needs a `temperature` above 0, given: {self.temperature:g}. 1 is usual")
         if not 0 <= self.cross_entropy <= 1:
             raise BadInputError(f"distil needs a `cross_entropy` from 0 to 1, given: {self.cross_entropy}")
-        if loss.kind in SHARES and not 0 < loss.teacher_share < 1:
-            raise BadInputError(f"`{loss.kind}` needs a `share` between 0 and 1, given: {self.share}")
+        if self.loss in SHARES and not 0 < self.objective.teacher_share < 1:
+            raise BadInputError(f"`{self.loss}` needs a `share` between 0 and 1, given: {self.share}")
         weights = 0 <= self.hidden_states < math.inf and 0 <= self.relations < math.inf
         if not weights or not 0 <= self.on_policy <= 1:
             raise BadInputError(
@@ -90,13 +93,12 @@ class Distil:
                 "`hidden_states`, `relations` and `on_policy` need a teacher, and `cross_entropy: 1` is training "
                 "without one. Lower it, or leave them out"
             )
-        return loss
 
     def check_for_targets(self) -> None:
-        """Do nothing where a teacher's opinion on disk is enough.
+        """Refuse what a teacher's opinion on disk cannot teach.
 
         Raises:
-            BadInputError: It is not.
+            BadInputError: There is such a setting.
         """
         if (self.loss, self.temperature) != ("forward_kl", 1):
             raise BadInputError("Targets on disk are for forward KL at temperature 1. Leave out the other loss")
@@ -142,6 +144,7 @@ def distil(
         MissingExtraError: There is no peft for adapters.
         PocketlmError: The loss is not a number.
     """
+    config.check()
     loss, network = config.objective, student.network
     if isinstance(teacher, LanguageModel) and loss.cross_entropy < 1 and not alike(teacher, student):
         raise BadInputError(

@@ -302,9 +302,9 @@ def _point(judged: Sequence[Judged], measure: Measure, threshold: float) -> Poin
         threshold=threshold,
         escalated=len(passed_on) / count,
         accuracy=right / count,
-        accuracy_interval=wilson(right, count),
+        accuracy_interval=_wilson(right, count),
         kept_accuracy=sum(kept) / len(kept) if kept else None,
-        kept_interval=wilson(sum(kept), len(kept)) if kept else None,
+        kept_interval=_wilson(sum(kept), len(kept)) if kept else None,
     )
 
 
@@ -316,22 +316,23 @@ def is_calibration(path: Path) -> bool:
         return False
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval of a share, 95 % by default (Wilson 1927)."""
-    share, weight = right / count, z * z / count
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / count + weight / count / 4) / (1 + weight)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def _wilson(right: int, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    ends = binomtest(right, count).proportion_ci(0.95, "wilson")
+    return float(ends.low), float(ends.high)
 
 
 def _ranking(judged: Sequence[Judged], measure: Measure) -> float | None:
     """Return the share of pairs of a right and a wrong answer that confidence puts in order; ties count half."""
+    from scipy.stats import mannwhitneyu
+
     right = [one.confidence[measure] for one in judged if one.right]
     wrong = [one.confidence[measure] for one in judged if not one.right]
     if not right or not wrong:
         return None
-    ordered = sum((r > w) + 0.5 * (r == w) for r in right for w in wrong)
-    return ordered / (len(right) * len(wrong))
+    return float(mannwhitneyu(right, wrong).statistic) / (len(right) * len(wrong))
 
 
 def lines(found: Calibration) -> list[str]:

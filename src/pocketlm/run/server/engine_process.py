@@ -7,8 +7,9 @@ standard output, and ends when standard input does: whoever started it is gone t
 
 import json
 import os
+import secrets
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ class EngineSettings:
 
     path: str
     name: str
-    key: str
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     slots: int = 4
     context: int | None = None
     threads: int | None = None

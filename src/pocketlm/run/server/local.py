@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import aiohttp
@@ -37,7 +36,7 @@ class LocalModel:
 
     def __init__(self, settings: EngineSettings, queue: int) -> None:
         """Prepare a model; `queue` requests may wait for one of its slots."""
-        self._settings = replace(settings, key=secrets.token_urlsafe(32))
+        self._settings = settings
         self.name, self.line = settings.name, Line(settings.slots, queue)
         self.ready: Ready | None = None
         self.starts = self.size = 0

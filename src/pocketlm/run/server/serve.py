@@ -122,7 +122,7 @@ def _engines(job: Serve) -> list[EngineSettings]:
         names.append(f"{name}-original" if name == names[0] else name)
     paths = filter(None, (job.path, job.compare))
     return [
-        EngineSettings(str(path), name, key="", slots=job.slots, context=job.context, threads=job.threads)
+        EngineSettings(str(path), name, slots=job.slots, context=job.context, threads=job.threads)
         for path, name in zip(paths, names, strict=True)
     ]
 
