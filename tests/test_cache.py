@@ -155,6 +155,7 @@ def test_leftovers_in_a_cache_that_can_only_be_read_stay(folder: Path):
         remove_leftovers()
     finally:
         folder.chmod(0o700)
+    assert (folder / ".text-0.partial").is_dir()
 
 
 def test_of_two_runs_one_makes_a_stage_and_the_other_waits_for_it(folder: Path, tmp_path: Path):

@@ -142,7 +142,7 @@ def test_a_killed_run_ends_the_same(folders: dict[str, Path], tmp_path: Path):
         (("--student", "depth=1"), "Cannot keep fewer than 2"),
         (("--student", "stranger"), "another tokenizer"),
         (("--student", "stranger", "--task", "task"), "let the teacher answer prompts"),
-        (("--student", "depth=4", "--task", "text"), "line 1: not an example"),
+        (("--student", "depth=4", "--task", "text"), "line 1: not JSON"),
         (("--student", "depth=4", "--task", "task", "--remote", "http://127.0.0.1:9"), "Nothing answers at"),
         (("--student", "depth=4", "--data", "empty"), "is empty"),
         (("--student", "depth=4", "--on-policy", "0.5", "--targets", "top"), "need the teacher itself"),

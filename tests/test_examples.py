@@ -94,7 +94,7 @@ def test_an_example_longer_than_a_window_is_refused(tiny_model: Tiny):
     ("text", "message"),
     [
         ("", "no examples"),
-        ("not json", "line 1: not an example"),
+        ("not json", "line 1: not JSON"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', "line 2: not an example"),
         ('{"prompt": "a", "answer": ""}', "and not empty"),
         ('{"prompt": "", "answer": "b"}', "and not empty"),

@@ -1,6 +1,7 @@
 """Several sizes in one run, and two results side by side, as a person calls them."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -35,6 +36,10 @@ def test_a_sweep_makes_each_size_once_and_lays_them_side_by_side(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}
     assert pocketlm(*asked, cache=tmp_path).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.gguf")}, "nothing is made twice"
+    changed = folder / "config.json"
+    changed.touch()
+    assert "exists already" in pocketlm(*asked, cache=tmp_path).stderr, "another model may be in the folder now"
+    os.utime(changed, (0, 0))
     (out / f"{small}B" / "model.gguf").unlink()
     assert "--force" in pocketlm(*asked, cache=tmp_path).stderr
     assert pocketlm(*asked, "--force", cache=tmp_path).returncode == 0

@@ -388,7 +388,7 @@ def test_a_gemma_keeps_a_width_that_its_heads_divide(tiny_model: Tiny):
 
 
 def test_head_width_of_a_gpt2_follows_from_its_heads(tiny_model: Tiny):
-    assert head_width(tiny_model("gpt2").network) == 16
+    assert head_width(tiny_model("gpt2").network.config) == 16
 
 
 def test_more_to_remove_takes_more_tokens_to_heal():

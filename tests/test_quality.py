@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pocketlm.measure.interval import Interval
 from pocketlm.measure.quality import bootstrap, compare
-from pocketlm.tensors.divergence import kl_divergence, negative_log_likelihood
+from pocketlm.tensors.divergence import kl_divergence
 
 VOCABULARY, LENGTH = 50, 20
 WINDOWS = torch.randint(0, VOCABULARY, (12, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def test_the_same_windows_give_the_same_intervals():
     assert first.qualities == second.qualities
 
 
-def test_divergence_and_likelihood_are_safe_at_the_extremes():
+def test_divergence_is_safe_at_the_extremes():
     """Certain models and half-precision logits: finite, never negative beyond rounding."""
     certain = torch.full((3, 8), -1e4)
     certain[:, 2] = 1e4
@@ -152,6 +152,3 @@ def test_divergence_and_likelihood_are_safe_at_the_extremes():
     logits = torch.randn(100, 64, generator=torch.Generator().manual_seed(5)) * 10
     for dtype in (torch.float16, torch.bfloat16):
         assert (kl_divergence(logits.to(dtype), (logits + 0.01).to(dtype)) > -1e-6).all()
-    targets = torch.arange(100) % 64
-    obvious = -torch.log_softmax(logits.double(), -1)[torch.arange(100), targets]
-    assert torch.allclose(negative_log_likelihood(logits, targets).double(), obvious, atol=1e-4)

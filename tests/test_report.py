@@ -83,7 +83,7 @@ def report_of_smollm2() -> Report:
     ]
     return Report(
         command="pocketlm fit demo --budget 70MB --out smollm2-70mb --seed 0",
-        created="2026-11-23T15:04:11+00:00",
+        created="2026-11-23",
         pocketlm="0.1.0",
         versions={
             "python": "3.11.2",
@@ -112,6 +112,7 @@ def report_of_smollm2() -> Report:
             parameters=Change(134515008, 112386240),
             blocks=Change(30, 27),
             ffn_width=Change(1536, 1280),
+            vocabulary=Change(49152, 49152),
         ),
         budget=BudgetFacts("70MB", 70_000_000, 69_874_112, 69_911_808),
         parts=(

@@ -28,10 +28,10 @@ from pocketlm.model.vocabulary import (
     closure,
     count_tokens,
     indispensable,
-    keep_tokens,
     parts_of_tokens,
     tokens_by_id,
     trim_tokenizer,
+    trimmed_state,
     with_wholes,
 )
 from pocketlm.plan.recipe import from_dict
@@ -189,7 +189,7 @@ def test_the_parts_of_a_token_are_those_that_merging_ends_in():
     merges = [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]
     state["model"] |= {"vocab": {t: i for i, t in enumerate(["a", "b", "c", "bc", "ab", "abc"])}, "merges": merges}
     assert parts_of_tokens(state)("abc") == ("a", "bc")
-    cut = keep_tokens(state, [0, 1, 2, 3, 5])
+    cut = trimmed_state(state, [0, 1, 2, 3, 5])
     assert Tokenizer.from_str(json.dumps(cut)).encode("abc").tokens == ["abc"]
 
 

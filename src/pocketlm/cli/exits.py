@@ -32,7 +32,7 @@ def run(app: typer.Typer) -> None:
         more = ". The same command goes on from here" if RESUMING.intersection(sys.argv[1:2]) else ""
         _fail(PocketlmError(f"Stopped{more}"), INTERRUPTED)
     except Exception as error:
-        if type(error).__module__.startswith("click") or type(error).__module__.startswith("typer"):
+        if type(error).__module__.startswith(("click", "typer")):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
         said = _worded(error)

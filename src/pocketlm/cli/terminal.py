@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketlm.commands.distillation import Distilled
-from pocketlm.commands.inspection import Evaluation
+from pocketlm.commands.inspection import Evaluation, Inspection
 from pocketlm.commands.integers import IntegerFolder
 from pocketlm.commands.pruning import Pruned
 from pocketlm.measure.device import Figure, Speeds
@@ -24,7 +24,7 @@ from pocketlm.plan.recipe import to_yaml
 from pocketlm.plan.search import Plan
 from pocketlm.report.content import Report
 from pocketlm.report.verdict import judge
-from pocketlm.report.wording import text_used
+from pocketlm.report.wording import four_digits, text_used
 from pocketlm.run.server.serve import model_name
 
 SECONDS_BETWEEN_LINES = 10
@@ -92,7 +92,8 @@ def plan_lines(planned: Planned) -> list[str]:
     if planned.plan:
         before, after = planned.sizes.original, planned.plan.shape
         lines += [
-            f"shape      {before.blocks} blocks -> {after.blocks}, FFN {before.ffn} -> {after.ffn} channels",
+            f"shape      {before.blocks} blocks -> {after.blocks}, FFN {before.ffn} -> {after.ffn} channels"
+            + (f", {planned.plan.vocabulary:,} tokens kept" if planned.plan.vocabulary else ""),
             f"damage     {planned.plan.damage + planned.engine:.3f} nats per token expected before recovery: "
             f"{planned.plan.damage:.3f} {_how_measured(planned.plan)}, {planned.engine:.3f} by the engine's 8-bit "
             "activations",
@@ -166,7 +167,7 @@ def pruned_lines(made: Pruned, out: Path) -> list[str]:
     lines = [f"{'step':<17}{'parameters':>13}  {'perplexity':<26}{measure:<28}chosen"]
     for cut in made.cuts:
         quality = cut.quality
-        cells = _cell(quality.perplexity), _cell(quality.bits_per_byte if per_byte else quality.kl)
+        cells = four_digits(quality.perplexity), four_digits(quality.bits_per_byte if per_byte else quality.kl)
         lines.append(f"{cut.step:<17}{cut.parameters:>13,}  {cells[0]:<25} {cells[1]:<27} {cut.summary}")
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the original's tokens for all")
@@ -207,7 +208,7 @@ def distilled_lines(made: Distilled, out: Path) -> list[str]:
     ]
 
 
-def inspection_lines(found: Any) -> list[str]:
+def inspection_lines(found: Inspection) -> list[str]:
     """Lay a model's parts out as a table."""
     lines = [
         f"{found.name}: {found.family}, {found.parameters:,} parameters, {say_bytes(found.bytes)} "
@@ -270,7 +271,7 @@ def quality_lines(qualities: dict[str, Quality]) -> list[str]:
     lines = [head + "bits per byte" if per_byte else head]
     for name, quality in qualities.items():
         cells = (quality.perplexity, quality.ratio, quality.kl, quality.agreement, quality.bits_per_byte)
-        lines.append(f"{name:<16}" + "".join(f"{_cell(value):<25} " for value in cells).rstrip())
+        lines.append(f"{name:<16}" + "".join(f"{four_digits(value):<25} " for value in cells).rstrip())
     if per_byte:
         lines.append("the vocabularies differ: there is no KL, and perplexity counts the reference's tokens for both")
     return [*lines, "in brackets: 95 % intervals, bootstrap over windows, paired"]
@@ -280,10 +281,6 @@ def evaluation_lines(made: Evaluation, asked: int) -> list[str]:
     """Lay an evaluation out, with the text that it was made on."""
     fewer = f"; {asked:,} were asked for, it has no more" if made.text.windows < asked else ""
     return [*quality_lines(made.qualities), f"{text_used(made.text)}{fewer}"]
-
-
-def _cell(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
 def speed_lines(speeds: Speeds) -> list[str]:

@@ -41,7 +41,8 @@ def sweep(
     """Fit a model to several sizes, into a folder each under `job.out`, and write what that bought.
 
     Text, statistics and measured damages are shared through the cache. A sweep that was stopped goes on: sizes whose
-    folder this very command line made are not done again, and it says so; from Python, where there is none, stages are.
+    folder this very command line made, of files that are as they were, are not done again, and it says so; from Python,
+    where there is none, stages are.
 
     Args:
         job: As for `fit`; its size is ignored.
@@ -57,7 +58,7 @@ def sweep(
     _check(job, sizes)
     names = {size.replace("%", "percent").replace(" ", ""): size for size in sizes}
     jobs = {name: replace(job, size=size, out=job.out / name) for name, size in names.items()}
-    made = {name: None if job.force else _made_before(each.out, job.command) for name, each in jobs.items()}
+    made = {name: None if job.force else _made_before(each) for name, each in jobs.items()}
     for name, each in jobs.items():
         if not made[name]:  # the last one's folder is looked at before hours go into the first
             check_replaceable(each.out, job.force, each.reads)
@@ -70,14 +71,18 @@ def sweep(
             reports[name] = made[name] or fit(each, progress, announce)
         except ImpossibleBudgetError as error:
             refused[names[name]] = str(error)
+        if reports:  # behind each size: what breaks a later one takes nothing of the finished ones
+            _write(job, reports, refused)
     if not reports:
         raise ImpossibleBudgetError(next(iter(refused.values())))
-    found = Frontier(reports, refused)
+    return Frontier(reports, refused)
+
+
+def _write(job: Fit, reports: dict[str, Report], refused: dict[str, str]) -> None:
     data = frontier_data(reports) | {"refused": refused, "command": job.command}
     replace_text(job.out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     for name, text in zip(OTHERS, (frontier_markdown, frontier_page), strict=True):
         replace_text(job.out / name, text(reports, refused))
-    return found
 
 
 def _check(job: Fit, sizes: tuple[str, ...]) -> None:
@@ -101,9 +106,14 @@ def _check(job: Fit, sizes: tuple[str, ...]) -> None:
         )
 
 
-def _made_before(folder: Path, command: str) -> Report | None:
-    """Return the report of a folder that an earlier run of the same command finished, if all of it is still there."""
-    if not (folder / "report.json").is_file() or not is_whole(folder):
+def _made_before(job: Fit) -> Report | None:
+    """Return the report that an earlier run of the same command made of what it reads, if all of it is still there."""
+    made = job.out / "report.json"
+    if not made.is_file() or not is_whole(job.out):
         return None
-    report = read_report(folder)
-    return report if command and report.command == command else None
+    paths = [Path(each) for each in job.reads if each and Path(each).exists()]
+    read = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
+    if any(file.stat().st_mtime > made.stat().st_mtime for file in read):
+        return None
+    report = read_report(job.out)
+    return report if job.command and report.command == job.command else None

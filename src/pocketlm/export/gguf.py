@@ -29,6 +29,7 @@ from pocketlm.model.gguf_file import (
 from pocketlm.model.gguf_layout import LAYOUTS, ROPE_FACTORS, Change, gguf_part, to_gguf
 from pocketlm.model.gguf_tokenizer import tokenizer_fields
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.surgery import as_ids
 from pocketlm.tensors.formats import Packed
 
 if TYPE_CHECKING:
@@ -238,8 +239,7 @@ def _same_vocabulary(source: GgufFile, fields: Mapping[str, Field]) -> bool:
 
 
 def _end_ids(model: LanguageModel) -> list[int]:
-    stated = model.network.generation_config.eos_token_id
-    ends = [stated] if isinstance(stated, int) else list(stated or [])
+    ends = as_ids(model.network.generation_config.eos_token_id)
     own = model.tokenizer.eos_token_id
     return ends if own is None or (ends and own not in ends) else [own, *ends]
 

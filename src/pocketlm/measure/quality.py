@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from pocketlm.measure.interval import Interval
-from pocketlm.tensors.divergence import kl_divergence, negative_log_likelihood
+from pocketlm.tensors.divergence import kl_divergence
 
 Logits = Callable[[list[int]], Tensor]
 """From one window of token ids to logits, (tokens, vocabulary)."""
+
+Row = tuple[float, float | None, float | None, float | None]
+"""Of one window or text: loss in nats per token of the reference's; KL, agreement, bits per byte where comparable."""
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -64,29 +68,16 @@ def compare(
         progress: Called after each window with how many are done and how many there are.
     """
     reference = next(iter(models))
-    sums: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
+    rows: dict[str, list[Row]] = {name: [] for name in models}
     for done, window in enumerate(windows, 1):
         ids = window.tolist()
         truth = models[reference](ids)[:-1]
         for name, model in models.items():
             logits = truth if name == reference else model(ids)[:-1]
-            loss = negative_log_likelihood(logits, window[1:]).mean().item()
-            kl = 0.0 if name == reference else kl_divergence(truth, logits).mean().item()
-            agree = (logits.argmax(-1) == truth.argmax(-1)).double().mean().item()
-            sums[name].append((loss, kl, agree))
+            loss = cross_entropy(logits.float(), window[1:]).item()
+            rows[name].append((loss, *_likeness(truth, logits), None))
         progress(done, len(windows))
-    columns = {name: torch.tensor(rows, dtype=torch.float64).T for name, rows in sums.items()}
-    base = columns[reference][0]
-    qualities = {
-        name: Quality(
-            perplexity=bootstrap(loss, torch.exp),
-            ratio=bootstrap(loss - base, torch.exp),
-            kl=None if name == reference else bootstrap(kl),
-            agreement=None if name == reference else bootstrap(agree),
-        )
-        for name, (loss, kl, agree) in columns.items()
-    }
-    return Comparison(qualities, {name: column[0] for name, column in columns.items()})
+    return _comparison(rows)
 
 
 @dataclass(frozen=True)
@@ -113,33 +104,43 @@ def compare_on_text(
         progress: Called after each text with how many are done and how many there are.
     """
     reference = next(iter(readers))
-    rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in readers}
+    rows: dict[str, list[Row]] = {name: [] for name in readers}
     for done, text in enumerate(texts, 1):
         known = readers[reference].encode(text)
         truth = readers[reference].logits(known)[:-1]
         for name, reader in readers.items():
             ids = known if name == reference else reader.encode(text)
             logits = truth if name == reference else reader.logits(ids)[:-1]
-            nats = negative_log_likelihood(logits, torch.tensor(ids[1:])).sum().item()
+            nats = cross_entropy(logits.float(), torch.tensor(ids[1:]), reduction="sum").item()
             alike = ids == known and logits.shape == truth.shape
-            kl = kl_divergence(truth, logits).mean().item() if alike else math.nan
-            agree = (logits.argmax(-1) == truth.argmax(-1)).double().mean().item() if alike else math.nan
-            bits = nats / math.log(2) / len(text.encode())
-            rows[name].append((nats / (len(known) - 1), kl, agree, bits))
+            likeness = _likeness(truth, logits) if alike else (None, None)
+            rows[name].append((nats / (len(known) - 1), *likeness, nats / math.log(2) / len(text.encode())))
         progress(done, len(texts))
-    columns = {name: torch.tensor(each, dtype=torch.float64).T for name, each in rows.items()}
-    base = columns[reference][0]
+    return _comparison(rows)
+
+
+def _likeness(truth: Tensor, logits: Tensor) -> tuple[float | None, float | None]:
+    """Return the mean KL to the reference's logits, and the share of positions with its likeliest token."""
+    if logits is truth:
+        return None, None
+    agree = (logits.argmax(-1) == truth.argmax(-1)).double().mean().item()
+    return kl_divergence(truth, logits).mean().item(), agree
+
+
+def _comparison(rows: dict[str, list[Row]]) -> Comparison:
+    """Summarize what was read, the reference first."""
+    losses = {name: torch.tensor([row[0] for row in each], dtype=torch.float64) for name, each in rows.items()}
+    base = next(iter(losses.values()))
+
+    def interval(values: tuple[float | None, ...]) -> Interval | None:
+        return None if None in values else bootstrap(torch.tensor(values, dtype=torch.float64))
+
     qualities = {}
-    for name, (loss, kl, agree, bits) in columns.items():
-        comparable = name != reference and not kl.isnan().any()
-        qualities[name] = Quality(
-            perplexity=bootstrap(loss, torch.exp),
-            ratio=bootstrap(loss - base, torch.exp),
-            kl=bootstrap(kl) if comparable else None,
-            agreement=bootstrap(agree) if comparable else None,
-            bits_per_byte=bootstrap(bits),
-        )
-    return Comparison(qualities, {name: column[0] for name, column in columns.items()})
+    for name, each in rows.items():
+        _, *others = zip(*each, strict=True)
+        perplexity, ratio = (bootstrap(values, torch.exp) for values in (losses[name], losses[name] - base))
+        qualities[name] = Quality(perplexity, ratio, *map(interval, others))
+    return Comparison(qualities, losses)
 
 
 def bootstrap(values: Tensor, then: Callable[[Tensor], Tensor] = lambda mean: mean) -> Interval:

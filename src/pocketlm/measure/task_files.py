@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.text import value_of_line
+from pocketlm.model.files import json_values
 
 Kind = Literal["choices", "labels", "written"]
 FIELDS = "prompt with choices and answer, with label, or with answer alone"
@@ -57,15 +57,7 @@ def read_task(path: Path, limit: int | None = None) -> Task:
     Raises:
         BadInputError: The file cannot be read, or a row is no such object; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadInputError(f"Cannot read the task {path}: {problem}") from problem
-    rows = [
-        (place, _row(line, place))
-        for place, line in ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1))
-        if line.strip()
-    ]
+    rows = [(place, _row(entry, place)) for place, entry in json_values(path)]
     if not rows:
         raise BadInputError(f"The task {path} has no items. Write one JSON object a line: {FIELDS}")
     kind = _kind(rows[0][1])
@@ -78,9 +70,8 @@ def read_task(path: Path, limit: int | None = None) -> Task:
     return Task(path.stem, kind, tuple(_item(row, labels, place) for place, row in rows[:limit]))
 
 
-def _row(line: str, place: str) -> dict[str, Any]:
+def _row(row: Any, place: str) -> dict[str, Any]:
     """Return the object of a line in our own fields."""
-    row = value_of_line(line, place)
     match row:
         case {"query": str(query), "choices": _, "gold": answer}:
             ending = "\nAnswer:" if query.startswith("Question:") else ""

@@ -12,7 +12,7 @@ What makes the channels of an FFN can be re-solved towards the same, along the s
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -166,14 +166,12 @@ class Pair:
             return leaves[maker]
 
         ffn = self.block.get_submodule(makers[0].rpartition(".")[0])
-        handles = [self.block.get_submodule(maker).register_forward_hook(partial(cut, maker)) for maker in makers]
         heard = listening(self.block, [path], [], stop=True)
-        try:
+        with ExitStack() as hooks:
+            for maker in makers:
+                hooks.enter_context(self.block.get_submodule(maker).register_forward_hook(partial(cut, maker)))
             with torch.enable_grad(), fast_forward(inputs.device), heard as (read, _), suppress(Heard):
                 ffn(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         channels, ones = read[path], torch.ones_like(read[path])
         return channels.detach(), torch.autograd.grad(channels, [leaves[maker] for maker in makers], ones)
 
@@ -181,7 +179,8 @@ class Pair:
         """Return what is missing behind a writer, and by what each token was divided, as `moments` says."""
         with fast_forward(inputs.device):  # rounded as the original's output is: that is nothing to make good
             output = self.block.get_submodule(path)(inputs).float()
-        (behind, before), added_to = self._wanted(path, batch), 0 if self.anatomy.norms_behind else stream
+        behind, before = self._wanted(path, batch)
+        added_to = 0 if self.anatomy.norms_behind else stream
         if self.basis is None:
             return behind - output - added_to, 1.0
         scale = behind.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
@@ -263,13 +262,12 @@ def listening(
 
         return keep
 
-    handles = [block.get_submodule(path).register_forward_pre_hook(hear(path, read, False)) for path in readers]
-    handles += [block.get_submodule(path).register_forward_hook(hear(path, wrote, True)) for path in writers]
-    try:
+    with ExitStack() as hooks:
+        for path in readers:
+            hooks.enter_context(block.get_submodule(path).register_forward_pre_hook(hear(path, read, False)))
+        for path in writers:
+            hooks.enter_context(block.get_submodule(path).register_forward_hook(hear(path, wrote, True)))
         yield read, wrote
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -338,13 +336,13 @@ def stream_moments(network: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]
     for index, block in enumerate(blocks_of(network)):
         norms = [block.get_submodule(path) for path in anatomy_of(network).norms.values()]
         taken: list[Tensor] = []
-        handles = [norm.register_forward_pre_hook(partial(_take, taken)) for norm in norms]
-        for batch, keywords in enumerate(start.keywords[index]):
-            states[batch] = run_block(block, states[batch], keywords)
-            inner = inner + sum(second_moment(_scaled(x)) for x in taken)
-            taken.clear()
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as hooks:
+            for norm in norms:
+                hooks.enter_context(norm.register_forward_pre_hook(partial(_take, taken)))
+            for batch, keywords in enumerate(start.keywords[index]):
+                states[batch] = run_block(block, states[batch], keywords)
+                inner = inner + sum(second_moment(_scaled(x)) for x in taken)
+                taken.clear()
     return inner, sum(second_moment(_scaled(x)) for x in states)
 
 

@@ -6,7 +6,6 @@ learnt   |        *      *   |        *      *   |         |
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.files import json_values
 from pocketlm.model.learning import Lessons
-from pocketlm.model.text import check_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,29 +36,17 @@ def read_examples(path: Path, answered: bool = True) -> list[Example]:
     Raises:
         BadInputError: It cannot be read, or a line has not both.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"Cannot read {path}: {error}. Give a UTF-8 .jsonl file with --task") from error
     examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, entry in json_values(path):
         try:
-            entry = json.loads(line)
             example = Example(entry["prompt"], entry["answer"] if answered else "")
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise BadInputError(
-                f'{path}, line {number}: not an example. Write {{"prompt": "...", "answer": "..."}} on each line'
+                f'{place}: not an example. Write {{"prompt": "...", "answer": "..."}} on each line'
             ) from error
-        if (
-            not isinstance(example.prompt, str)
-            or not isinstance(example.answer, str)
-            or not example.prompt
-            or answered > bool(example.answer)
-        ):
-            raise BadInputError(f"{path}, line {number}: `prompt` and `answer` must be text, and not empty")
-        check_characters(entry, line, f"{path}, line {number}")
+        texts = isinstance(example.prompt, str) and isinstance(example.answer, str)
+        if not texts or not example.prompt or (answered and not example.answer):
+            raise BadInputError(f"{place}: `prompt` and `answer` must be text, and not empty")
         examples.append(example)
     if not examples:
         raise BadInputError(f"{path} has no examples. Write one JSON object per line")

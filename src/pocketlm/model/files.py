@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pocketlm.errors import BadInputError
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -38,3 +40,49 @@ def json_lines(path: Path) -> list[Any]:
         with written_whole(path) as partial:
             partial.write_bytes(written)
     return [json.loads(line) for line in written.splitlines()]
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a file that a person gave.
+
+    Raises:
+        BadInputError: It is missing, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text: byte {error.start} cannot be read. Convert the file to UTF-8"
+        ) from error
+    except OSError as error:
+        raise BadInputError(f"Cannot read {path}: {error.strerror}. Check the path") from error
+
+
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place, such as `a.jsonl, line 3`, and the value of each line of JSON that a person gave.
+
+    Raises:
+        BadInputError: The file cannot be read, a line is no JSON, or has half of a character.
+    """
+    # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
+    for number, line in enumerate(text_of(path).split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, _value_of_line(line, place)
+
+
+def _value_of_line(line: str, place: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise BadInputError(f"{place}: not JSON ({reason}). One JSON object per line") from error
+    if "\\ud" in line.lower():  # one surrogate alone, which JSON can name and no tokenizer reads
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise BadInputError(
+                f"{place}: {half!a} is half of a character. Remove it, or add the other half"
+            ) from error
+    return value

@@ -10,6 +10,7 @@ from torch import Tensor
 from pocketlm.errors import BadInputError
 from pocketlm.model.gguf_file import GgufFile
 from pocketlm.model.gguf_layout import ARCHITECTURES, LAYOUTS, ROPE_FACTORS, Layout
+from pocketlm.model.surgery import head_width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,9 +94,8 @@ def rope_factors(config: "PreTrainedConfig") -> Tensor | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
         return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return _llama3_factors(
-        head_dim,
+        head_width(config),
         rope["rope_theta"],
         rope["factor"],
         (rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]),

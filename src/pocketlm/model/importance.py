@@ -6,8 +6,9 @@ attends to, hardly at all.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -76,18 +77,17 @@ def _watching_gradients(network: nn.Module, see: Callable[[int, str, Tensor], No
     """While open, call `see` with a block's index, a linear's path and the gradient of its output; no weight learns."""
     learning = [(value, value.requires_grad) for value in network.parameters()]
     network.requires_grad_(False)
-    handles = [
-        block.get_submodule(edge.path).register_full_backward_hook(
-            partial(lambda index, path, _, __, slopes: see(index, path, slopes[0]), index, edge.path)
-        )
-        for index, block in enumerate(blocks_of(network))
-        for edge in anatomy_of(network).edges
-    ]
+
+    def watch(index: int, path: str, _: nn.Module, __: tuple, slopes: tuple[Tensor, ...]) -> None:
+        see(index, path, slopes[0])
+
     try:
-        yield
+        with ExitStack() as hooks:
+            for (index, block), edge in product(enumerate(blocks_of(network)), anatomy_of(network).edges):
+                linear = block.get_submodule(edge.path)
+                hooks.enter_context(linear.register_full_backward_hook(partial(watch, index, edge.path)))
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for value, learns in learning:
             value.requires_grad_(learns)
 

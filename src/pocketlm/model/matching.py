@@ -12,7 +12,7 @@ away at the end; relations have no width and need none. They are those of the la
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -146,13 +146,12 @@ def noting(network: nn.Module, blocks: tuple[int, ...], attention: bool) -> Iter
     paths = [path for space in SPACES for path in anatomy.writers(space)] if attention else []
     fused = len(paths) == 1
     # A deeper student's neighbours may be compared with the same block of the teacher, which is then noted twice.
-    handles = [modules[index].register_forward_hook(note_stream) for index in blocks]
-    handles += [modules[-1].get_submodule(path).register_forward_hook(note_attention) for path in paths]
-    try:
+    with ExitStack() as hooks:
+        for index in blocks:
+            hooks.enter_context(modules[index].register_forward_hook(note_stream))
+        for path in paths:
+            hooks.enter_context(modules[-1].get_submodule(path).register_forward_hook(note_attention))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _heads(network: nn.Module, kind: str) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.learning import Lessons
+from pocketlm.model.surgery import as_ids
 
 PIECE = 128  # tokens, half of them drawn: many short ones at once take a fraction of the time of a long one
 
@@ -109,8 +110,7 @@ def _continued(student: nn.Module, prompts: list[Tensor], pieces: list[Piece], s
     """Draw what follows each prompt: as many tokens as its piece has room for, or up to the end of a turn."""
     if not prompts:
         return []
-    ends = student.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = as_ids(student.generation_config.eos_token_id)
     width = max(map(len, prompts))
     ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([nn.functional.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])

@@ -151,7 +151,8 @@ def _load_gguf(source: str, path: Path, dtype: torch.dtype) -> LanguageModel:
     state = {name: weight.to(dtype) for name, weight in _parameters(file, config)}
     network = _build(config, state, dtype, path)
     network.generation_config.eos_token_id = end_ids(file) or None
-    sha256, name = file_sha256(path), _DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem)
+    sha256 = file_sha256(path)
+    name = _DEMO_NAME if source == DEMO else _FORMAT_SUFFIX.sub("", path.stem)
     origin = Origin(
         source=source,
         kind="gguf",

@@ -104,7 +104,7 @@ def renumber_tokens(config: Any, kept: list[int]) -> None:
     place = {old: new for new, old in enumerate(kept)}
     for name in special_ids(config):
         value = getattr(config, name)
-        left = [place[old] for old in _flat(value) if old in place]
+        left = [place[old] for old in as_ids(value) if old in place]
         setattr(config, name, left if isinstance(value, list) and left else left[0] if left else None)
     if hasattr(config, "vocab_size"):
         config.vocab_size = len(kept)
@@ -112,17 +112,17 @@ def renumber_tokens(config: Any, kept: list[int]) -> None:
 
 def special_ids(config: Any) -> dict[str, list[int]]:
     """Return the special ids of a config or a generation config, by the setting that names them."""
-    named = {name: _flat(value) for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    named = {name: as_ids(value) for name, value in config.to_dict().items() if name.endswith("_token_id")}
     return {name: ids for name, ids in named.items() if ids}
 
 
-def _flat(value: int | list[int] | None) -> list[int]:
+def as_ids(value: int | list[int] | None) -> list[int]:
+    """Return what a config says of a special token, which is one id, several or none, as a list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def head_width(network: nn.Module) -> int:
+def head_width(config: Any) -> int:
     """Return how many channels an attention head has."""
-    config = network.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -10,7 +10,7 @@ states between two blocks are kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -211,12 +211,10 @@ def watching(
 
         return layer.module.get_submodule(edge.path).register_forward_pre_hook(look)
 
-    handles = [watch(edge) for edge in first_readers.values()]
-    try:
+    with ExitStack() as hooks:
+        for edge in first_readers.values():
+            hooks.enter_context(watch(edge))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_moments(layer: Layer, wanted: dict[str, Tensor], weights: dict[str, Tensor], space: str, x: Tensor) -> None:

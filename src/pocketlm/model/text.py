@@ -6,7 +6,6 @@ documents --hash--> calibration (teaches: statistics, distillation)
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.files import json_values, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -185,66 +185,21 @@ def read_corpus(paths: list[Path]) -> Corpus:
 
 
 def _texts(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInputError(
-            f"{path} is not UTF-8 text: byte {error.start} cannot be read. Convert the file to UTF-8"
-        ) from error
-    except OSError as error:
-        raise BadInputError(f"Cannot read {path}: {error.strerror}. Check the path given with --data") from error
+    content = text_of(path)
     if not content.strip():
         raise BadInputError(f"{path} is empty. Give a file with text")
     if path.suffix.lower() != ".jsonl":
         return [content]
-    # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
-    lines = enumerate(content.split("\n"), 1)
-    return [_text_of_line(path, number, line) for number, line in lines if line.strip()]
+    return [_text_of_entry(entry, place) for place, entry in json_values(path)]
 
 
-def value_of_line(line: str, place: str) -> Any:
-    """Return the value of a line of JSON.
-
-    Raises:
-        BadInputError: It is none, or has half of a character.
-    """
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise BadInputError(f"{place}: not JSON ({reason}). One JSON object per line") from error
-    check_characters(value, line, place)
-    return value
-
-
-def check_characters(value: object, line: str, place: str) -> None:
-    """Refuse half of a character, one surrogate alone, which JSON can name and no tokenizer reads.
-
-    Args:
-        value: Of the line.
-        line: As it is in the file.
-        place: For the message.
-
-    Raises:
-        BadInputError: There is one.
-    """
-    if "\\ud" not in line.lower():
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise BadInputError(f"{place}: {half!a} is half of a character. Remove it, or add the other half") from error
-
-
-def _text_of_line(path: Path, number: int, line: str) -> str:
-    entry = value_of_line(line, f"{path}, line {number}")
+def _text_of_entry(entry: Any, place: str) -> str:
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return entry["text"]
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
         return "\n\n".join(_words_of(message.get("content")) for message in messages)
-    raise BadInputError(f"{path}, line {number}: neither a `text` nor `messages`. Name the text field `text`")
+    raise BadInputError(f"{place}: neither a `text` nor `messages`. Name the text field `text`")
 
 
 def _words_of(content: object) -> str:

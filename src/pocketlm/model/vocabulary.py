@@ -11,6 +11,7 @@ costs a token or more for each, and the parts inherit its count. Removing the ch
 therefore keeps the tokens with the largest counts *with* all that they are part of: a sort, no search.
 """
 
+import copy
 import json
 import math
 import tempfile
@@ -226,7 +227,7 @@ def with_wholes(counts: Counter[str], parts: Parts) -> Counter[str]:
     return total
 
 
-def keep_tokens(state: State, kept: Sequence[int]) -> State:
+def trimmed_state(state: State, kept: Sequence[int]) -> State:
     """Return the state of a tokenizer that has only the tokens `kept`, ids ascending, numbered from 0.
 
     A merge stays where both parts and the whole do; the order of merges and all scores are as they were.
@@ -237,7 +238,7 @@ def keep_tokens(state: State, kept: Sequence[int]) -> State:
     names = tokens_by_id(state)
     place = {index: position for position, index in enumerate(kept)}
     staying = {names[index] for index in kept}
-    cut = json.loads(json.dumps(state))
+    cut = copy.deepcopy(state)
     model = cut["model"]
     if model["type"] == "BPE":
         model["vocab"] = {token: place[index] for token, index in model["vocab"].items() if index in place}
@@ -305,7 +306,7 @@ def trim_tokenizer(tokenizer: "PreTrainedTokenizerFast", kept: Sequence[int]) ->
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     names = tokens_by_id(state)
-    cut = json.dumps(keep_tokens(state, kept), ensure_ascii=False)
+    cut = json.dumps(trimmed_state(state, kept), ensure_ascii=False)
     # A tokenizer's other settings are its own business: it writes them and reads them back beside the new state.
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

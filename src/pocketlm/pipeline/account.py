@@ -10,7 +10,7 @@ from pocketlm.pipeline.trials import Search, alone_of
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, say_bytes
 from pocketlm.plan.effort import PRESET
 from pocketlm.plan.footprint import Footprint, measure_file
-from pocketlm.plan.recipe import to_yaml
+from pocketlm.plan.recipe import Recipe, learnt_tokens, to_yaml
 from pocketlm.report.content import BudgetFacts, LimitFacts, TrialRun
 
 
@@ -34,11 +34,13 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
         expected = math.exp(-planned.plan.damage - planned.engine)
         notes.append(f"Quality, as exp(-KL): {expected:.3f} was expected of the plan")
     if planned.search:
-        notes.append(_search_note(planned.search))
+        notes.append(_search_note(planned.search, planned.recipe))
     if running:
         notes.append(_running_note(planned, running))
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
-    settings |= {"tune seconds": job.tune, "time": job.time}
+    settings |= {"tune seconds": job.tune, "time": job.time, "tasks": [str(path) for path in job.tasks]}
+    limits_and_formats = ("ram", "context", "speed", "quality", "accuracy", "bits", "format", "fixed")
+    settings |= {name: getattr(job, name) for name in limits_and_formats if getattr(job, name)}
     if not job.recipe:  # which says all that is done
         settings |= {"method": job.method, "pruning allowed": job.prune, "preset": job.preset or PRESET}
     parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
@@ -86,7 +88,7 @@ def tried(planned: Planned) -> tuple[TrialRun, ...]:
     )
 
 
-def _search_note(found: Search) -> str:
+def _search_note(found: Search, recipe: Recipe) -> str:
     won, names = found.winner, [trial.plan.describe() for trial in found.trials]
     simple = alone_of(found.trials)
     text = f"Built and measured on validation text: {'; '.join(names)}. "
@@ -97,7 +99,8 @@ def _search_note(found: Search) -> str:
     else:
         ratio = won.against(simple)
         text += f"Best: {won.plan.describe()}, {ratio.value:.3f} of the perplexity of formats alone "
-        text += f"({ratio.low:.3f} to {ratio.high:.3f})"
+        text += f"({ratio.low:.3f} to {ratio.high:.3f}) after {won.tokens:,} and {simple.tokens:,} tokens. "
+        text += f"The file has learnt from {learnt_tokens(recipe):,}, formats alone beside it from no more"
     return text + (f". There was no time for {found.untried} more" if found.untried else "")
 
 

@@ -156,6 +156,7 @@ def make_report(
             parameters=content.Change(original.parameters, compressed.model.parameters),
             blocks=content.Change(before.num_hidden_layers, after.num_hidden_layers),
             ffn_width=content.Change(ffn_width(original.network), ffn_width(compressed.model.network)),
+            vocabulary=content.Change(before.vocab_size, after.vocab_size),
         ),
         budget=run.budget,
         parts=_parts(proof.files["original"], proof.files["compressed"]),

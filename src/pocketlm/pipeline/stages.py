@@ -200,8 +200,6 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
     teacher = Teacher(original, texts)
     for step in recipe.steps:
         before = done[-1]
-        if isinstance(step, Quantize):
-            plain = before  # the model as it is before its numbers become coarse
         inputs = {"before": before.key, "step": asdict(step), **texts.sha256}
         match step:
             case TrimVocabulary():
@@ -211,6 +209,7 @@ def run_recipe(original: LanguageModel, recipe: Recipe, texts: Texts, progress: 
                 teacher = replace(teacher, spelling=spellings(original.tokenizer, trimmed.tokenizer))
                 continue
             case Quantize():
+                plain = before  # the model as it is before its numbers become coarse
                 produce = partial(_quantize, original, (done[0], before), step, texts, progress)
             case Tune():
                 produce = partial(_tune, teacher, (plain, before), step, progress)

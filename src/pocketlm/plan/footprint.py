@@ -63,7 +63,8 @@ class Costs:
         """
         shapes, memory, seconds = sizes.shapes_at(shape), 0.0, 0.0
         for name, form in formats.items():
-            weights, known = prod(shapes[name]), form if form in self.memory else "F16"
+            weights = prod(shapes[name])
+            known = form if form in self.memory else "F16"
             memory += weights * self.memory[known]
             seconds += weights * self.seconds[known] * _multiplied(sizes, name)
         return memory, seconds

@@ -156,3 +156,8 @@ def read_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     return from_dict(data, str(path))
+
+
+def learnt_tokens(recipe: Recipe) -> int:
+    """Return from how many tokens the steps of a recipe learn."""
+    return sum(step.tokens for step in recipe.steps if isinstance(step, Distil | Tune))

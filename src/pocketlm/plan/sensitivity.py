@@ -19,7 +19,6 @@ from pocketlm.plan.sizes import Sizes
 from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
 from pocketlm.steps.quantize import choose_codes, edges_by_group, gram_of
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
-from pocketlm.tensors.divergence import negative_log_likelihood
 from pocketlm.tensors.elimination import ridge
 from pocketlm.tensors.formats import FORMATS, round_to_nearest
 from pocketlm.tensors.reconstruction import solve_readers
@@ -134,7 +133,8 @@ def _text_loss(network: nn.Module, text: Respelled) -> float:
     """Return the nats that a text costs in all."""
     hidden, total = final_hidden(network, text.ids).flatten(0, 1), 0.0
     for places, labels in zip(text.places.split(POSITIONS_AT_ONCE), text.labels.split(POSITIONS_AT_ONCE), strict=True):
-        total += negative_log_likelihood(hidden[places] @ network.lm_head.weight.float().T, labels).sum().item()
+        logits = hidden[places] @ network.lm_head.weight.float().T
+        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
     return total
 
 

@@ -48,6 +48,7 @@ class ModelFacts:
     parameters: Change
     blocks: Change
     ffn_width: Change
+    vocabulary: Change
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 
-from pocketlm.measure.interval import Interval
+from pocketlm.model.parts import PARTS
 from pocketlm.report.content import MeasuredFile, Report
-from pocketlm.report.wording import MISSING, count, interval, middle, rate, size
+from pocketlm.report.wording import MISSING, count, rate, size, worded
 
 Row = tuple[str, str, str]
 
 
 def differences(first: Report, second: Report) -> list[Row]:
     """Return (measure, first, second) in reading order, also of what is alike."""
-    return [(name, one, other) for (name, one), (_, other) in zip(_facts(first), _facts(second), strict=True)]
+    one, other = dict(_facts(first)), dict(_facts(second))
+    return [(name, one.get(name, MISSING), other.get(name, MISSING)) for name in one | other]
 
 
 def cautions(first: Report, second: Report) -> list[str]:
@@ -36,11 +37,14 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "parameters", count(model.parameters.after)
     yield "blocks", str(model.blocks.after)
     yield "FFN channels", str(model.ffn_width.after)
+    yield "tokens", f"{model.vocabulary.after:,}"
     by_name = {part.name: part for part in report.parts}
-    for name in ("embedding", "attention", "ffn", "norms", "head", "metadata"):
+    for name in PARTS:
         part = by_name.get(name)
         yield name, MISSING if part is None else f"{size(part.bytes.after)} {' '.join(part.formats)}".strip()
     yield from _quality(file)
+    for task in report.tasks:
+        yield f"{task.name}, {task.measure}", worded(task.compressed)
     speed = file.speed
     yield "decode, tokens/s", rate(speed and speed.decode_tokens_per_second)
     yield "prefill, tokens/s", rate(speed and speed.prefill_tokens_per_second)
@@ -56,8 +60,4 @@ def _quality(file: MeasuredFile) -> Iterator[tuple[str, str]]:
         ("first choice kept", file.agreement),
         ("bits per byte", file.bits_per_byte),
     ):
-        yield name, _worded(item)
-
-
-def _worded(item: Interval | None) -> str:
-    return MISSING if item is None else f"{middle(item)} ({interval(item)})"
+        yield name, worded(item)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pocketlm.report.pages import cell
-from pocketlm.report.wording import text_used
+from pocketlm.report.wording import four_digits, text_used
 
 
 def distilled_page(teacher: str, student: str, made: Any) -> str:
@@ -29,7 +29,7 @@ def distilled_page(teacher: str, student: str, made: Any) -> str:
     ]
     for name, quality in made.qualities.items():
         cells = (quality.perplexity, quality.kl, quality.agreement, quality.bits_per_byte)
-        lines.append(f"| {name} | " + " | ".join(map(_interval, cells)) + " |")
+        lines.append(f"| {name} | " + " | ".join(map(four_digits, cells)) + " |")
     return "\n".join(
         [
             *lines,
@@ -42,7 +42,3 @@ def distilled_page(teacher: str, student: str, made: Any) -> str:
             "",
         ]
     )
-
-
-def _interval(interval: Any) -> str:
-    return "" if interval is None else f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"

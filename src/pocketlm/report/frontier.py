@@ -10,7 +10,7 @@ from pocketlm.report import charts
 from pocketlm.report.content import MeasuredFile, Report
 from pocketlm.report.pages import cell, page
 from pocketlm.report.tables import against
-from pocketlm.report.wording import interval, middle, rate, size
+from pocketlm.report.wording import interval, middle, rate, size, worded
 
 BOUNDS = (1.05, 1.15, 1.5)  # of the perplexity ratio, for which the smallest file is named
 HEADS = ("result", "perplexity ratio", "KL, nats per token", "decode, tokens/s", "simpler choice's ratio")
@@ -31,7 +31,7 @@ def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
             "plain_bytes": report.file("plain") and report.file("plain").bytes,
             "plain_perplexity_ratio": report.file("plain") and _plain_data(report.file("plain").perplexity_ratio),
             "ratio_to_plain": _plain_data(report.perplexity_ratio_to_plain),
-            "seconds": sum(stage.seconds for stage in report.stages),
+            "recipe_seconds": sum(stage.seconds for stage in report.stages),
             "recipe": report.recipe,
         }
         for name, report in reports.items()
@@ -113,7 +113,7 @@ def _rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
 def _row(name: str, report: Report) -> tuple[str, ...]:
     product, plain = report.product, report.file("plain")
     speed = rate(product.speed.decode_tokens_per_second) if product.speed else "not measured"
-    ratio = _worded(product.perplexity_ratio)
+    ratio = worded(product.perplexity_ratio)
     return f"{name} ({size(product.bytes)})", ratio, str(against(product, product.divergence)), speed, _beside(plain)
 
 
@@ -122,10 +122,6 @@ def _beside(plain: MeasuredFile | None) -> str:
         return "not measured"
     ratio = plain.perplexity_ratio
     return f"{middle(ratio)} ({interval(ratio)}, {plain.label}, {size(plain.bytes)})"
-
-
-def _worded(item: Interval | None) -> str:
-    return "not measured" if item is None else f"{middle(item)} ({interval(item)})"
 
 
 def _plain_data(item: Interval | None) -> dict[str, float] | None:

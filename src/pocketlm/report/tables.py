@@ -1,10 +1,10 @@
 """The tables of a report, shared by the page, its Markdown and the model card."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pocketlm.measure.interval import Interval
-from pocketlm.report.content import MeasuredFile, Report, UnitCost
+from pocketlm.report.content import MeasuredFile, Report, Speed, UnitCost
 from pocketlm.report.wording import MISSING, count, duration, interval, middle, number, percent, rate, size
 
 
@@ -69,35 +69,31 @@ def measures(report: Report) -> list[Row]:
         row("Perplexity ratio", "to the original", [against(file, file.perplexity_ratio) for file in files]),
         row("KL divergence", "nats per token", [against(file, file.divergence) for file in files]),
         row("Agreement", "same first choice", [against(file, file.agreement, 100, "%") for file in files]),
-        *(row(name, unit, [_speed(file, name) for file in files]) for name, unit in _SPEEDS),
+        *(row(name, unit, [_speed(file, say) for file in files]) for name, unit, say in _SPEEDS),
     ]
 
 
-_SPEEDS = (
-    ("Prefill", "tokens/s"),
-    ("Decode", "tokens/s"),
-    ("Time to first token", ""),
-    ("Load time", ""),
-    ("Peak memory", ""),
-    ("Energy", "joules per token"),
+def _first_token(speed: Speed) -> str:
+    first = speed.time_to_first_token_milliseconds
+    return MISSING if first is None else f"{number(first, 1 if first < 100 else 0)} ms"
+
+
+_SPEEDS: tuple[tuple[str, str, Callable[[Speed], str]], ...] = (
+    ("Prefill", "tokens/s", lambda speed: rate(speed.prefill_tokens_per_second)),
+    ("Decode", "tokens/s", lambda speed: rate(speed.decode_tokens_per_second)),
+    ("Time to first token", "", _first_token),
+    ("Load time", "", lambda speed: duration(speed.load_seconds)),
+    ("Peak memory", "", lambda speed: size(speed.peak_memory_bytes)),
+    (
+        "Energy",
+        "joules per token",
+        lambda speed: "not available" if speed.joules_per_token is None else number(speed.joules_per_token, 3),
+    ),
 )
 
 
-def _speed(file: MeasuredFile, name: str) -> Cell:
-    speed = file.speed
-    if speed is None:
-        return Cell(MISSING)
-    first, joules = speed.time_to_first_token_milliseconds, speed.joules_per_token
-    return Cell(
-        {
-            "Prefill": rate(speed.prefill_tokens_per_second),
-            "Decode": rate(speed.decode_tokens_per_second),
-            "Time to first token": MISSING if first is None else f"{number(first, 1 if first < 100 else 0)} ms",
-            "Load time": duration(speed.load_seconds),
-            "Peak memory": size(speed.peak_memory_bytes),
-            "Energy": "not available" if joules is None else number(joules, 3),
-        }[name]
-    )
+def _speed(file: MeasuredFile, say: Callable[[Speed], str]) -> Cell:
+    return Cell(MISSING if file.speed is None else say(file.speed))
 
 
 def _estimate(value: Interval | None, scale: float = 1, unit: str = "") -> Cell:

@@ -70,6 +70,16 @@ def middle(estimate: Interval | None, scale: float = 1, unit: str = "") -> str:
     return f"{number(_times(estimate.value, scale), _decimals(estimate, scale))}{unit}"
 
 
+def worded(value: Interval | None) -> str:
+    """Return a value with its interval behind it: `1.083 (1.061–1.105)`."""
+    return MISSING if value is None else f"{middle(value)} ({interval(value)})"
+
+
+def four_digits(value: Interval | None) -> str:
+    """Return a value with its interval in four digits each: `1.083 [1.061, 1.105]`; nothing where there is none."""
+    return "" if value is None else f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+
+
 def estimate(value: Interval) -> str:
     """Return a value with its interval: `1.083 [1.061–1.105]`."""
     return f"{middle(value)} [{interval(value)}]"

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.gguf_file import read_gguf
 from pocketlm.run.engine import check_is_gguf
+from pocketlm.run.header import read_header
 
 if TYPE_CHECKING:
     from xllamacpp import Server
@@ -47,7 +47,7 @@ class Reply:
 
 def has_chat_template(path: Path) -> bool:
     """Whether the file says how a conversation is written for its model."""
-    return bool(read_gguf(path).get("tokenizer.chat_template"))
+    return bool(read_header(path).chat_template)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def checked(network: nn.Module, config: PruneWidth) -> PruneWidth:
         raise BadInputError(f"Cannot keep {wanted.kv_groups} KV groups: there are {groups} now. Give 1 to {groups}")
     if network.config.model_type == "gpt2":
         # Its heads together are as wide as the residual stream.
-        width = head_width(network)
+        width = head_width(network.config)
         if {config.kv_groups, config.heads} - {None, wanted.hidden // width} or wanted.hidden % width:
             raise BadInputError(
                 f"The heads of a GPT-2 are together as wide as its residual stream: give a hidden size that is a "
@@ -183,7 +183,7 @@ def _stated(network: nn.Module, wanted: PruneWidth) -> dict[str, int]:
         "hidden_size": wanted.hidden,
         "num_attention_heads": wanted.heads,
         "num_key_value_heads": wanted.kv_groups,
-        "head_dim": head_width(network),
+        "head_dim": head_width(network.config),
     }
 
 

@@ -174,8 +174,10 @@ def sparse_kl_with_gradient(target: Sparse, logits: Tensor) -> tuple[Tensor, Ten
 def _divergence_with_gradient(loss: Loss, reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     heat = loss.temperature
     if loss.kind == "forward_kl":
-        value, slope = kl_with_gradient(*((reference, other) if heat == 1 else (reference / heat, other / heat)))
-        return (value, slope) if heat == 1 else (value * heat**2, slope.mul_(heat))
+        if heat == 1:
+            return kl_with_gradient(reference, other)
+        value, slope = kl_with_gradient(reference / heat, other / heat)
+        return value * heat**2, slope.mul_(heat)
     truth, mine = torch.log_softmax(reference.float() / heat, -1), torch.log_softmax(other.float() / heat, -1)
     probabilities = mine.exp()
     if loss.kind == "reverse_kl":
@@ -197,13 +199,3 @@ def _away_with_slope(probabilities: Tensor, away: Tensor) -> tuple[Tensor, Tenso
     """Return Σ q `away` for each position, and q (away - that)."""
     value = torch.linalg.vecdot(probabilities, away)
     return value, away.sub_(value[:, None]).mul_(probabilities)
-
-
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return -log p(target) in nats for each position.
-
-    Args:
-        logits: (..., vocabulary).
-        targets: (...), token ids.
-    """
-    return -torch.log_softmax(logits.float(), -1).gather(-1, targets[..., None]).squeeze(-1)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import aiohttp
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.files import file_sha256, json_lines
+from pocketlm.model.files import file_sha256, json_lines, json_values
 from pocketlm.run.server.answers import Answer, confidence
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.escalation import Escalation, ask_larger
@@ -28,11 +28,11 @@ _WHAT = "answering the examples"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question whose right answer is known, and the line that it stands in."""
+    """A question whose right answer is known, and the place where it stands, such as `a.jsonl, line 3`."""
 
     asked: Chat
     answers: tuple[str, ...]
-    line: int
+    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,33 +144,28 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         BadInputError: A line is no example, or there are fewer than two.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"Cannot read {path}: {error}") from error
     examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                examples.append(_example(json.loads(line), number))
-            except (ValueError, TypeError, AttributeError, KeyError, RefusalError) as error:
-                says = error.message if isinstance(error, RefusalError) else error
-                raise BadInputError(
-                    f'{path}, line {number} is no example ({says}). Write it like {{"prompt": "...", "answer": "..."}}'
-                ) from None
+    for place, entry in json_values(path):
+        try:
+            examples.append(_example(entry, place))
+        except (ValueError, TypeError, AttributeError, KeyError, RefusalError) as error:
+            says = error.message if isinstance(error, RefusalError) else error
+            raise BadInputError(
+                f'{place}: no example ({says}). Write it like {{"prompt": "...", "answer": "..."}}'
+            ) from None
     if len(examples) < 2:
         raise BadInputError(f"{path} has {len(examples)} examples. A threshold needs some dozens, better hundreds")
     return examples
 
 
-def _example(line: dict[str, Any], number: int) -> Example:
+def _example(line: dict[str, Any], place: str) -> Example:
     answer = line.pop("answer")
     answers = (answer,) if isinstance(answer, str) else tuple(answer)
     if not answers or not all(isinstance(text, str) for text in answers):
         raise TypeError("`answer` is neither a text nor a list of texts")
     if "prompt" in line:
         line["messages"] = [{"role": "user", "content": line.pop("prompt")}]
-    return Example(parse(Chat, json.dumps({"temperature": 0, "max_tokens": 64} | line).encode()), answers, number)
+    return Example(parse(Chat, json.dumps({"temperature": 0, "max_tokens": 64} | line).encode()), answers, place)
 
 
 async def _judge(
@@ -189,7 +184,7 @@ async def _judge(
             try:
                 answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
             except RefusalError as error:
-                raise BadInputError(f"The engine refuses line {example.line}: {error.message}") from error
+                raise BadInputError(f"The engine refuses {example.place}: {error.message}") from error
             theirs = await _theirs(example, larger, session) if larger else None
         judged[place] = Judged(
             {measure: confidence(answer, measure) for measure in MEASURES},
@@ -220,7 +215,7 @@ async def _theirs(example: Example, larger: Escalation, session: aiohttp.ClientS
         return await ask_larger(example.asked.for_others(), larger, session)
     except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
-        raise BadInputError(f"The larger model did not answer line {example.line}: {reason}") from error
+        raise BadInputError(f"The larger model did not answer {example.place}: {reason}") from error
 
 
 def _said(answer: Answer) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketlm.errors import BadInputError, PocketlmError
-from pocketlm.run.server.header import Header, read_header
+from pocketlm.run.header import Header, read_header
 
 if TYPE_CHECKING:
     from xllamacpp import CommonParams

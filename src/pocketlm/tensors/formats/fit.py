@@ -226,7 +226,8 @@ def _closest_steps(a: Tensor, b: Tensor | None, form: Format, scales: Tensor) ->
 
 def _closest(values: Tensor, scale: Tensor, steps: tuple[int, ...]) -> Tensor:
     """Return which of `steps`, evenly spaced, times scale is nearest to each value."""
-    low, stride = steps[0], steps[1] - steps[0] if len(steps) > 1 else 1
+    low = steps[0]
+    stride = steps[1] - steps[0] if len(steps) > 1 else 1
     wanted = torch.where(scale == 0, 0.0, values / scale)
     return (((wanted - low) / stride).round() * stride + low).clamp(low, steps[-1])
 

@@ -83,6 +83,16 @@ def unpack_pairs(data: Tensor) -> Tensor:
     return ((data[:, :, None] >> places) & 3).flatten(1)
 
 
+def pack_neighbours(codes: Tensor) -> Tensor:
+    """Two 4-bit codes to a byte, neighbours together, lowest first."""
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_neighbours(data: Tensor) -> Tensor:
+    """The inverse of `pack_neighbours`."""
+    return torch.stack([data & 15, data >> 4], 2).flatten(1)
+
+
 def pack_quarters(codes: Tensor) -> Tensor:
     """2-bit codes of 128 weights in 32 bytes: byte j holds weights j, j + 32, j + 64, j + 96."""
     halves = codes.reshape(-1, 4, 32).transpose(1, 2).reshape(-1, 128)

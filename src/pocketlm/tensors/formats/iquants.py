@@ -17,7 +17,16 @@ from torch import Tensor
 
 from pocketlm.tensors.formats.block import Format
 from pocketlm.tensors.formats.codebook import Codebook
-from pocketlm.tensors.formats.ggml import fp16_bytes, from_fp16_bytes, pack_bits, pack_pairs, unpack_bits, unpack_pairs
+from pocketlm.tensors.formats.ggml import (
+    fp16_bytes,
+    from_fp16_bytes,
+    pack_bits,
+    pack_neighbours,
+    pack_pairs,
+    unpack_bits,
+    unpack_neighbours,
+    unpack_pairs,
+)
 from pocketlm.tensors.formats.kquants import SPAN
 
 
@@ -32,13 +41,11 @@ def _codebook(name: str, unit: float, length: int, *, even: bool) -> Codebook:
 
 def _pack_fours(steps: Tensor) -> Tensor:
     """Odd steps of 4 bits, neighbours together in a byte."""
-    numbers = (steps[:, :, 0] >> 1).to(torch.uint8)
-    return numbers[:, ::2] | numbers[:, 1::2] << 4
+    return pack_neighbours((steps[:, :, 0] >> 1).to(torch.uint8))
 
 
 def _unpack_fours(data: Tensor) -> Tensor:
-    numbers = torch.stack([data & 15, data >> 4], 2).flatten(1)
-    return (2 * numbers.to(torch.int16) + 1)[:, :, None]
+    return (2 * unpack_neighbours(data).to(torch.int16) + 1)[:, :, None]
 
 
 def _to_bytes(words: Tensor, width: int) -> Tensor:

@@ -17,10 +17,14 @@ from pocketlm.tensors.formats.ggml import (
     fp16_bytes,
     from_fp16_bytes,
     pack_bits,
+    pack_neighbours,
     pack_nibbles,
+    pack_pairs,
     pack_quarters,
     unpack_bits,
+    unpack_neighbours,
     unpack_nibbles,
+    unpack_pairs,
     unpack_quarters,
 )
 
@@ -67,13 +71,11 @@ def _from_two_scales(data: Tensor) -> Tensor:
 # j, j + 4, j + 8, j + 12 in byte 8 + j.
 def _pack_16_sixes(steps: Tensor) -> Tensor:
     high = (steps >> 4).reshape(-1, 4, 4).transpose(1, 2)
-    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=steps.device)
-    return torch.cat([pack_nibbles(steps & 15), (high << places).sum(2, dtype=torch.uint8)], 1)
+    return torch.cat([pack_nibbles(steps & 15), pack_pairs(high.flatten(1))], 1)
 
 
 def _unpack_16_sixes(data: Tensor) -> Tensor:
-    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=data.device)
-    high = (data[:, 8:, None] >> places & 3).transpose(1, 2).flatten(1)
+    high = unpack_pairs(data[:, 8:]).reshape(-1, 4, 4).transpose(1, 2).flatten(1)
     return unpack_nibbles(data[:, :8]) | high << 4
 
 
@@ -97,12 +99,11 @@ def _unpack_8_sixes_twice(data: Tensor) -> Tensor:
 
 
 def _pack_q2(codes: Tensor, scales: Tensor, steps: Tensor) -> Tensor:
-    step, minimum = _bytes(steps).unbind(2)
-    return torch.cat([step | minimum << 4, pack_quarters(codes), _two_scales(scales)], 1)
+    return torch.cat([pack_neighbours(_bytes(steps).flatten(1)), pack_quarters(codes), _two_scales(scales)], 1)
 
 
 def _unpack_q2(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    steps = torch.stack([data[:, :16] & 15, data[:, :16] >> 4], 2).to(torch.int16)
+    steps = unpack_neighbours(data[:, :16]).unflatten(1, (16, 2)).to(torch.int16)
     return unpack_quarters(data[:, 16:80]), _from_two_scales(data[:, 80:]), steps
 
 
@@ -152,17 +153,12 @@ def _unpack_q6(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # IQ4_XS, 8 steps of 6 bits: the upper two bits of all in 16 bits, then the low nibbles of neighbours together.
 def _pack_iq4(codes: Tensor, scales: Tensor, steps: Tensor) -> Tensor:
     step = _bytes(steps[:, :, 0] + 32)
-    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
-    high = ((step >> 4).unflatten(1, (2, 4)) << places).sum(2, dtype=torch.uint8)
-    low = step[:, ::2] & 15 | step[:, 1::2] << 4
-    return torch.cat([_one_scale(scales), high, low, in_parts(32, pack_nibbles, codes)], 1)
+    sixes = torch.cat([pack_pairs(step >> 4), pack_neighbours(step & 15)], 1)
+    return torch.cat([_one_scale(scales), sixes, in_parts(32, pack_nibbles, codes)], 1)
 
 
 def _unpack_iq4(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=data.device)
-    high = (data[:, 2:4, None] >> places & 3).flatten(1)
-    low = torch.stack([data[:, 4:8] & 15, data[:, 4:8] >> 4], 2).flatten(1)
-    steps = (low | high << 4).to(torch.int16) - 32
+    steps = (unpack_neighbours(data[:, 4:8]) | unpack_pairs(data[:, 2:4]) << 4).to(torch.int16) - 32
     codes = in_parts(16, unpack_nibbles, data[:, 8:])
     return codes, from_fp16_bytes(data[:, :2])[:, :, None], steps[:, :, None]
 

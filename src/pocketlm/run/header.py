@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketlm.errors import BadInputError
+from pocketlm.run.engine import check_is_gguf
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What serving a file depends on.
+    """What chat and serving depend on.
 
     Attributes:
         trained_context: The longest context that the model was made for, in tokens.
@@ -33,17 +34,13 @@ def read_header(path: Path) -> Header:
     """Read the named fields of a GGUF file.
 
     Raises:
-        BadInputError: There is no such file, or it is no GGUF file.
+        BadInputError: There is no such file, it is no GGUF file, or damaged.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise BadInputError(f"Cannot read {path}: {error.strerror}") from error
+    check_is_gguf(path)
     llama = _library()
-    opened = llama.gguf_init_from_file(str(path).encode(), _Parameters(True, None)) if magic == b"GGUF" else None
+    opened = llama.gguf_init_from_file(str(path).encode(), _Parameters(True, None))
     if not opened:
-        raise BadInputError(f"{path} is not a GGUF file, or damaged: its header cannot be read")
+        raise BadInputError(f"{path} is damaged: its header cannot be read. Download or export it again")
     try:
         return _header(llama, opened)
     finally:
