@@ -77,6 +77,16 @@ def respell(windows: Tensor, spelling: Spelling) -> Respelled:
     return Respelled(*(part.to(windows.device) for part in parts))
 
 
+@torch.no_grad()
+def text_loss(network: nn.Module, text: Respelled) -> float:
+    """Return the nats that a text costs a network in all."""
+    hidden, total = final_hidden(network, text.ids).flatten(0, 1), 0.0
+    for places, labels in zip(text.places.split(POSITIONS_AT_ONCE), text.labels.split(POSITIONS_AT_ONCE), strict=True):
+        logits = hidden[places] @ network.lm_head.weight.float().T
+        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    return total
+
+
 def original_of(teacher: LanguageModel | Respeller) -> LanguageModel:
     """Return the model behind a teacher."""
     return teacher.model if isinstance(teacher, Respeller) else teacher

@@ -21,8 +21,9 @@ from pocketlm.model.parts import parts_of
 from pocketlm.model.source import local_path
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.cache import Finished, held
-from pocketlm.pipeline.proof import STAGE_WINDOWS, TIMED, Proof
+from pocketlm.pipeline.proof import TIMED, Proof
 from pocketlm.pipeline.stages import Compressed, Texts
+from pocketlm.pipeline.waterfall import STAGE_WINDOWS
 from pocketlm.plan.budget import say_bytes
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.report import content

@@ -15,13 +15,13 @@ from pocketlm.measure.device import Speeds, measure_speed
 from pocketlm.measure.quality import Comparison, Logits, Reader, compare, compare_on_text
 from pocketlm.measure.task_files import Task
 from pocketlm.measure.tasks import TaskResult
-from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load, set_aside
+from pocketlm.model.source import load
 from pocketlm.model.text import encode_from_start, plain_pieces
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.scoring import score_tasks
-from pocketlm.pipeline.stages import PACKED, Compressed, Progress, Texts, put_decoded, read_packed, silent
+from pocketlm.pipeline.stages import Compressed, Progress, Texts
+from pocketlm.pipeline.waterfall import damage_by_stage
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
@@ -41,7 +41,6 @@ ANSWER_TOKENS = 160
 VERIFIED_WINDOWS = 2
 CACHE_WINDOWS = 2
 ENGINE_WINDOWS = 2
-STAGE_WINDOWS = 2
 TIMED = ("original", "compressed")  # roles of files
 # A type of the cache is recommended where its KL is below this, or below this share of the file's own.
 CACHE_KL = 0.001
@@ -103,7 +102,7 @@ def prove(
     quality = measure_models(files, models, texts.test.windows, progress)
     speeds = measure_speeds(files, texts, progress)
     cache = measure_cache(exported, compressed.texts.validation.first(CACHE_WINDOWS))
-    by_stage = damage_by_stage(original, compressed, files, texts, progress)
+    by_stage = damage_by_stage(original, compressed, files, texts.test.windows, progress)
     both = {"reference": (files["original"], original), "model": (exported, compressed.model)}
     scores = score_tasks(both, tasks, progress)
     return Proof(files, checks, answers, quality, speeds, cache, by_stage, tuple(scores))
@@ -303,33 +302,6 @@ def compare_texts(
     texts = plain_pieces(halves, list(tokenizers.values()), tokenizers[next(iter(logits))], context)
     readers = {role: Reader(partial(encode_from_start, tokenizers[role]), read) for role, read in logits.items()}
     return compare_on_text(readers, texts, progress)
-
-
-def damage_by_stage(
-    original: LanguageModel, compressed: Compressed, files: dict[str, Path], texts: Texts, progress: Progress
-) -> tuple[tuple[str, float], ...]:
-    """Return the KL to the original, in nats per token, behind each stage that changed the model.
-
-    All on the same held-out windows: stages in torch from what they left on disk, then the exported file in the
-    engine, under the name `llama.cpp`. Empty where the vocabulary was trimmed.
-    """
-    if compressed.model.network.config.vocab_size != original.network.config.vocab_size:
-        return ()
-    windows = texts.test.first(STAGE_WINDOWS)
-    opinion, found = judge(original.network, windows), []
-    first, *others, last = compressed.stages
-    plain = first.folder / "hf"
-    with set_aside(original, plain):
-        for done, finished in enumerate(others, 1):
-            progress("measuring the damage of each stage", done, len(compressed.stages))
-            plain = finished.folder / "hf" if (finished.folder / "hf").exists() else plain
-            model = load(str(plain), original.network.dtype)
-            if (finished.folder / PACKED).exists():
-                put_decoded(model, read_packed(finished.folder))
-            found.append((finished.facts["step"], divergence_of(model.network, windows, opinion)))
-        found.append((last.facts["step"], divergence_of(compressed.model.network, windows, opinion)))
-    engine = measure_quality({role: files[role] for role in ("original", "compressed")}, windows, silent)
-    return (*found, ("llama.cpp", engine.qualities["compressed"].kl.value))
 
 
 def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:

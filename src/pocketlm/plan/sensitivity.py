@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
-from pocketlm.model.judge import POSITIONS_AT_ONCE, Judge, divergence_of, judge
+from pocketlm.model.judge import Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.respelling import Respelled, respell
-from pocketlm.model.sweep import Layer, final_hidden, rehearse, run_block, sweep
+from pocketlm.model.respelling import respell, text_loss
+from pocketlm.model.sweep import Layer, rehearse, run_block, sweep
 from pocketlm.model.vocabulary import spellings
 from pocketlm.plan.sizes import Sizes
 from pocketlm.steps.prune_width import SPACE, kept_channels, reader_of
@@ -118,24 +118,15 @@ def vocabulary_damage(
         progress: Called with what is measured, how much of it is done and how much there is.
     """
     labels = windows.numel() - len(windows)
-    own = _text_loss(model.network, respell(windows, [(i,) for i in range(model.network.config.vocab_size)]))
+    own = text_loss(model.network, respell(windows, [(i,) for i in range(model.network.config.vocab_size)]))
     damage = {}
     for done, count in enumerate(counts, 1):
         smaller = replace(model, network=copy.deepcopy(model.network))
         trimmed, _ = trim_vocabulary(smaller, TrimVocabulary(size=count), documents)
         text = respell(windows, spellings(model.tokenizer, trimmed.tokenizer))
-        damage[count] = max(0.0, _text_loss(trimmed.network, text) - own) / labels
+        damage[count] = max(0.0, text_loss(trimmed.network, text) - own) / labels
         progress("damage of fewer tokens", done, len(counts))
     return damage
-
-
-def _text_loss(network: nn.Module, text: Respelled) -> float:
-    """Return the nats that a text costs in all."""
-    hidden, total = final_hidden(network, text.ids).flatten(0, 1), 0.0
-    for places, labels in zip(text.places.split(POSITIONS_AT_ONCE), text.labels.split(POSITIONS_AT_ONCE), strict=True):
-        logits = hidden[places] @ network.lm_head.weight.float().T
-        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-    return total
 
 
 @torch.no_grad()

@@ -124,7 +124,10 @@ def _damage(report: Report) -> list[tuple[str, Markup]]:
         title = "Perplexity ratio over megabytes, lower and further left is better"
         drawings.append((title, charts.scatter(points, title)))
     if report.waterfall:
-        title = "KL behind each stage, in brackets its change"
+        vocabulary = report.model.vocabulary
+        trimmed = vocabulary.before != vocabulary.after
+        measure = "The text's nats per token of the original's beyond the original's own" if trimmed else "KL"
+        title = f"{measure} behind each stage, in brackets its change"
         rows = [(stage.name.replace("_", " "), stage.divergence) for stage in report.waterfall.stages]
         drawings.append((title, charts.waterfall(rows, title)))
     return drawings
