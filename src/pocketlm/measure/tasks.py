@@ -102,11 +102,11 @@ def joined(prompt: str, choice: str, encode: Callable[[str], list[int]]) -> Pair
     return ids[:before], ids[before:]
 
 
-Reader = Callable[[Sequence[int], Sequence[Sequence[int]]], list[Tensor]]
+Continuations = Callable[[Sequence[int], Sequence[Sequence[int]]], list[Tensor]]
 """Ids of a prompt and of its endings to logits before each token of each ending, (tokens, vocabulary)."""
 
 
-def likelihoods(pairs: Sequence[Pair], read: Reader, context: int) -> list[tuple[float, bool]]:
+def likelihoods(pairs: Sequence[Pair], read: Continuations, context: int) -> list[tuple[float, bool]]:
     """Return each ending's log-likelihood behind its prompt, in nats, and whether all its tokens are the likeliest.
 
     Equal prompts are read once. What does not fit the context goes from the prompt's front.
