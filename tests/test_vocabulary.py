@@ -374,6 +374,11 @@ def test_a_recipe_trims_first_and_is_judged_by_bits_per_byte(family, tmp_path):
     assert files["plain"]["divergence"] is not None
     for file in files.values():
         assert file["bits_per_byte"]["low"] <= file["bits_per_byte"]["value"] <= file["bits_per_byte"]["high"]
+    assert report["model"]["vocabulary"]["after"] == SIZE < report["model"]["vocabulary"]["before"]
+    steps, damages = zip(*(stage.values() for stage in report["waterfall"]["stages"]), strict=True)
+    assert (steps[0], steps[-2], steps[-1]) == ("trim_vocabulary", "quantize", "llama.cpp")
+    # What the text costs beyond what it costs the original: the engine reads what torch reads from the same weights.
+    assert damages[-1] == pytest.approx(damages[-2], abs=0.05)
     page = (out / "report.md").read_text()
     assert "Bits per byte" in page
     assert "not available (another vocabulary)" in page

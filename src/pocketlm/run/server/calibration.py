@@ -327,7 +327,7 @@ def _ranking(judged: Sequence[Judged], measure: Measure) -> float | None:
     wrong = [one.confidence[measure] for one in judged if not one.right]
     if not right or not wrong:
         return None
-    return float(mannwhitneyu(right, wrong).statistic) / (len(right) * len(wrong))
+    return float(mannwhitneyu(right, wrong, method="asymptotic").statistic) / (len(right) * len(wrong))
 
 
 def lines(found: Calibration) -> list[str]:
