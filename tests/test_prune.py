@@ -468,6 +468,7 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
         (("--vocab", 385), "Cannot keep 385 tokens: the model has 384"),
         (("--vocab", 384), "Nothing to prune: the model has that shape already"),
         (("--sparsity", 1.5), "The sparsity is a share of the weights, and 1.5 is none"),
+        (("--sparsity", 0), "The sparsity is a share of the weights, and 0 is none"),
         (("--pattern", "4:2"), "`4:2` is no pattern"),
         (("--sparsity", 0.5, "--method", "magic"), "Unknown method `magic` to cut connections"),
         (
