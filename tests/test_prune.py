@@ -441,6 +441,11 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert [cut["step"] for cut in made["cuts"]] == ["original", "trim_vocabulary", "prune_depth", "distil", "sparsify"]
+    page, words = (out / "choices.html").read_text(), made["cuts"][1]["details"]["tokens_per_word"]
+    assert page.count("<svg") == 3  # blocks, tokens, connections
+    assert "Tokens per word of the text, of all 384 tokens and of the 320 kept" in page
+    assert all(f">{value:.3f}</text>" in page for value in words.values())
+    assert f"highest {max(made['cuts'][-1]['details']['output_error']):.3g}<" in page
     assert made["predicted_bytes"] == made["actual_bytes"]
     assert all(cut["quality"]["bits_per_byte"]["value"] > 0 for cut in made["cuts"])
     model = load(str(out / "hf"))
