@@ -219,6 +219,11 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ({"steps": [LAST_STEP | {"windows": 0}]}, "`windows` of at least 1 and `learned_rounding` of at least 0"),
         ({"steps": [LAST_STEP | {"learned_rounding": -3}]}, "given: 64, -3"),
         (
+            {"steps": [{"step": "prune_width", "ffn": 3, "windows": 0}, LAST_STEP]},
+            "r.yaml: `prune_width` needs `windows` of at least 1; given: 0",
+        ),
+        ({"steps": [{"step": "prune_depth", "drop": [1], "windows": -2}, LAST_STEP]}, "at least 1; given: -2"),
+        (
             {"steps": [{"step": "trim_vocabulary", "size": 0}, LAST_STEP]},
             "`trim_vocabulary` needs a `size` of at least 1",
         ),
