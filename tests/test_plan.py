@@ -26,7 +26,7 @@ from pocketlm.pipeline.planning import Fit
 from pocketlm.pipeline.stages import Texts, gather_texts
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
-from pocketlm.plan.decide import Wanted
+from pocketlm.plan.decide import Wanted, healing_rate
 from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, check_budget, choose, shape_damage
@@ -170,6 +170,16 @@ def test_a_recipe_survives_yaml(tmp_path: Path, recipe: Recipe):
     assert again == recipe
     assert to_yaml(again) == to_yaml(recipe)
     assert from_dict(to_dict(recipe), "here") == recipe
+
+
+def test_the_rate_of_healing_grows_with_the_root_of_its_tokens():
+    assert [healing_rate(tokens, trimmed=False) for tokens in (1, 12_288, 4 * 12_288, 10**6)] == [
+        6e-5,
+        6e-5,
+        1.2e-4,
+        3e-4,
+    ]
+    assert [healing_rate(tokens, trimmed=True) for tokens in (1, 10**6)] == [2e-4, 3e-4]
 
 
 LAST_STEP: dict[str, Any] = {"step": "quantize", "formats": {"embedding": "Q8_0"}}

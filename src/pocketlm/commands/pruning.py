@@ -25,7 +25,7 @@ from pocketlm.pipeline.planning import sizes_before
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
-from pocketlm.plan.decide import NEW_TOKENS_RATE
+from pocketlm.plan.decide import healing_rate
 from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
@@ -238,8 +238,8 @@ def _decide(
         if any(getattr(job, name) is not None for name in WIDTHS):
             steps.append(_widths(job))
         if job.heal:
-            rate = Distil(tokens=1).learning_rate if job.vocab is None else NEW_TOKENS_RATE
             tokens = tokens_in(model, texts.calibration, job.heal)
+            rate = healing_rate(tokens, trimmed=job.vocab is not None)
             steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
         if job.cuts_connections:  # last: healing would fill the zeros again
             steps.append(_sparsify(job))
