@@ -472,6 +472,7 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
         (("--vocab", 0), "Cannot keep 0 tokens: the model has 384"),
         (("--vocab", 385), "Cannot keep 385 tokens: the model has 384"),
         (("--vocab", 384), "Nothing to prune: the model has that shape already"),
+        (("--vocab", 320), "Give some with --data, or leave --vocab out"),
         (("--sparsity", 1.5), "The sparsity is a share of the weights, and 1.5 is none"),
         (("--sparsity", 0), "The sparsity is a share of the weights, and 0 is none"),
         (("--pattern", "4:2"), "`4:2` is no pattern"),

@@ -173,7 +173,7 @@ def prune(
         int | None, typer.Option(help="Query heads to keep in every block, as many of each KV group.")
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the residual stream to keep, a multiple of 32.")] = None,
-    vocab: Annotated[int | None, typer.Option(help="Tokens to keep: those that the text needs most.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens to keep: those that the text of --data needs most.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of connections to cut, such as 0.5.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Cut in a pattern: 2:4 keeps 2 connections of every 4 neighbours.")

@@ -38,7 +38,7 @@ from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import WIDTHS, PruneWidth, checked, present_widths
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.sparsify import Sparsify, check_sparsity
-from pocketlm.steps.trim_vocabulary import TrimVocabulary
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, choose
 
 # Of held-out text, on which removals of blocks are tried. On two windows the choice is mostly luck: of two such pairs
 # one chose six blocks of the reference model without which perplexity was 52, the other 73.
@@ -162,17 +162,10 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     """
     if all(getattr(job, part) is None for part in PARTS):
         raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
-    _check_vocabulary(model, job.vocab)
+    if job.vocab is not None:
+        _check_vocabulary(model, job.vocab)
     blocks = model.network.config.num_hidden_layers
-    least = min(2, blocks)
-    if job.depth is not None and job.depth < least:
-        raise BadInputError(f"Cannot keep fewer than {least} of {blocks} blocks: the first and the last always stay")
-    if job.depth is not None and job.depth > blocks:
-        raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth {least} to {blocks}")
-    if job.depth not in (None, blocks) and not anatomy_of(model.network).uniform_blocks:
-        raise BadInputError(
-            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
-        )
+    _check_depth(model, blocks if job.depth is None else job.depth)
     if job.cuts_connections:
         check_sparsity(model, _sparsify(job))
     elif job.method:
@@ -187,13 +180,32 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     unchanged = checked(model.network, _widths(job)) == present_widths(model.network) and job.depth in (None, blocks)
     if unchanged and not job.cuts_connections and job.vocab in (None, model.network.config.vocab_size):
         raise BadInputError("Nothing to prune: the model has that shape already. `pocketlm inspect` shows it")
+    if job.vocab is not None and not job.data:
+        raise BadInputError(
+            "Tokens are chosen by text of the kind that the model is for, and there is none. "
+            "Give some with --data, or leave --vocab out"
+        )
 
 
-def _check_vocabulary(model: LanguageModel, tokens: int | None) -> None:
+def _check_vocabulary(model: LanguageModel, tokens: int) -> None:
     present = min(len(model.tokenizer), model.network.config.vocab_size)  # of either, some have more than of the other
-    if tokens is not None and not 1 <= tokens <= present:
+    if not 1 <= tokens <= present:
         raise BadInputError(
             f"Cannot keep {tokens:,} tokens: the model has {present:,}. Give --vocab at most as many, and at least 1"
+        )
+    choose(model, TrimVocabulary(size=tokens), ["0"])  # how few must stay does not depend on the text
+
+
+def _check_depth(model: LanguageModel, kept: int) -> None:
+    blocks = model.network.config.num_hidden_layers
+    least = min(2, blocks)
+    if kept < least:
+        raise BadInputError(f"Cannot keep fewer than {least} of {blocks} blocks: the first and the last always stay")
+    if kept > blocks:
+        raise BadInputError(f"Cannot keep {kept} blocks: the model has {blocks}. Give --depth {least} to {blocks}")
+    if kept != blocks and not anatomy_of(model.network).uniform_blocks:
+        raise BadInputError(
+            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
         )
 
 
