@@ -266,12 +266,10 @@ def distill(
 
     _one_of("--loss", loss, ("forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"))
     _one_of("--targets", targets, ("live", "sampled", "top"))
-    cut = "=" in student or adapters
-    how = api.Distil(
+    how = api.distil_settings(
+        student,
         tokens=tokens or 0,
-        learning_rate=(3e-4 if cut else 1e-4) if learning_rate is None else learning_rate,
-        warm_up=0.05,
-        evaluations=8,
+        learning_rate=learning_rate,
         loss=loss,
         temperature=temperature,
         cross_entropy=cross_entropy,
