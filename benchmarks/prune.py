@@ -22,6 +22,7 @@ from texts import windows_in_turn
 from torch import Tensor, nn
 
 from pocketlm.cli.terminal import Screen
+from pocketlm.commands.pruning import CHANNEL_WINDOWS, DEPTH_WINDOWS, SOLVING_WINDOWS, narrowing
 from pocketlm.measure.device import machine, versions
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
@@ -31,11 +32,10 @@ from pocketlm.model.sweep import final_hidden
 from pocketlm.plan.importance import block_influence, perplexity, perplexity_without
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
-from pocketlm.steps.prune_width import PruneWidth, prune_width
+from pocketlm.steps.prune_width import prune_width
 
 LENGTH = 512
 SCORING_WINDOWS = 16  # of calibration text, for the simple scores
-JUDGING_WINDOWS = 8  # of calibration text that nothing is solved on, for removals that are tried out
 Made = Iterator[tuple[str, str, Callable[[], nn.Module]]]
 
 
@@ -50,7 +50,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-groups", type=int)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--peer", nargs=3, action="append", default=[], metavar=("SHAPE", "NAME", "FOLDER"))
-    parser.add_argument("--solving-windows", type=int, default=64, help="of 512 tokens of calibration text")
+    parser.add_argument(
+        "--solving-windows",
+        type=int,
+        help="of 512 tokens of calibration text; as many as `pocketlm prune` if not given",
+    )
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, to measure on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True)
@@ -59,8 +63,8 @@ def arguments() -> argparse.Namespace:
 
 def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progress: Callable) -> Made:
     """Yield shape, method and what makes the network, one after the other."""
-    network, solving, trying = model.network, text[: args.solving_windows], text[args.solving_windows :]
-    scoring = solving[:SCORING_WINDOWS]
+    network, trying = model.network, text[-DEPTH_WINDOWS:]  # removals are tried on what nothing is solved on
+    scoring = text[:SCORING_WINDOWS]
     seen = statistics(network, scoring) if args.ffn or args.kv_groups or args.hidden else []
     simple = {"magnitude": "magnitude", "activations": "activations (Minitron)", "fluctuation": "fluctuation (FLAP)"}
     for option, asked, space in (
@@ -82,8 +86,13 @@ def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progre
                 yield shape, name, lambda m=method, a=asked: narrow_hidden(copy.deepcopy(network), seen, m, a)
         for _, name, folder in (peer for peer in args.peer if peer[0] == shape):
             yield shape, name, lambda folder=folder: load(folder).network
-        step = PruneWidth(**{option: asked}, channels=option == "ffn")
-        yield shape, "**pocketlm**", lambda step=step: prune_width(_copy(model), step, solving)[0].network
+        step = narrowing({option: asked})
+        solving = text[: args.solving_windows or step.windows]
+        yield (
+            shape,
+            "**pocketlm**",
+            lambda step=step, solving=solving: prune_width(_copy(model), step, solving)[0].network,
+        )
     if args.depth:
         shape, gone = f"{args.depth} blocks", network.config.num_hidden_layers - args.depth
         for name, scores in (
@@ -94,7 +103,7 @@ def methods(args: argparse.Namespace, model: LanguageModel, text: Tensor, progre
         damage = depth_damage(network, trying, judge(network, trying), gone, progress)
         drop = tuple(sorted(block for block, _ in damage))
         yield shape, "greedy KL", lambda: _without(network, set(drop))
-        step = PruneDepth(drop=drop, repair=True)
+        step, solving = PruneDepth(drop=drop, repair=True), text[: args.solving_windows or SOLVING_WINDOWS]
         yield shape, "**pocketlm**: greedy KL, repaired", lambda: prune_depth(_copy(model), step, solving)[0].network
 
 
@@ -118,7 +127,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     model = load(args.model)
-    text = windows_in_turn(args.calibrate, model.tokenizer, args.solving_windows + JUDGING_WINDOWS, LENGTH)
+    most = args.solving_windows or (CHANNEL_WINDOWS if args.ffn else SOLVING_WINDOWS)
+    text = windows_in_turn(args.calibrate, model.tokenizer, most + DEPTH_WINDOWS, LENGTH)
     windows = windows_in_turn(args.measure, model.tokenizer, args.windows, LENGTH)
     opinion, rows = judge(model.network, windows), []
 
@@ -147,13 +157,14 @@ def main() -> None:
 def page(args: argparse.Namespace, rows: list[dict]) -> list[str]:
     """Return the lines of the page."""
     here = machine(args.out.parent)
+    solved = args.solving_windows or f"{SOLVING_WINDOWS} ({CHANNEL_WINDOWS} for FFN channels)"
     return [
         "# Smaller shapes without healing",
         "",
         f"`{command_line()}`",
         "",
         f"{here.cpu}, {args.threads} threads; {', '.join(f'{name} {which}' for name, which in versions().items())}.",
-        f"{args.windows} windows of {LENGTH} tokens measure; {args.solving_windows} others are solved on. Forward",
+        f"{args.windows} windows of {LENGTH} tokens measure; {solved} others are solved on. Forward",
         "passes are in bfloat16 where the hardware has it. Nothing is trained; each shape is made alone.",
         "",
         *table(rows),

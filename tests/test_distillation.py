@@ -3,14 +3,20 @@
 import json
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from pocketlm.commands.distillation import Distillation, Distilled, distill, read_shape
+from pocketlm import api
+from pocketlm.cli.main import app
+from pocketlm.commands import distillation
+from pocketlm.commands.distillation import Distillation, Distilled, distil_settings, distill
+from pocketlm.commands.students import read_shape
 from pocketlm.errors import BadInputError
 from pocketlm.model.files import file_sha256
 from pocketlm.report.content import TextUsed
@@ -52,8 +58,46 @@ def test_shapes_are_read():
 
 def test_in_no_time_nothing_is_learnt(tmp_path: Path):
     job = Distillation(teacher="", student="depth=4", how=Distil(tokens=0), seconds=0.0, out=tmp_path / "out")
-    with pytest.raises(BadInputError, match="Give a --time such as 30m, or --tokens"):
-        distill(job)
+    for seconds in (0.0, None):  # and of no tokens neither
+        with pytest.raises(BadInputError, match="Give a --time such as 30m, or --tokens"):
+            distill(replace(job, seconds=seconds))
+
+
+class Asked(Exception):
+    """What was asked for."""
+
+
+def asked(job: Distillation, *_: object):
+    raise Asked(job)
+
+
+@pytest.mark.parametrize(
+    ("student", "given", "rate"),
+    [
+        ("depth=12,ffn=768", {}, 3e-4),
+        ("some/model", {}, 1e-4),
+        ("some/model", {"adapters": 8}, 3e-4),
+        ("depth=12", {"learning_rate": 2e-5}, 2e-5),
+    ],
+)
+def test_students_learn_alike_from_python_and_on_the_command_line(
+    student: str, given: dict, rate: float, monkeypatch: pytest.MonkeyPatch
+):
+    assert distil_settings(student, **given) == Distil(
+        tokens=0, learning_rate=rate, warm_up=0.05, evaluations=8, adapters=given.get("adapters", 0)
+    )
+    monkeypatch.setattr(api, "distill", asked)
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.raises(Asked) as found:
+        typer.main.get_command(app).main(["distill", "t", "--student", student, *options], standalone_mode=False)
+    assert found.value.args[0].how == distil_settings(student, **given)
+
+
+def test_how_a_student_learns_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distillation, "_check", asked)
+    with pytest.raises(Asked) as found:
+        distill(Distillation(teacher="", student="depth=4", seconds=60.0, out=tmp_path / "out"))
+    assert found.value.args[0].how == distil_settings("depth=4")
 
 
 def test_a_page_says_what_it_was_made_of_and_cannot_be_broken_out_of():

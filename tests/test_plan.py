@@ -26,7 +26,7 @@ from pocketlm.pipeline.planning import Fit
 from pocketlm.pipeline.stages import Texts, gather_texts
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
-from pocketlm.plan.decide import Wanted
+from pocketlm.plan.decide import Wanted, healing_rate
 from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, check_budget, choose, shape_damage
@@ -172,6 +172,16 @@ def test_a_recipe_survives_yaml(tmp_path: Path, recipe: Recipe):
     assert from_dict(to_dict(recipe), "here") == recipe
 
 
+def test_the_rate_of_healing_grows_with_the_root_of_its_tokens():
+    assert [healing_rate(tokens, trimmed=False) for tokens in (1, 12_288, 4 * 12_288, 10**6)] == [
+        6e-5,
+        6e-5,
+        1.2e-4,
+        3e-4,
+    ]
+    assert [healing_rate(tokens, trimmed=True) for tokens in (1, 10**6)] == [2e-4, 3e-4]
+
+
 LAST_STEP: dict[str, Any] = {"step": "quantize", "formats": {"embedding": "Q8_0"}}
 DISTIL: dict[str, Any] = {"step": "distil", "tokens": 5}
 TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
@@ -218,6 +228,11 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ({"steps": [LAST_STEP, LAST_STEP]}, "this one has: quantize, quantize"),
         ({"steps": [LAST_STEP | {"windows": 0}]}, "`windows` of at least 1 and `learned_rounding` of at least 0"),
         ({"steps": [LAST_STEP | {"learned_rounding": -3}]}, "given: 64, -3"),
+        (
+            {"steps": [{"step": "prune_width", "ffn": 3, "windows": 0}, LAST_STEP]},
+            "r.yaml: `prune_width` needs `windows` of at least 1; given: 0",
+        ),
+        ({"steps": [{"step": "prune_depth", "drop": [1], "windows": -2}, LAST_STEP]}, "at least 1; given: -2"),
         (
             {"steps": [{"step": "trim_vocabulary", "size": 0}, LAST_STEP]},
             "`trim_vocabulary` needs a `size` of at least 1",

@@ -11,8 +11,9 @@ from tests.conftest import Tiny
 
 from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
+from pocketlm.model.compute import forward_dtype
 from pocketlm.pipeline import preflight
-from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.preflight import check_resources, check_solving
 
 
 def test_training_and_candidates_need_more_disk(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -27,6 +28,33 @@ def test_training_and_candidates_need_more_disk(tiny_model: Tiny, tmp_path: Path
             else:
                 with pytest.raises(OutOfResourcesError, match="clean --yes"):
                     check_resources(model, tmp_path, trained, candidates)
+
+
+def test_further_stages_and_files_need_more_disk(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama")
+    copy, small = 2 * model.parameters, tmp_path / "small"
+    for free, written, enough in ((9 * copy, 9, True), (9 * copy - 1, 2, False), (9 * copy, 10, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if enough:
+            check_resources(model, small, trained=False, more=3, written=written)
+        else:
+            with pytest.raises(OutOfResourcesError, match="-o" if written == 10 else "clean --yes"):
+                check_resources(model, small, trained=False, more=3, written=written)
+
+
+def test_solving_needs_memory_for_its_text(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama")
+    width = model.network.config.hidden_size
+    weights, slopes = 2 * 4 * model.parameters, forward_dtype("cpu").itemsize * 2 * (width + 96)
+    for tokens, channels, needed in ((0, 0, 0), (100, 0, 3200 * width), (100, 96, 3200 * width + 100 * slopes)):
+        for short in (0, 1):
+            free = SimpleNamespace(memory_available_bytes=weights + needed - short)
+            monkeypatch.setattr(preflight, "machine", lambda free=free: free)
+            if short:
+                with pytest.raises(OutOfResourcesError, match="Close other programs, or give less text with --data"):
+                    check_solving(model, tokens, channels)
+            else:
+                check_solving(model, tokens, channels)
 
 
 def test_files_that_are_read_once_have_a_disk_too(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,10 +1,14 @@
 """Cutting heads, directions and blocks: what is left is a stock model that takes over; and `pocketlm prune`."""
 
 import copy
+import gc
 import json
 import re
+import tempfile
+import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +19,9 @@ from tests.tiny import FAMILIES, tiny_folder
 from torch import Tensor, nn
 
 from pocketlm.cli.terminal import pruned_lines
-from pocketlm.commands.pruning import Cut, Pruned, healing_tokens
-from pocketlm.errors import BadInputError
+from pocketlm.commands import pruning
+from pocketlm.commands.pruning import Cut, Prune, Pruned, healing_tokens, prune
+from pocketlm.errors import BadInputError, OutOfResourcesError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.sparse_bitmask import read_sparse_bitmask
 from pocketlm.measure.interval import Interval
@@ -28,8 +33,11 @@ from pocketlm.model.ends import rescale_end
 from pocketlm.model.judge import Judge, judge
 from pocketlm.model.source import load
 from pocketlm.model.surgery import head_width, key_value_heads, narrow_ends, narrow_stream
+from pocketlm.pipeline import preflight, proof, stages
+from pocketlm.pipeline.stages import gather_texts, run_recipe, silent
+from pocketlm.plan.decide import healing_rate
 from pocketlm.plan.importance import block_influence, perplexity_without
-from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.recipe import Recipe, read_recipe
 from pocketlm.plan.sizes import recipe_bytes, sizes_of
 from pocketlm.report.content import TextUsed
 from pocketlm.run.engine import Engine
@@ -418,6 +426,8 @@ def test_prune_makes_a_folder_that_says_what_each_step_cost(tmp_path: Path):
     assert config["head_dim"] == 16
     page = (out / "choices.html").read_text()
     assert page.count("<svg") == 3
+    depth, width, _ = read_recipe(out / "recipe.yaml").steps
+    assert (depth.windows, width.windows, width.channels) == (128, 256, True)
     text = made["text"]
     assert (text["name"], text["held_out"]) == ("text.txt", True)
     assert f"{text['windows']} windows of 256 tokens, text.txt, sha256 {text['sha256']}" in page
@@ -441,6 +451,13 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert [cut["step"] for cut in made["cuts"]] == ["original", "trim_vocabulary", "prune_depth", "distil", "sparsify"]
+    page, words = (out / "choices.html").read_text(), made["cuts"][1]["details"]["tokens_per_word"]
+    assert page.count("<svg") == 3  # blocks, tokens, connections
+    assert "Tokens per word of the text, of all 384 tokens and of the 320 kept" in page
+    assert all(f">{value:.3f}</text>" in page for value in words.values())
+    healing = read_recipe(out / "recipe.yaml").steps[2]
+    assert healing.learning_rate == healing_rate(healing.tokens, trimmed=True)
+    assert f"highest {max(made['cuts'][-1]['details']['output_error']):.3g}<" in page
     assert made["predicted_bytes"] == made["actual_bytes"]
     assert all(cut["quality"]["bits_per_byte"]["value"] > 0 for cut in made["cuts"])
     model = load(str(out / "hf"))
@@ -456,6 +473,105 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
     assert all(torch.equal(found[name].float(), weight.float()) for name, weight in whole.items())
 
 
+def test_a_cut_is_solved_on_as_many_windows_as_its_step_says(tiny_model: Tiny, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    seen = []
+
+    def watched(step):
+        def run(model, config, windows, progress):
+            seen.append(len(windows))
+            return step(model, config, windows, progress)
+
+        return run
+
+    for name in ("prune_depth", "prune_width"):
+        monkeypatch.setattr(stages, name, watched(getattr(stages, name)))
+    model = tiny_model("llama")
+    texts = gather_texts(model, [_text(tmp_path)], 0, silent)
+    steps = (PruneDepth(drop=(1,), repair=True, windows=3), PruneWidth(ffn=96), PruneWidth(ffn=64, windows=10**6))
+    run_recipe(model, Recipe(steps=(*steps, Quantize(formats={"*": "F16"}))), texts, silent)
+    there = len(texts.calibration.windows)
+    assert seen == [3, 32, there]
+    assert there > 32
+
+
+def test_one_step_at_a_time_is_in_memory_and_its_file_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    networks: list[weakref.ref] = []
+    files: list[int] = []
+
+    def seen(model):
+        networks.append(weakref.ref(model.network))
+        return model
+
+    def loaded(source: str):
+        gc.collect()
+        assert not any(network() for network in networks), "what was measured before is still in memory"
+        return load(source) if source == str(job.model) else seen(load(source))
+
+    def made(*run):
+        compressed = run_recipe(*run)
+        seen(compressed.model)
+        return compressed
+
+    def counted(*measured):
+        files.append(len(list((tmp_path / "tmp").rglob("*.gguf"))))
+        return measure_models(*measured)
+
+    measure_models = proof.measure_models
+    monkeypatch.setattr(pruning, "load", loaded)
+    monkeypatch.setattr(pruning, "run_recipe", made)
+    monkeypatch.setattr(proof, "measure_models", counted)
+    source = tiny_folder("llama", tmp_path / "tiny", num_hidden_layers=4)
+    job = Prune(model=str(source), depth=3, kv_groups=1, sparsity=0.5, out=tmp_path / "out", data=(_text(tmp_path),))
+    found = prune(job)
+    assert [cut.step for cut in found.cuts] == ["original", "prune_depth", "prune_width", "sparsify"]
+    assert found.cuts[0].quality.kl is None
+    assert all(cut.quality.kl.value > 0 for cut in found.cuts[1:])
+    assert files == [1, 1, 1]
+    assert len(networks) == 4
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_room_is_asked_for_every_step_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def asked(model, out, trained, more, written):
+        raise OutOfResourcesError(f"{trained}, {more}, {written}")
+
+    monkeypatch.setattr(pruning, "check_resources", asked)
+    source, data = str(tiny_folder("llama", tmp_path / "tiny")), (_text(tmp_path),)
+    for options, found in (
+        ({"ffn": 96, "hidden": 32}, "False, 1, 2"),
+        ({"vocab": 320, "depth": 2, "heads": 2, "heal": 1.0}, "True, 4, 2"),
+        ({"depth": 2, "pattern": "2:4"}, "False, 2, 3"),
+    ):
+        with pytest.raises(OutOfResourcesError, match=f"^{found}$"):
+            prune(Prune(model=source, out=tmp_path / "out", data=data, **options))
+
+
+def test_a_cut_that_memory_has_no_room_for_is_refused_before_it_is_measured(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    source, data = str(tiny_folder("llama", tmp_path / "tiny")), (_text(tmp_path),)
+    model = load(source)
+    tokens = gather_texts(model, list(data), 0, silent).calibration.windows.numel()
+    held = 2 * 4 * model.parameters + tokens * 8 * 4 * 64
+    monkeypatch.setattr(preflight, "machine", lambda: SimpleNamespace(memory_available_bytes=held - 1))
+    monkeypatch.setattr(pruning, "depth_damage", None)
+    with pytest.raises(OutOfResourcesError, match="give less text with --data"):
+        prune(Prune(model=source, depth=2, out=tmp_path / "out", data=data))
+
+
+@pytest.mark.parametrize("others", [(), ("--depth", 2)])
+def test_too_few_tokens_are_refused_before_blocks_are_tried(others: tuple, tmp_path: Path):
+    source = tiny_folder("llama", tmp_path / "tiny")
+    options = ("--vocab", 100, *others, "--data", _text(tmp_path))
+    done = pocketlm("prune", source, *options, "-o", tmp_path / "out", cache=tmp_path / "cache")
+    assert done.returncode == 2
+    assert "Cannot trim the vocabulary to 100 tokens" in done.stderr
+    assert not list((tmp_path / "cache").glob("text-*")), "no text was read either"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -467,7 +583,9 @@ def test_tokens_and_connections_go_in_one_run_with_blocks(tmp_path: Path):
         (("--vocab", 0), "Cannot keep 0 tokens: the model has 384"),
         (("--vocab", 385), "Cannot keep 385 tokens: the model has 384"),
         (("--vocab", 384), "Nothing to prune: the model has that shape already"),
+        (("--vocab", 320), "Give some with --data, or leave --vocab out"),
         (("--sparsity", 1.5), "The sparsity is a share of the weights, and 1.5 is none"),
+        (("--sparsity", 0), "The sparsity is a share of the weights, and 0 is none"),
         (("--pattern", "4:2"), "`4:2` is no pattern"),
         (("--sparsity", 0.5, "--method", "magic"), "Unknown method `magic` to cut connections"),
         (

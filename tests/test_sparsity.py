@@ -329,6 +329,7 @@ def test_later_blocks_see_what_earlier_ones_lost(tiny_model: Tiny):
     [
         ({"sparsity": 1.0}, "The sparsity is a share of the weights, and 1 is none"),
         ({"sparsity": -0.1}, "and -0.1 is none"),
+        ({"sparsity": 0.0}, "and 0 is none. Give one between 0 and 1"),
         ({}, "How many connections go is not said"),
         ({"pattern": "4:2"}, "`4:2` is no pattern"),
         ({"pattern": "4:4"}, "is no pattern"),
@@ -433,6 +434,7 @@ KEPT = {"step": "quantize", "formats": {}, "keep_zeros": True}
         ([CUT, {"step": "prune_width", "ffn": 9}, KEPT], "here: `prune_width` changes every weight"),
         ([CUT, KEPT, {"step": "tune", "tokens": 9, "train": "weights"}], "here: `tune` changes every weight"),
         ([CUT | {"pattern": "4:2"}, KEPT], "`4:2` is no pattern"),
+        ([{"step": "sparsify", "sparsity": 0}, KEPT], "The sparsity is a share of the weights, and 0 is none"),
         ([CUT | {"method": "luck"}, KEPT], "here: steps.0.sparsify.method"),
     ],
 )

@@ -6,7 +6,7 @@ report = fit(Fit(model="demo", size="70MB", out=Path("p70")))
 print(report.product.perplexity_ratio)
 """
 
-from pocketlm.commands.distillation import Distillation, distill
+from pocketlm.commands.distillation import Distillation, distil_settings, distill
 from pocketlm.commands.inspection import bench, doctor, evaluate, evaluate_harness, evaluate_tasks, inspect
 from pocketlm.commands.integers import plan_integers, quantize_integers
 from pocketlm.commands.pruning import Prune, prune
@@ -26,6 +26,7 @@ __all__ = [
     "Prune",
     "bench",
     "chat",
+    "distil_settings",
     "distill",
     "doctor",
     "evaluate",

@@ -173,7 +173,7 @@ def prune(
         int | None, typer.Option(help="Query heads to keep in every block, as many of each KV group.")
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the residual stream to keep, a multiple of 32.")] = None,
-    vocab: Annotated[int | None, typer.Option(help="Tokens to keep: those that the text needs most.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens to keep: those that the text of --data needs most.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of connections to cut, such as 0.5.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Cut in a pattern: 2:4 keeps 2 connections of every 4 neighbours.")
@@ -266,12 +266,10 @@ def distill(
 
     _one_of("--loss", loss, ("forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"))
     _one_of("--targets", targets, ("live", "sampled", "top"))
-    cut = "=" in student or adapters
-    how = api.Distil(
+    how = api.distil_settings(
+        student,
         tokens=tokens or 0,
-        learning_rate=(3e-4 if cut else 1e-4) if learning_rate is None else learning_rate,
-        warm_up=0.05,
-        evaluations=8,
+        learning_rate=learning_rate,
         loss=loss,
         temperature=temperature,
         cross_entropy=cross_entropy,

@@ -6,7 +6,6 @@ teacher ─> text ─> student (cut from the teacher, or a model of its own) ─
 import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pocketlm.commands.pruning import Prune, check_shape
+from pocketlm.commands.students import Start, cut, read_shape, stock
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
 from pocketlm.model.examples import Example, pack_examples, read_examples, split_examples, that_fit
 from pocketlm.model.files import file_sha256
-from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save
 from pocketlm.model.learning import Lessons
 from pocketlm.model.opinions import Opinion, keep_opinions
@@ -29,27 +28,17 @@ from pocketlm.model.training import LOSSES
 from pocketlm.pipeline.artefact import facts_of_text, new_folder
 from pocketlm.pipeline.cache import latest, remove_leftovers, stage, unfinished
 from pocketlm.pipeline.preflight import check_resources
-from pocketlm.pipeline.proof import measure_models, original_file
-from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
-from pocketlm.plan.importance import block_influence
+from pocketlm.pipeline.proof import measure_as_f16
+from pocketlm.pipeline.stages import Progress, Texts, gather_texts, silent
 from pocketlm.plan.pace import tokens_in
-from pocketlm.plan.recipe import Recipe
-from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.report.content import TextUsed
 from pocketlm.report.distilled import distilled_page
 from pocketlm.report.write import write_manifest
 from pocketlm.run.remote import Answer, ask, read_answers, served_model
-from pocketlm.steps.distil import Distil, alike, distil
-from pocketlm.steps.prune_depth import PruneDepth
-from pocketlm.steps.prune_width import PruneWidth
-from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.distil import Distil, distil
 
-SHAPE = ("depth", "ffn", "kv_groups", "heads", "hidden")
 TEXT_WINDOWS = 20_000  # of text at most: ten million tokens
-# Up to this share of the blocks, those go that measured damage misses least, tried one by one; beyond, which takes too
-# long, those that turn the hidden states least.
-TRIED_SHARE = 1 / 3
-TRIAL_WINDOWS = 8
+CUT_RATE, OWN_RATE = 3e-4, 1e-4  # learning rates, of students that were cut or have adapters, and of others
 
 ANSWERS = "answers.jsonl"
 
@@ -62,7 +51,7 @@ class Distillation:
 
     teacher: str  # a folder, a hub id, a GGUF file, or `demo`
     student: str  # a shape to cut from the teacher, such as depth=12,ffn=768, or a model of its own
-    how: Distil  # its tokens count only where `seconds` is None
+    how: Distil | None = None  # `distil_settings` where None; its tokens count only where `seconds` is None
     seconds: float | None = None  # of training
     targets: Kept = "live"  # who is listened to: the teacher itself, or what is kept of its opinion on disk
     task: Path | None = None  # prompts and answers to learn instead of text
@@ -71,6 +60,22 @@ class Distillation:
     out: Path = Path("pocketlm-out")
     data: tuple[Path, ...] = ()  # text files; the teacher's samples and Python's help topics where empty
     force: bool = False  # replace `out`
+
+
+def distil_settings(student: str, learning_rate: float | None = None, **given: Any) -> Distil:
+    """Return how a student learns where nothing else is said; `Distil` alone is for healing a mild pruning.
+
+    Args:
+        student: As a `Distillation` has it.
+        learning_rate: The usual one where None.
+        given: Other fields of `Distil`.
+
+    Raises:
+        BadInputError: The student looks like a shape and is none.
+    """
+    if learning_rate is None:
+        learning_rate = CUT_RATE if read_shape(student) or given.get("adapters") else OWN_RATE
+    return Distil(**{"tokens": 0, "warm_up": 0.05, "evaluations": 8} | given, learning_rate=learning_rate)
 
 
 @dataclass(frozen=True)
@@ -97,15 +102,6 @@ class Distilled:
     inputs: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Start:
-    """A student before it learns."""
-
-    source: str
-    key: str
-    summaries: tuple[str, ...]
-
-
 def distill(job: Distillation, progress: Progress = silent) -> Distilled:
     """Train a student on what its teacher says, and write the folder `job.out`, whole or not at all.
 
@@ -116,19 +112,20 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
             what is asked for does not go together.
     """
     remove_leftovers()
+    job = replace(job, how=job.how or distil_settings(job.student))
     _check(job)
     with new_folder(job.out, job.force, (job.teacher, job.student, *job.data, job.task)) as folder:
         teacher = load(job.teacher)
         shape = read_shape(job.student)
         if shape:
             check_shape(teacher, Prune(model=job.teacher, **shape))
-        check_resources(teacher, job.out, trained=True)
+        check_resources(teacher, job.out, trained=True, more=1)  # the file that is measured
         # What a person can have got wrong comes before what takes minutes.
-        stock = None if shape else _stock(job.student, teacher)
+        own = None if shape else stock(job.student, teacher)
         examples, opinions = _examples(job, progress)
         texts = gather_texts(teacher, list(job.data), job.how.seed, progress, TEXT_WINDOWS)
         lessons, held_out, of_text = _lessons(job, examples, opinions, teacher, texts, progress)
-        start = stock or _cut(teacher, shape, texts, progress)
+        start = own or cut(teacher, shape, texts, progress)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
         if job.remote and lessons.targets is None:  # it said words, and no probabilities
             config = replace(config, cross_entropy=1.0)
@@ -175,7 +172,7 @@ def _inputs(job: Distillation, teacher: LanguageModel, config: Distil, of_text: 
 
 def _check(job: Distillation) -> None:
     """Refuse what does not go together, before any work."""
-    if job.seconds is not None and job.seconds <= 0:
+    if (job.how.tokens if job.seconds is None else job.seconds) <= 0:
         raise BadInputError("In no time nothing is learnt. Give a --time such as 30m, or --tokens")
     if job.remote and not job.task:
         raise BadInputError(
@@ -193,70 +190,6 @@ def _check(job: Distillation) -> None:
         )
     if job.remote and (job.how.loss, job.how.temperature) != ("forward_kl", 1):
         raise BadInputError("A remote teacher is learnt by forward KL at temperature 1. Leave out the other loss")
-
-
-def read_shape(student: str) -> dict[str, int]:
-    """Read a shape such as `depth=12,ffn=768`; nothing where it is the name of a model.
-
-    Raises:
-        BadInputError: It looks like a shape and is none.
-    """
-    if "=" not in student:
-        return {}
-    shape = {}
-    for part in student.split(","):
-        name, _, value = part.strip().partition("=")
-        name = name.strip().replace("-", "_")
-        if name not in SHAPE or not value.strip().isdecimal():
-            raise BadInputError(
-                f"Cannot read `{part}` in the student `{student}`. Write a shape like depth=12,ffn=768, of "
-                f"{', '.join(SHAPE)}, or the name of a model"
-            )
-        shape[name] = int(value)
-    return shape
-
-
-def _cut(teacher: LanguageModel, shape: dict[str, int], texts: Texts, progress: Progress) -> Start:
-    """Cut the student from the teacher by pocketlm's own steps."""
-    blocks = teacher.network.config.num_hidden_layers
-    gone, steps = blocks - shape.get("depth", blocks), []
-    if gone:
-        steps.append(PruneDepth(drop=_blocks_to_drop(teacher, gone, texts, progress), repair=True))
-    widths = {name: value for name, value in shape.items() if name != "depth"}
-    if widths:
-        steps.append(PruneWidth(**widths))
-    recipe = Recipe(steps=(*steps, Quantize(formats={"*": "F16"})))
-    cut = [done for done in run_recipe(teacher, recipe, texts, progress).stages if done.facts["step"] != "quantize"]
-    summaries = tuple(done.facts["summary"] for done in cut[1:])
-    return Start(str(cut[-1].folder / "hf"), cut[-1].key, summaries)
-
-
-def _blocks_to_drop(teacher: LanguageModel, gone: int, texts: Texts, progress: Progress) -> tuple[int, ...]:
-    """Return the blocks that are missed least; the first and the last always stay."""
-    windows = texts.validation.first(TRIAL_WINDOWS)
-    blocks = teacher.network.config.num_hidden_layers
-
-    def produce(_: Path) -> dict[str, Any]:
-        if gone <= TRIED_SHARE * blocks:
-            damage = depth_damage(teacher.network, windows, judge(teacher.network, windows), gone, progress)
-            return {"drop": sorted(block for block, _ in damage)}
-        influence = block_influence(teacher.network, windows)
-        return {"drop": sorted(sorted(range(1, blocks - 1), key=influence.__getitem__)[:gone])}
-
-    inputs = {"model": teacher.origin.key, "gone": gone, **texts.sha256}
-    return tuple(stage("distill-blocks", inputs, produce).facts["drop"])
-
-
-def _stock(student: str, teacher: LanguageModel) -> Start:
-    """Take a model of its own as the student."""
-    model = load(student)
-    if not alike(teacher, model):
-        raise BadInputError(
-            f"{student} has another tokenizer than {teacher.origin.source}, so their probabilities cannot be compared. "
-            "Take a student of the same family, cut one (--student depth=12), or let the teacher answer prompts: serve "
-            f"it, then `pocketlm distill {student} --student {student} --task PROMPTS.jsonl --remote http://...`"
-        )
-    return Start(student, model.origin.key, (f"the student is {model.origin.base_model}",))
 
 
 def _tokens(job: Distillation, teacher: LanguageModel, start: Start, texts: Texts) -> int:
@@ -391,10 +324,7 @@ def _measured(
     teacher: LanguageModel, start: Start, student: LanguageModel, texts: Texts, progress: Progress
 ) -> dict[str, Quality]:
     """Read teacher, student before and student after in llama.cpp, on text that nothing else has seen."""
-    models = {"teacher": teacher, "student before": load(start.source), "student": student}
-    with tempfile.TemporaryDirectory(dir=student.origin.path.parent) as beside:
-        files = {"teacher": original_file(teacher)}
-        for name in ("student before", "student"):
-            files[name] = Path(beside) / f"{name.replace(' ', '-')}.gguf"
-            write_gguf(models[name], {}, files[name])
-        return measure_models(files, models, texts.test.windows, progress).qualities
+    windows = texts.test.windows
+    original, before = measure_as_f16(teacher, load(start.source), windows, progress)
+    _, after = measure_as_f16(teacher, student, windows, progress)
+    return {"teacher": original, "student before": before, "student": after}

@@ -4,13 +4,10 @@ model ─> text ─> quantize ─> compressed-tensors folder ─> measure the de
 """
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import predicted_bytes, quantization_config, write_compressed_tensors
-from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.quality import Quality
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
@@ -18,7 +15,7 @@ from pocketlm.pipeline.artefact import new_folder
 from pocketlm.pipeline.cache import remove_leftovers
 from pocketlm.pipeline.planning import Fit, Planned, check_job
 from pocketlm.pipeline.preflight import check_resources
-from pocketlm.pipeline.proof import measure_quality, original_file
+from pocketlm.pipeline.proof import measure_as_f16
 from pocketlm.pipeline.stages import Progress, gather_texts, run_recipe, silent
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe, to_yaml
@@ -60,11 +57,8 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         texts = gather_texts(model, list(job.data), job.seed, progress)
         compressed = run_recipe(model, planned.recipe, texts, progress)
         write_compressed_tensors(compressed.model, compressed.packed, folder / "model")
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            decoded = Path(beside) / "decoded.gguf"
-            write_gguf(compressed.model, {}, decoded)
-            files = {"original": original_file(model), "compressed": decoded}
-            quality = measure_quality(files, texts.test.windows, progress).qualities
+        measured = measure_as_f16(model, compressed.model, texts.test.windows, progress)
+        quality = dict(zip(("original", "compressed"), measured, strict=True))
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
         (folder / "quality.json").write_text(
             json.dumps({name: asdict(each) for name, each in quality.items()}), encoding="utf-8"

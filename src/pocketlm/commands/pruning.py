@@ -6,7 +6,7 @@ model ─> text ─> damage of dropping blocks ─> [trim_vocabulary ─> prune_
 
 import json
 import shutil
-import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 from pocketlm.pipeline.artefact import facts_of_text, new_folder
-from pocketlm.pipeline.cache import remove_leftovers, stage
+from pocketlm.pipeline.cache import Finished, remove_leftovers, stage
 from pocketlm.pipeline.planning import sizes_before
-from pocketlm.pipeline.preflight import check_resources
-from pocketlm.pipeline.proof import measure_models, original_file
+from pocketlm.pipeline.preflight import OUT_COPIES, check_resources, check_solving
+from pocketlm.pipeline.proof import measure_as_f16
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
-from pocketlm.plan.decide import NEW_TOKENS_RATE
+from pocketlm.plan.decide import healing_rate
 from pocketlm.plan.pace import tokens_in
 from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
@@ -38,11 +38,13 @@ from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import WIDTHS, PruneWidth, checked, present_widths
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.sparsify import Sparsify, check_sparsity
-from pocketlm.steps.trim_vocabulary import TrimVocabulary
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, choose
 
 # Of held-out text, on which removals of blocks are tried. On two windows the choice is mostly luck: of two such pairs
 # one chose six blocks of the reference model without which perplexity was 52, the other 73.
 DEPTH_WINDOWS = 8
+# Of calibration text at most, that what is left is solved on; more of it where what makes channels is re-solved too.
+SOLVING_WINDOWS, CHANNEL_WINDOWS = 128, 256
 
 PARTS = ("depth", "ffn", "kv_groups", "heads", "hidden", "vocab", "sparsity", "pattern")
 
@@ -71,6 +73,11 @@ class Prune:
     def cuts_connections(self) -> bool:
         """Whether single connections go."""
         return self.sparsity is not None or self.pattern is not None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths that were given."""
+        return {name: getattr(self, name) for name in WIDTHS if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -126,24 +133,34 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
     with new_folder(job.out, job.force, (job.model, *job.data)) as folder:
         model = load(job.model)
         check_shape(model, job)
-        check_resources(model, job.out, trained=job.heal > 0)
+        _check_room(model, job)
         texts = gather_texts(model, list(job.data), job.seed, progress)
+        if job.depth is not None or job.widths:
+            check_solving(model, texts.calibration.first(narrowing(job.widths).windows).numel(), job.ffn or 0)
         recipe, damage = _decide(model, job, texts, progress)
         predicted = recipe_bytes(sizes_before(model, recipe, texts), recipe)
         compressed = run_recipe(model, recipe, texts, progress)
         write_gguf(compressed.model, compressed.packed, folder / "model.gguf")
-        stages = [done for done in compressed.stages if done.facts["step"] != "quantize"]
-        cuts = _measured(model, stages, texts, progress, folder)
         shutil.copytree(compressed.folder, folder / "hf")
+        bitmasks = _bitmasks(compressed.model, job, folder / "bitmask")
+        stages = [done for done in compressed.stages if done.facts["step"] != "quantize"]
+        del compressed  # its weights: those of each step are read next
+        cuts = _measured(model, stages, texts, progress)
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         tokens = healing_tokens(1 - cuts[-1].parameters / cuts[0].parameters)
         actual, text = (folder / "model.gguf").stat().st_size, facts_of_text(texts.test, held_out=True)
-        bitmasks = _bitmasks(compressed.model, job, folder / "bitmask")
         made = Pruned(tuple(cuts), predicted, actual, tokens, text, bitmasks)
         (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")
         (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
         write_manifest(folder)
     return made
+
+
+def _check_room(model: LanguageModel, job: Prune) -> None:
+    """Refuse work that would run out of disk or memory: each step leaves a model, and its file is measured."""
+    steps = sum(map(bool, (job.vocab, job.depth, job.widths, job.heal, job.cuts_connections)))
+    written = OUT_COPIES + job.cuts_connections
+    check_resources(model, job.out, trained=job.heal > 0, more=steps, written=written)
 
 
 def _bitmasks(model: LanguageModel, job: Prune, folder: Path) -> int | None:
@@ -162,17 +179,10 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
     """
     if all(getattr(job, part) is None for part in PARTS):
         raise BadInputError(f"Nothing to prune. Give one or more of {', '.join(map(_option, PARTS))}")
-    _check_vocabulary(model, job.vocab)
+    if job.vocab is not None:
+        _check_vocabulary(model, job.vocab)
     blocks = model.network.config.num_hidden_layers
-    least = min(2, blocks)
-    if job.depth is not None and job.depth < least:
-        raise BadInputError(f"Cannot keep fewer than {least} of {blocks} blocks: the first and the last always stay")
-    if job.depth is not None and job.depth > blocks:
-        raise BadInputError(f"Cannot keep {job.depth} blocks: the model has {blocks}. Give --depth {least} to {blocks}")
-    if job.depth not in (None, blocks) and not anatomy_of(model.network).uniform_blocks:
-        raise BadInputError(
-            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
-        )
+    _check_depth(model, blocks if job.depth is None else job.depth)
     if job.cuts_connections:
         check_sparsity(model, _sparsify(job))
     elif job.method:
@@ -184,22 +194,44 @@ def check_shape(model: LanguageModel, job: Prune) -> None:
             raise BadInputError(
                 f"{option} {width} is no multiple of {MULTIPLE}, which number formats need. Nearest that fit: {fits}"
             )
-    unchanged = checked(model.network, _widths(job)) == present_widths(model.network) and job.depth in (None, blocks)
-    if unchanged and not job.cuts_connections and job.vocab in (None, model.network.config.vocab_size):
+    as_wide = checked(model.network, narrowing(job.widths)) == present_widths(model.network)
+    whole = job.depth in (None, blocks) and job.vocab in (None, model.network.config.vocab_size)
+    if as_wide and whole and not job.cuts_connections:
         raise BadInputError("Nothing to prune: the model has that shape already. `pocketlm inspect` shows it")
-
-
-def _check_vocabulary(model: LanguageModel, tokens: int | None) -> None:
-    present = min(len(model.tokenizer), model.network.config.vocab_size)  # of either, some have more than of the other
-    if tokens is not None and not 1 <= tokens <= present:
+    if job.vocab is not None and not job.data:
         raise BadInputError(
-            f"Cannot keep {tokens:,} tokens: the model has {present:,}. Give --vocab at most as many, and at least 1"
+            "Tokens are chosen by text of the kind that the model is for, and there is none. "
+            "Give some with --data, or leave --vocab out"
         )
 
 
-def _widths(job: Prune) -> PruneWidth:
-    # It undoes an eighth of what narrower FFNs cost; without six blocks it was no better.
-    return PruneWidth(**{name: getattr(job, name) for name in WIDTHS}, channels=job.ffn is not None)
+def _check_vocabulary(model: LanguageModel, tokens: int) -> None:
+    present = min(len(model.tokenizer), model.network.config.vocab_size)  # of either, some have more than of the other
+    if not 1 <= tokens <= present:
+        raise BadInputError(
+            f"Cannot keep {tokens:,} tokens: the model has {present:,}. Give --vocab at most as many, and at least 1"
+        )
+    choose(model, TrimVocabulary(size=tokens), ["0"])  # how few must stay does not depend on the text
+
+
+def _check_depth(model: LanguageModel, kept: int) -> None:
+    blocks = model.network.config.num_hidden_layers
+    least = min(2, blocks)
+    if kept < least:
+        raise BadInputError(f"Cannot keep fewer than {least} of {blocks} blocks: the first and the last always stay")
+    if kept > blocks:
+        raise BadInputError(f"Cannot keep {kept} blocks: the model has {blocks}. Give --depth {least} to {blocks}")
+    if kept != blocks and not anatomy_of(model.network).uniform_blocks:
+        raise BadInputError(
+            f"Blocks of `{model.family}` alternate in kind, so none can be dropped. Use --ffn, --kv-groups or --hidden"
+        )
+
+
+def narrowing(widths: Mapping[str, int]) -> PruneWidth:
+    """Return the step to some widths, by the names of `PruneWidth`, with all that makes it better."""
+    # What makes channels undoes an eighth of what narrower FFNs cost; without six blocks it was no better.
+    channels = "ffn" in widths
+    return PruneWidth(**widths, channels=channels, windows=CHANNEL_WINDOWS if channels else SOLVING_WINDOWS)
 
 
 def _sparsify(job: Prune) -> Sparsify:
@@ -234,12 +266,13 @@ def _decide(
         if most:
             windows = texts.validation.first(DEPTH_WINDOWS)
             damage = depth_damage(model.network, windows, judge(model.network, windows), most, progress)
-            steps.append(PruneDepth(drop=tuple(sorted(block for block, _ in damage)), repair=True))
-        if any(getattr(job, name) is not None for name in WIDTHS):
-            steps.append(_widths(job))
+            drop = tuple(sorted(block for block, _ in damage))
+            steps.append(PruneDepth(drop=drop, repair=True, windows=SOLVING_WINDOWS))
+        if job.widths:
+            steps.append(narrowing(job.widths))
         if job.heal:
-            rate = Distil(tokens=1).learning_rate if job.vocab is None else NEW_TOKENS_RATE
             tokens = tokens_in(model, texts.calibration, job.heal)
+            rate = healing_rate(tokens, trimmed=job.vocab is not None)
             steps.append(Distil(tokens=tokens, learning_rate=rate, seed=job.seed))
         if job.cuts_connections:  # last: healing would fill the zeros again
             steps.append(_sparsify(job))
@@ -250,17 +283,17 @@ def _decide(
     return from_dict(done.facts["recipe"], "the plan"), [(block, kl) for block, kl in done.facts["damage"]]
 
 
-def _measured(model: LanguageModel, stages: list[Any], texts: Texts, progress: Progress, folder: Path) -> list[Cut]:
-    """Read every step's model in llama.cpp, on text that no step has seen."""
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        models, files = {"0 original": model}, {"0 original": original_file(model)}
-        for place, done in enumerate(stages[1:], 1):
-            name = f"{place} {done.facts['step']}"
-            models[name], files[name] = load(str(done.folder / "hf")), Path(beside) / f"{place}.gguf"
-            write_gguf(models[name], {}, files[name])
-        counts = [each.parameters for each in models.values()]
-        qualities = measure_models(files, models, texts.test.windows, progress).qualities
-    return [
-        Cut(done.facts["step"], done.facts["summary"], done.facts["details"], count, quality)
-        for done, count, quality in zip(stages, counts, qualities.values(), strict=True)
-    ]
+def _measured(model: LanguageModel, stages: Sequence[Finished], texts: Texts, progress: Progress) -> list[Cut]:
+    """Read every step's model in llama.cpp, on text that no step has seen; one is in memory at a time."""
+
+    def cut(done: Finished, parameters: int, quality: Quality) -> Cut:
+        return Cut(done.facts["step"], done.facts["summary"], done.facts["details"], parameters, quality)
+
+    def measured(done: Finished) -> tuple[Quality, Cut]:
+        left = load(str(done.folder / "hf"))
+        original, quality = measure_as_f16(model, left, texts.test.windows, progress)
+        return original, cut(done, left.parameters, quality)
+
+    first, *others = stages
+    originals, cuts = zip(*map(measured, others), strict=True)
+    return [cut(first, model.parameters, originals[0]), *cuts]

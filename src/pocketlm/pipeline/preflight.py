@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
+from pocketlm.model.compute import forward_dtype
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.plan.budget import say_bytes
@@ -16,9 +17,14 @@ COPIES = 3  # where nothing is trained: the original, what is made of it, and wh
 # float32; and of each candidate its stages.
 DISK_COPIES, CHECKPOINT_COPIES, CANDIDATE_COPIES = 6, 8, 3
 OUT_COPIES = 2  # hf/ and the file
+# Residual streams in float32 while a cut is solved: of the original and of what is cut, what both were at first, before
+# a block and behind it, what is written inside it, and, where the stream becomes narrower, what is read inside it.
+STREAMS = 8
 
 
-def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: int = 0) -> None:
+def check_resources(
+    model: LanguageModel, out: Path, trained: bool, candidates: int = 0, more: int = 0, written: int = OUT_COPIES
+) -> None:
     """Refuse work that would run out of disk or memory.
 
     Args:
@@ -26,16 +32,18 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
         out: The folder to be written.
         trained: Whether something will learn.
         candidates: How many plans are built beside the one that is taken.
+        more: 16-bit copies on disk besides, of stages beyond three and of a file that is only measured.
+        written: 16-bit copies in `out`.
 
     Raises:
         OutOfResourcesError: It would; the message says how much is missing and what helps.
     """
-    copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates
+    copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates + more
     copy = 2 * model.parameters
     cleaner = "run `pocketlm clean --yes`, or set POCKETLM_CACHE to another disk"
     for folder, disk, advice in (
         (cache_folder(), copies * copy, cleaner),
-        (out.resolve(), OUT_COPIES * copy, "or give a folder on another disk with -o"),
+        (out.resolve(), written * copy, "or give a folder on another disk with -o"),
         (Path(tempfile.gettempdir()), copy, "or set TMPDIR to another disk"),  # files that are read once, one at a time
     ):
         free = shutil.disk_usage(existing(folder)).free
@@ -46,11 +54,34 @@ def check_resources(model: LanguageModel, out: Path, trained: bool, candidates: 
             )
     # One copy is loaded already.
     copy = (4 if trained else model.network.dtype.itemsize) * model.parameters
-    memory, available = ((TRAINING_COPIES if trained else COPIES) - 1) * copy, machine().memory_available_bytes
-    if available is not None and available < memory:
+    _check_memory(((TRAINING_COPIES if trained else COPIES) - 1) * copy, "take a smaller model")
+
+
+def check_solving(model: LanguageModel, tokens: int, channels: int = 0) -> None:
+    """Refuse to re-solve what a cut leaves on more text than memory has room for.
+
+    Args:
+        model: The original.
+        tokens: Of the text, all of which goes through each block before the next.
+        channels: Of each FFN that stay, where what makes them is re-solved too.
+
+    Raises:
+        OutOfResourcesError: It has not; the message says how much is missing and what helps.
+    """
+    width = model.network.config.hidden_size
+    held = 4 * STREAMS * width
+    if channels:
+        held += forward_dtype("cpu").itemsize * 2 * (width + channels)
+    weights = (COPIES - 1) * model.network.dtype.itemsize * model.parameters
+    _check_memory(weights + tokens * held, "give less text with --data, which the cut is solved on")
+
+
+def _check_memory(needed: int, advice: str) -> None:
+    available = machine().memory_available_bytes
+    if available is not None and available < needed:
         raise OutOfResourcesError(
-            f"The work needs about {say_bytes(memory)} more memory, {say_bytes(available)} are available. "
-            "Close other programs, or take a smaller model"
+            f"The work needs about {say_bytes(needed)} more memory, {say_bytes(available)} are available. "
+            f"Close other programs, or {advice}"
         )
 
 

@@ -1,5 +1,6 @@
 """The proof of a run: the exported file beside the original and the obvious simpler choice, in the real engine."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pocketlm.errors import OutOfResourcesError, VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
 from pocketlm.measure.device import Speeds, measure_speed
-from pocketlm.measure.quality import Comparison, Logits, Reader, compare, compare_on_text
+from pocketlm.measure.quality import Comparison, Logits, Quality, Reader, compare, compare_on_text
 from pocketlm.measure.task_files import Task
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.language_model import LanguageModel
@@ -263,6 +264,25 @@ def measure_models(
     if all(other == first for other in others):
         return measure_quality(files, windows, progress)
     return measure_on_text(files, models, windows, progress)
+
+
+def measure_as_f16(
+    original: LanguageModel, model: LanguageModel, windows: Tensor, progress: Progress
+) -> tuple[Quality, Quality]:
+    """Return the qualities of an original and of a model, whose F16 file is only there to be measured.
+
+    Args:
+        original: The reference.
+        model: Of which no file is kept.
+        windows: (windows, length) token ids of the original.
+        progress: As `measure_models` calls it.
+    """
+    with tempfile.TemporaryDirectory() as beside:
+        file = Path(beside) / "model-F16.gguf"
+        write_gguf(model, {}, file)
+        files, models = {"original": original_file(original), "model": file}, {"original": original, "model": model}
+        qualities = measure_models(files, models, windows, progress).qualities
+    return qualities["original"], qualities["model"]
 
 
 def measure_on_text(

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SAMPLES = 16  # documents that the model writes itself
-STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of pruning
+STATISTICS_WINDOWS = 32  # of calibration text, for the statistics of steps that do not say how many
 LEARNING_WINDOWS = 2048  # of calibration text at most, to learn from: what `best` learns once, where there is that much
 VALIDATION_WINDOWS = 8
 TEST_WINDOWS = 12
@@ -253,7 +253,8 @@ def _change(
     folder: Path,
 ) -> dict[str, Any]:
     model = _reload(teacher.model, before)
-    statistics = texts.calibration.first(STATISTICS_WINDOWS)
+    prunes = isinstance(step, PruneDepth | PruneWidth)
+    statistics = texts.calibration.first(step.windows if prunes else STATISTICS_WINDOWS)
     match step:
         case PruneDepth():
             model, report = prune_depth(model, step, statistics, lambda i, n: progress("repairing blocks", i, n))

@@ -234,13 +234,18 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windo
             share = heal
         heal, tune = heal - share, max(tune, share)
     if steps and heal:
-        rate = min(HIGHEST_RATE, LEARNING_RATE * max(1.0, (heal / RATE_TOKENS) ** 0.5))
-        rate = max(rate, NEW_TOKENS_RATE) if plan.vocabulary else rate
+        rate = healing_rate(heal, trimmed=plan.vocabulary is not None)
         steps.append(Distil(tokens=heal, learning_rate=rate, evaluations=_evaluations(heal), seed=seed))
     steps.append(Quantize(formats=plan.formats, method=wanted.method, windows=windows))
     if tune:
         steps.append(Tune(tokens=tune, evaluations=_evaluations(tune), seed=seed))
     return Recipe(steps=tuple(steps), seed=seed)
+
+
+def healing_rate(tokens: int, trimmed: bool) -> float:
+    """Return the learning rate of healing from so many tokens; higher for few where the vocabulary was trimmed."""
+    rate = min(HIGHEST_RATE, LEARNING_RATE * max(1.0, (tokens / RATE_TOKENS) ** 0.5))
+    return max(rate, NEW_TOKENS_RATE) if trimmed else rate
 
 
 def _evaluations(tokens: int) -> int:

@@ -86,6 +86,8 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
                     f"{where}: `quantize` needs `windows` of at least 1 and `learned_rounding` of at least 0; "
                     f"given: {windows}, {rounds}"
                 )
+            case PruneDepth(windows=windows) | PruneWidth(windows=windows) if windows < 1:
+                raise BadInputError(f"{where}: `{step.step}` needs `windows` of at least 1; given: {windows}")
             case TrimVocabulary(size=size) if size < 1:
                 raise BadInputError(f"{where}: `trim_vocabulary` needs a `size` of at least 1; given: {size}")
             case Distil() | Tune():

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from pocketlm.report.charts import columns, grid
+from pocketlm.report.charts import bars, columns, grid
 from pocketlm.report.pages import page
 from pocketlm.report.wording import estimate, text_used
 
@@ -23,10 +23,30 @@ def choices_page(name: str, made: Any, damage: Sequence[tuple[int, float]]) -> s
         title = "KL with a block and those before it dropped, before repair, nats per token"
         figures.append((title, columns({f"{block}": kl for block, kl in damage}, title)))
     for cut in made.cuts:
-        figures += _width(cut.details)
+        figures += [*_vocabulary(cut.details), *_width(cut.details), *_connections(cut.details)]
     said = f"Read in llama.cpp on {text_used(made.text)}. Brackets are 95 % intervals, bootstrap over windows, paired."
     body = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>" for title, picture in figures)
     return page(f"{name}, pruned", Markup('<p>{}</p><div class="charts">{}</div>').format(said, Markup(body)))
+
+
+def _vocabulary(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    """Draw what fewer tokens make of the text that they were chosen by."""
+    if "tokens_per_word" not in details:
+        return []
+    whole = details["kept"] + details["removed"]
+    title = f"Tokens per word of the text, of all {whole:,} tokens and of the {details['kept']:,} kept"
+    kinds = {"before": "original", "after": "compressed"}
+    rows = [(kinds[when], when, value, 0.0, f"{value:.3f}") for when, value in details["tokens_per_word"].items()]
+    return [(title, bars(rows, title))]
+
+
+def _connections(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    """Draw what each block's matrices lost with their connections."""
+    if "output_error" not in details:
+        return []
+    title = f"{details['share_of_zeros']:.1%} of the connections cut: share of the output that is error, by block"
+    errors = {str(block): error for block, error in enumerate(details["output_error"])}
+    return [(title, columns(errors, title))]
 
 
 def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:

@@ -25,6 +25,8 @@ class PruneDepth:
     """Indices of the blocks to remove, counted in the model as it comes in."""
     repair: bool = False
     """Whether the output matrices of the blocks that stay are re-solved to make up for those that go."""
+    windows: int = 32
+    """Of calibration text at most, to re-solve them on."""
 
 
 def prune_depth(

@@ -53,6 +53,8 @@ class PruneWidth:
     """Width of the residual stream."""
     channels: bool = False
     """Whether what makes the FFN's channels is re-solved too, which takes about as long again."""
+    windows: int = 32
+    """Of calibration text at most, to choose and re-solve on; memory for all of it is needed at once."""
 
 
 def kept_channels(layer: Layer, widths: list[int]) -> dict[int, Tensor]:

@@ -24,7 +24,7 @@ class Sparsify:
 
     step: Literal["sparsify"] = "sparsify"
     sparsity: float | None = None
-    """Share of the weights that become zero, 0 up to below 1; it follows from a pattern where there is one."""
+    """Share of the weights that become zero, between 0 and 1; it follows from a pattern where there is one."""
     pattern: str | None = None
     """`n:m`: of every m neighbours in a row n stay, such as 2:4; without one, zeros lie anywhere."""
     method: Literal["magnitude", "wanda", "wanda_absorbed", "sparsegpt"] = "sparsegpt"
@@ -48,7 +48,7 @@ def sparsify(
         progress: Called after each block with how many are done and how many there are.
 
     Raises:
-        BadInputError: The sparsity is not in [0, 1), the pattern is none or does not divide the rows of a matrix, the
+        BadInputError: The sparsity is not in (0, 1), the pattern is none or does not divide the rows of a matrix, the
             method or the allocation is unknown, or an allocation is asked for beside a pattern.
     """
     sparsity = check_sparsity(model, config)

@@ -45,10 +45,10 @@ def sparsity_of(share: float | None, pattern: str | None) -> Sparsity:
     """Return what a share and a pattern such as `2:4` (2 of every 4 neighbours stay) ask for together.
 
     Raises:
-        BadInputError: Neither is given, the share is not in [0, 1), the pattern is none, or the two contradict.
+        BadInputError: Neither is given, the share is not in (0, 1), the pattern is none, or the two contradict.
     """
-    if share is not None and not 0 <= share < 1:
-        raise BadInputError(f"The sparsity is a share of the weights, and {share:g} is none. Give 0 up to below 1")
+    if share is not None and not 0 < share < 1:
+        raise BadInputError(f"The sparsity is a share of the weights, and {share:g} is none. Give one between 0 and 1")
     if pattern is None:
         if share is None:
             raise BadInputError("How many connections go is not said. Give a sparsity such as 0.5, or a pattern (2:4)")
