@@ -21,7 +21,7 @@ from pocketlm.pipeline.planning import Fit, Planned, check_job, load_for, prepar
 from pocketlm.pipeline.proof import plain_file, prove, simpler_choice
 from pocketlm.pipeline.scoring import check_items
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
-from pocketlm.pipeline.trials import Limit, alone_of, search
+from pocketlm.pipeline.trials import alone_of, as_learnt, search
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.report.content import Report
 from pocketlm.report.write import write_manifest, write_reports
@@ -40,14 +40,15 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
     """
     check_job(job)
     remove_leftovers()
-    limit = Limit(job.time, time.monotonic()) if job.time else None
+    began = time.monotonic()
     with new_folder(job.out, job.force, job.reads) as folder:
         model, tasks = load_for(job), [read_task(path, TASK_ITEMS) for path in job.tasks]
         check_items(model, tasks)
-        texts, planned = prepare(job, model, progress)
+        texts, planned = prepare(job, model, progress, began)
         announce(planned)
-        planned = try_candidates(model, planned, texts, limit, progress)
+        planned = try_candidates(model, planned, texts, progress)
         compressed = run_recipe(model, planned.recipe, texts, progress)
+        planned = replace(planned, recipe=as_learnt(planned.recipe, compressed.stages))
         exported = folder / "model.gguf"
         write_gguf(compressed.model, compressed.packed, exported)
         check_bytes(exported, planned.predicted_bytes)
@@ -69,14 +70,12 @@ def plan(job: Fit, progress: Progress = silent) -> Planned:
     return prepare(job, load_for(job), progress)[1]
 
 
-def try_candidates(
-    model: LanguageModel, planned: Planned, texts: Texts, limit: Limit | None, progress: Progress
-) -> Planned:
+def try_candidates(model: LanguageModel, planned: Planned, texts: Texts, progress: Progress) -> Planned:
     """Build the plans that are worth a try and return the best one's; the only one as it is."""
     decision = planned.decision
-    if decision is None or (len(decision.rivals) < 2 and limit is None):
+    if decision is None or (len(decision.rivals) < 2 and planned.limit is None):
         return planned
-    found = search(model, decision, planned.wanted, texts, limit, progress)
+    found = search(model, decision, planned.wanted, texts, planned.limit, progress)
     won = found.winner.plan
     return replace(planned, recipe=found.recipe, predicted_bytes=won.bytes, plan=won, search=found)
 

@@ -87,7 +87,7 @@ def plan_lines(planned: Planned) -> list[str]:
         found = planned.footprint
         lines.append(
             f"running    {say_bytes(found.memory)} of memory at {planned.budget.context:,} tokens of context, "
-            f"{found.speed:.1f} tokens/s (its layout, measured here); {planned.binding} binds"
+            f"{found.speed:.1f} tokens/s (its layout, measured here); {planned.binding}"
         )
     if planned.plan:
         before, after = planned.sizes.original, planned.plan.shape

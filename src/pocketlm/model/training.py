@@ -34,6 +34,8 @@ class Course:
         steps: How many there are.
         evaluations: How often to measure, evenly spread, the last time at the end.
         patience: Evaluations without a new best after which it stops; 0 for never.
+        stop: Steps after which it ends all the same; 0 for never. The learning rate is that of all `steps`.
+        seconds: After which it ends with the step in hand; 0 for never.
         folder: For checkpoints and the losses so far; a training that finds its own there goes on from it.
         crew: Who trains.
     """
@@ -42,12 +44,19 @@ class Course:
     steps: int
     evaluations: int
     patience: int = 0
+    stop: int = 0
+    seconds: float = 0.0
     folder: Path | None = None
     crew: Crew = ALONE
 
+    @property
+    def last(self) -> int:
+        """The step after which it ends, if not before."""
+        return min(self.stop or self.steps, self.steps)
+
     def evaluated_at(self) -> set[int]:
         """Return the steps after which to measure."""
-        return {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
+        return {min(self.last, round(self.steps * (i + 1) / self.evaluations)) for i in range(self.evaluations)}
 
 
 @dataclass
@@ -60,6 +69,7 @@ class Training:
         tokens: Of each step.
         rollbacks: (step, loss) of each divergence that was undone.
         seconds: Evaluations included.
+        out_of_time: Whether its time was over before its last step.
     """
 
     held_out_kl: list[tuple[int, float]] = field(default_factory=list)
@@ -67,6 +77,7 @@ class Training:
     tokens: list[int] = field(default_factory=list)
     rollbacks: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    out_of_time: bool = False
 
     @property
     def best(self) -> tuple[int, float]:
@@ -83,7 +94,13 @@ class Training:
         """The figures for a report."""
         speed = sum(self.tokens) / self.seconds if self.seconds else 0.0
         figures = {"losses": self.losses, "held_out_kl": self.held_out_kl, "tokens_per_second": round(speed, 1)}
+        figures |= {"ended_at_step": len(self.losses)} if self.out_of_time else {}
         return figures | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
+
+    @property
+    def ending(self) -> str:
+        """What a summary says where it did not get through."""
+        return f"; its time was over after {sum(self.tokens):,} tokens" if self.out_of_time else ""
 
     def diverged(self, loss: float) -> bool:
         """Whether a loss says that the training has gone wrong."""
@@ -117,8 +134,8 @@ def train(
     """Run a training and leave the parameters in their best state; the state before it is one of the candidates.
 
     A loss that is not a number, or far above those of the first steps, takes it back to its best state with half the
-    learning rate, a few times at most. Nothing depends on the clock but when checkpoints are written: a training that
-    was killed and goes on ends in the same weights.
+    learning rate, a few times at most. Nothing depends on the clock but when checkpoints are written and where a time
+    ends: without one, a training that was killed and goes on ends in the same weights.
 
     Args:
         course: What it goes through.
@@ -139,24 +156,30 @@ def train(
     done, best = _found(course, update) or (Training(held_out_kl=[(0, measured())]), update.weights())
     evaluated_at, due = course.evaluated_at(), time.monotonic() + CHECKPOINT_SECONDS
     before, began, read = done.seconds, time.monotonic(), 0
+
+    def seconds() -> float:
+        return before + time.monotonic() - began
+
     with reusing_memory():
         while not _over(done, course):
             for batch in course.batches(len(done.losses)):
                 loss, step = learn(batch), len(done.losses) + 1
-                held_out = measured() if step in evaluated_at else 0.0
+                over = course.seconds > 0 and crew.agree(seconds) >= course.seconds
+                done.out_of_time = over and step < course.last
+                evaluates = done.out_of_time or step in evaluated_at
+                held_out = measured() if evaluates else 0.0
                 tokens = batch.numel() * crew.size
-                done.seconds, read = before + time.monotonic() - began, read + tokens
+                done.seconds, read = seconds(), read + tokens
                 if done.diverged(loss) or not math.isfinite(held_out):
                     _go_back(done, best, update, step, loss)
                     break
                 done.losses.append(loss)
                 done.tokens.append(tokens)
-                if step in evaluated_at:
+                if evaluates:
                     best = update.weights() if held_out < done.lowest else best
                     done.held_out_kl.append((step, held_out))
-                progress(
-                    step, course.steps, _pace(loss, read / (time.monotonic() - began), course.steps - step, tokens)
-                )
+                pace = _pace(loss, read / (time.monotonic() - began), course.last - step, tokens)
+                progress(step, course.last, pace)
                 if course.folder and crew.leads and time.monotonic() >= due:
                     due = _save(course.folder, done, best, update)
                 if _over(done, course):
@@ -169,10 +192,11 @@ def train(
 
 
 def _over(done: Training, course: Course) -> bool:
-    """Whether all steps are done, or there is no hope in more."""
+    """Whether all steps are done, the time is over, or there is no hope in more."""
     best = [step for step, _ in done.held_out_kl].index(done.best[0])
     stalled = course.patience and len(done.held_out_kl) - 1 - best >= course.patience
-    return len(done.losses) >= course.steps or len(done.rollbacks) > ROLLBACKS or bool(stalled)
+    ended = done.out_of_time or len(done.losses) >= course.last
+    return ended or len(done.rollbacks) > ROLLBACKS or bool(stalled)
 
 
 def _go_back(done: Training, best: list[Tensor], update: Updates, step: int, loss: float) -> None:

@@ -34,7 +34,8 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
         expected = math.exp(-planned.plan.damage - planned.engine)
         notes.append(f"Quality, as exp(-KL): {expected:.3f} was expected of the plan")
     if planned.search:
-        notes.append(_search_note(planned.search, planned.recipe))
+        floor = planned.wanted is not None and planned.wanted.most_damage is not None
+        notes.append(_search_note(planned.search, planned.recipe, floor))
     if running:
         notes.append(_running_note(planned, running))
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
@@ -88,12 +89,14 @@ def tried(planned: Planned) -> tuple[TrialRun, ...]:
     )
 
 
-def _search_note(found: Search, recipe: Recipe) -> str:
+def _search_note(found: Search, recipe: Recipe, floor: bool) -> str:
     won, names = found.winner, [trial.plan.describe() for trial in found.trials]
     simple = alone_of(found.trials)
     text = f"Built and measured on validation text: {'; '.join(names)}. "
     if simple is None or len(names) == 1:
         text += f"Best: {won.plan.describe()}"
+    elif floor:
+        text += f"The smallest that keeps the floor of quality, or else what lost least: {won.plan.describe()}"
     elif won is simple:
         text += "Formats alone won: nothing that prunes was better by more than noise"
     else:
@@ -107,7 +110,7 @@ def _search_note(found: Search, recipe: Recipe) -> str:
 def _running_note(planned: Planned, found: Footprint) -> str:
     expected, budget = planned.footprint, planned.budget
     return (
-        f"Of {budget.text}, {planned.binding} binds. Memory of the model at {budget.context:,} tokens of context: "
+        f"Of {budget.text}, {planned.binding}. Memory of the model at {budget.context:,} tokens of context: "
         f"{say_bytes(expected.memory)} expected, {say_bytes(found.memory)} measured on the file; generating: "
         f"{expected.speed:.1f} tokens/s expected, {found.speed:.1f} measured"
     )

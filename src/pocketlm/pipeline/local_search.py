@@ -9,7 +9,7 @@ smallest that keeps to a KL that a person allowed; what was made of it is kept i
 again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import distillation_step
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe
-from pocketlm.plan.decide import Decision, Wanted, fewest_bytes, recipe_of
-from pocketlm.plan.search import Damages, Plan, choose
+from pocketlm.plan.decide import Decision, Wanted, best_plan, fewest_bytes, read_plan, recipe_of
+from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Sizes, sizes_of
 from pocketlm.steps.quantize import Quantize
 
@@ -38,8 +38,8 @@ MOST_CHANGE = 4.0  # by what factor a round may correct the damages of one unit,
 def improve(model: LanguageModel, wanted: Wanted, decision: Decision, texts: Texts, progress: Progress) -> Decision:
     """Return a decision with the best mix of formats by its measured KL, and that KL as what it expects.
 
-    Plans that prune stay as they are, as what pruning leaves is not known before it is done; so do those that keep to
-    memory or speed, and those of models that are in memory in 16 bits.
+    Plans that prune stay as they are, as what pruning leaves is not known before it is done; so do those of models that
+    are in memory in 16 bits.
 
     Args:
         model: The original; unchanged afterwards.
@@ -49,24 +49,16 @@ def improve(model: LanguageModel, wanted: Wanted, decision: Decision, texts: Tex
         progress: Called as the work goes on.
     """
     alone = next((plan for plan in decision.rivals if not plan.prunes), None)
-    if alone is None or wanted.costs or model.network.dtype is not torch.float32:
+    if alone is None or model.network.dtype is not torch.float32:
         return decision
     inputs = {"wanted": asdict(wanted), "plan": asdict(alone), "model": model.origin.key, **texts.sha256}
 
     def produce(folder: Path) -> dict[str, Any]:
         tried = _try_mixes(model, wanted, alone, decision, texts, progress)
-        best, kls = best_of(tried, wanted.most_damage), [plan.damage for plan in tried]
-        return {"formats": best.formats, "units": best.units, "bytes": best.bytes, "kl": best.damage, "kls": kls}
+        best = best_of(tried, wanted.most_damage)
+        return asdict(replace(best, measured=tuple(plan.damage for plan in tried)))
 
-    facts = stage("mix", inputs, produce).facts
-    plan = replace(
-        alone,
-        formats=facts["formats"],
-        bytes=facts["bytes"],
-        damage=facts["kl"],
-        units={unit: tuple(choice) for unit, choice in facts["units"].items()},
-        measured=tuple(facts["kls"]),
-    )
+    plan = read_plan(stage("mix", inputs, produce).facts)
     rivals = tuple(plan if rival == alone else rival for rival in decision.rivals)
     if decision.plan != alone:
         return replace(decision, rivals=rivals)
@@ -85,58 +77,50 @@ def _try_mixes(
     progress: Progress,
 ) -> list[Plan]:
     """Return the mixes that were made, in order; `damage` is the measured KL, that of the units adds up to it."""
-    opinion = judge(model.network, texts.validation.windows)
-    most = wanted.effort.mixes if wanted.most_damage is None else FLOOR_MIXES
+    allowed, most, sizes = wanted.most_damage, most_mixes(wanted), sizes_of(model)
+    windows, measured = texts.validation.windows, decision.damages.formats
+    opinion = judge(model.network, windows)
 
-    def make(plan: Plan, number: int) -> tuple[nn.Module, float]:
+    def make(plan: Plan, number: int) -> Plan:
         recipe = recipe_of(plan, wanted, 0, 0, decision.recipe.seed, wanted.windows(len(decision.rivals)))
         mixed = run_recipe(model, recipe, texts, progress).model.network
-        kl = divergence_of(mixed, texts.validation.windows, opinion)
+        kl = divergence_of(mixed, windows, opinion)
         progress(f"mix {number}: KL {kl:.4f}, {plan.damage:.4f} by parts", number, most)
-        return mixed, kl
+        corrects = allowed is None and number < most and kl > ADDITIVE
+        # What a format does that a person fixed and nothing has measured is said by its share alone.
+        guessed = any(form not in {"F16", *measured[unit]} for unit, (form, *_) in plan.units.items())
+        shares = shared_out(model.network, mixed, windows[:SHARING_WINDOWS]) if corrects or guessed else {}
+        return _with_damages(plan, kl, _by_unit(shares, sizes))
 
-    if wanted.most_damage is not None:
-        damages = Damages(formats=decision.damages.formats)  # whose plans prune nothing
-        return _within(wanted.most_damage, make, wanted, plan, sizes_of(model), damages)
-    windows = texts.validation.windows[:SHARING_WINDOWS]
-    sizes, formats, tried = sizes_of(model), decision.damages.formats, []
+    damages, expected, tried = Damages(formats=measured), [], []  # plans from these prune nothing
     while True:
-        mixed, kl = make(plan, len(tried) + 1)
-        last = len(tried) + 1 == most or kl <= ADDITIVE
-        shares = {} if last else shared_out(model.network, mixed, windows)
-        tried.append(_with_damages(plan, kl, _by_unit(shares, sizes)))
-        if last:
+        expected.append(plan.damage)
+        tried.append(make(plan, len(tried) + 1))
+        if len(tried) == most or _near(tried[-1].damage, allowed):
             return tried
-        formats = corrected(formats, plan, tried[-1])
-        plan = choose(sizes, Damages(formats=formats), wanted.budget, wanted.fixed)
-        if any(plan.formats == other.formats for other in tried):
-            return tried
-
-
-def _within(
-    allowed: float,
-    make: Callable[[Plan, int], tuple[nn.Module, float]],
-    wanted: Wanted,
-    plan: Plan,
-    sizes: Sizes,
-    damages: Damages,
-) -> list[Plan]:
-    """Return mixes that were made in search of the smallest one within an allowed KL."""
-    tried, found = [], []
-    while True:
-        kl = make(plan, len(tried) + 1)[1]
-        found.append((plan.damage, kl))
-        tried.append(_with_damages(plan, kl, {}))
-        if len(tried) == FLOOR_MIXES or NEAR * allowed <= kl <= allowed:
-            return tried
-        expected = next_expected(found, (1 + NEAR) / 2 * allowed)
+        budget = wanted.budget
         try:
-            fewest = fewest_bytes(sizes, damages, wanted, expected)
+            if allowed is None:
+                damages = Damages(formats=corrected(damages.formats, plan, tried[-1]))
+            else:
+                found = [(before, mix.damage) for before, mix in zip(expected, tried, strict=True)]
+                aim = next_expected(found, (1 + NEAR) / 2 * allowed)
+                budget = replace(budget, bytes=fewest_bytes(sizes, damages, wanted, aim))
+            plan = best_plan(model, sizes, damages, replace(wanted, budget=budget))
         except ImpossibleBudgetError:
             return tried
-        plan = choose(sizes, damages, replace(wanted.budget, bytes=fewest), wanted.fixed)
         if any(plan.formats == other.formats for other in tried):
             return tried
+
+
+def most_mixes(wanted: Wanted) -> int:
+    """Return how many mixes are made at most."""
+    return wanted.effort.mixes if wanted.most_damage is None else FLOOR_MIXES
+
+
+def _near(kl: float, allowed: float | None) -> bool:
+    """Whether a mix with this KL is as good as another one would be."""
+    return kl <= ADDITIVE if allowed is None else NEAR * allowed <= kl <= allowed
 
 
 def next_expected(found: Sequence[tuple[float, float]], aim: float) -> float:

@@ -14,11 +14,11 @@ from pocketlm.plan.decide import (
     Wanted,
     decide,
     depth_wanted,
-    from_facts,
     may_prune,
     measure_depth,
     measure_formats,
     measure_widths,
+    read_decision,
 )
 from pocketlm.plan.footprint import Costs, measure_costs
 from pocketlm.plan.pace import tuned_tokens_in
@@ -63,7 +63,7 @@ def make_plan(model: LanguageModel, wanted: Wanted, texts: Texts, seed: int, pro
         return asdict(decide(model, wanted, damages, both, documents, seed, progress))
 
     inputs = {"wanted": asdict(wanted), "seed": seed, **_of_text(model, texts)}
-    return from_facts(stage("plan", inputs, produce).facts)
+    return read_decision(stage("plan", inputs, produce).facts)
 
 
 def measure_damages(model: LanguageModel, wanted: Wanted, texts: Texts, progress: Progress) -> Damages:

@@ -1,6 +1,7 @@
 """What is asked for, and what to do about it: budgets are checked, damage is measured, plans are made."""
 
 import math
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,24 @@ from pocketlm.model.source import load, weights_of
 from pocketlm.model.text import read_corpus
 from pocketlm.pipeline.accuracy import quality_for
 from pocketlm.pipeline.local_search import improve
-from pocketlm.pipeline.plan_stages import costs_here, damages_known, make_plan, tuned_for
+from pocketlm.pipeline.plan_stages import costs_here, make_plan, tuned_for
 from pocketlm.pipeline.preflight import check_resources
 from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
+from pocketlm.pipeline.timing import Limit, effort_within, scoring_seconds, seconds_expected
 from pocketlm.pipeline.trials import Search
-from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, parse_size, parse_speed, say_time
-from pocketlm.plan.decide import Decision, Wanted, may_prune, most_candidates, uniform_recipe
-from pocketlm.plan.effort import Effort, effort_of, expected_seconds
+from pocketlm.plan.budget import (
+    Budget,
+    highest_quality,
+    parse_accuracy,
+    parse_quality,
+    parse_size,
+    parse_speed,
+    say_time,
+)
+from pocketlm.plan.decide import Decision, Wanted, uniform_recipe
+from pocketlm.plan.effort import effort_of
 from pocketlm.plan.footprint import Footprint
-from pocketlm.plan.pace import pace_of
 from pocketlm.plan.recipe import Recipe, check_shapes, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
 from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
@@ -32,6 +41,7 @@ from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 
 LARGE = 600_000_000  # weights
 CONTEXT = 2048  # tokens, where none is given
+BINDS = 0.9  # of a limit: what takes less of every one is bound by none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +91,7 @@ class Planned:
     decision: Decision | None = None  # with the plans that are worth a try
     wanted: Wanted | None = None
     search: Search | None = None  # what came of trying them
+    limit: Limit | None = None  # of a person's time
 
     @property
     def footprint(self) -> Footprint | None:
@@ -89,13 +100,16 @@ class Planned:
 
     @property
     def binding(self) -> str:
-        """Which part of the budget is nearest its limit."""
+        """Say which part of the budget binds: the one nearest its limit, if it is near."""
         used = {"size": self.predicted_bytes / self.budget.bytes} if self.budget.sized else {}
         if self.footprint and self.budget.memory:
             used["memory"] = self.footprint.memory / self.budget.memory
         if self.footprint and self.budget.speed:
             used["speed"] = self.budget.speed / self.footprint.speed
-        return max(used, key=used.__getitem__)
+        if self.plan and self.wanted and self.wanted.most_damage is not None:
+            used["quality"] = (self.plan.damage + self.engine) / (self.wanted.most_damage + self.engine)
+        nearest = max(used, key=used.__getitem__)
+        return f"{nearest} binds" if used[nearest] >= BINDS else "no limit binds"
 
     def as_data(self) -> dict[str, Any]:
         """Return what a program needs to know of it."""
@@ -121,53 +135,94 @@ def _trains(job: Fit) -> bool:
     return bool(job.prune or job.tune)
 
 
-def prepare(job: Fit, model: LanguageModel, progress: Progress) -> tuple[Texts, Planned]:
-    """Return the text of a run and its recipe: a person's, or the best for the budget."""
-    sizes = sizes_of(model)
-    check_fixed(sizes, dict(job.fixed))
-    budget, recipe = _budget(job, model, sizes), read_recipe(job.recipe) if job.recipe else None
+def prepare(job: Fit, model: LanguageModel, progress: Progress, began: float | None = None) -> tuple[Texts, Planned]:
+    """Return the text of a run and its recipe: a person's, or the best for the budget.
+
+    Args:
+        job: What is asked for.
+        model: The original.
+        progress: Called as the work goes on.
+        began: When the person's time began, by the monotonic clock; now where None.
+    """
+    sizes, fixed = sizes_of(model), dict(job.fixed)
+    check_fixed(sizes, fixed)
+    budget = _budget(job, model, sizes)
     if job.format is not None:
-        recipe = uniform_recipe(sizes, job.format, dict(job.fixed), job.method, job.seed)
-    costs = None
-    if recipe:
-        check_shapes(recipe, model.network)
-    if budget and not recipe:
-        check_budget(sizes, budget, job.prune, dict(job.fixed))
-    effort = effort_of(job.preset)
-    tried = effort.candidates if job.prune and not recipe and effort.candidates > 1 else 0
-    check_resources(model, job.out, _trains(job), tried)
-    if budget and not recipe and (budget.memory or budget.speed):
+        return _follow(job, model, uniform_recipe(sizes, job.format, fixed, job.method, job.seed), budget, progress)
+    if job.recipe:
+        return _follow(job, model, read_recipe(job.recipe), budget, progress)
+    return _decide(job, model, budget, progress, time.monotonic() if began is None else began)
+
+
+def _follow(
+    job: Fit, model: LanguageModel, recipe: Recipe, budget: Budget | None, progress: Progress
+) -> tuple[Texts, Planned]:
+    """Return the text of a run that follows a given recipe, and its bytes."""
+    check_shapes(recipe, model.network)
+    check_resources(model, job.out, _trains(job))
+    # A recipe's own seed: it is to give the same bytes wherever it is run.
+    texts = gather_texts(model, list(job.data), recipe.seed, progress)
+    if job.format and job.tune:
+        recipe = tuned_for(model, recipe, texts, job.tune)
+    size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
+    return texts, Planned(recipe, _budget_of_recipe(budget, size), size, sizes_of(model), None)
+
+
+def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, began: float) -> tuple[Texts, Planned]:
+    """Return the text of a run and the best recipe for its budget."""
+    sizes, fixed, effort, costs = sizes_of(model), dict(job.fixed), effort_of(job.preset), None
+    check_budget(sizes, budget, job.prune, fixed)
+    check_resources(model, job.out, _trains(job), effort.candidates if job.prune and effort.candidates > 1 else 0)
+    if budget.memory or budget.speed:
         costs = costs_here(model, sizes, budget.context, progress)
         check_running(sizes, budget, costs, job.prune)
-    floor = parse_quality(job.quality) if job.quality else None
-    seed = recipe.seed if recipe else job.seed  # a recipe's own: it is to give the same bytes wherever it is run
-    texts = gather_texts(model, list(job.data), seed, progress)
-    if recipe and job.format and job.tune:
-        recipe = tuned_for(model, recipe, texts, job.tune)
-    if recipe:
-        size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
-        return texts, Planned(recipe, _budget_of_recipe(budget, size), size, sizes, None)
+    texts = gather_texts(model, list(job.data), job.seed, progress)
+    engine, floor = engine_damage(model, texts, progress), parse_quality(job.quality) if job.quality else None
     wanted = Wanted(
         budget=budget,
         costs=costs,
         prune=job.prune,
-        fixed=dict(job.fixed),
+        fixed=fixed,
         method=job.method,
         effort=effort,
         vocabulary=bool(job.data) and costs is None and not (job.quality or job.accuracy),  # a KL needs the same tokens
         heal_seconds=job.heal,
         tune_seconds=job.tune,
+        most_damage=None if floor is None else _most_damage(floor, engine),
+        engine=engine,
     )
-    wanted = replace(wanted, effort=effort_within(job, model, sizes, wanted, texts, progress))
-    engine = engine_damage(model, texts, progress)
+    tasks = [read_task(path, TASK_ITEMS) for path in job.tasks]
+    scoring, limit = scoring_seconds(model, tasks, progress), None
+    if job.time:
+        limit = Limit(job.time, began, scoring)
+        wanted = replace(wanted, effort=effort_within(model, wanted, texts, limit))
+    else:
+        expected = seconds_expected(model, wanted, texts, scoring, bool(job.accuracy))
+        most = "up to " if floor or job.accuracy else ""
+        progress(f"all of it takes {most}about {say_time(expected)} here", 0, 1)
     if job.accuracy:
-        task, least = read_task(job.tasks[0], TASK_ITEMS), parse_accuracy(job.accuracy)
-        floor = max(floor or 0.0, quality_for(model, wanted, engine, texts, task, least, progress))
-    if floor is not None:
-        wanted = replace(wanted, most_damage=-math.log(floor) - engine)
+        least = parse_accuracy(job.accuracy)
+        floor = max(floor or 0.0, quality_for(model, wanted, engine, texts, tasks[0], least, progress))
+        wanted = replace(wanted, most_damage=_most_damage(floor, engine))
     decision = make_plan(model, wanted, texts, job.seed, progress)
     decision = improve(model, wanted, decision, texts, progress)
-    return texts, Planned(decision.recipe, budget, decision.plan.bytes, sizes, decision.plan, engine, decision, wanted)
+    plan = decision.plan
+    return texts, Planned(decision.recipe, budget, plan.bytes, sizes, plan, engine, decision, wanted, limit=limit)
+
+
+def _most_damage(floor: float, engine: float) -> float:
+    """Return the KL that a floor of quality leaves to a plan.
+
+    Raises:
+        ImpossibleBudgetError: The engine alone costs more.
+    """
+    allowed = -math.log(floor) - engine
+    if allowed <= 0:
+        raise ImpossibleBudgetError(
+            f"A quality of {floor:g} cannot be met: llama.cpp's 8-bit activations alone cost {engine:.4f} nats per "
+            f"token, {-math.log(floor):.4f} are allowed. Ask for less --quality, at most {highest_quality(engine)}"
+        )
+    return allowed
 
 
 def check_job(job: Fit) -> None:
@@ -176,38 +231,47 @@ def check_job(job: Fit) -> None:
     Raises:
         BadInputError: Some do not, the preset is unknown, or a file is missing or damaged.
     """
-    effort = effort_of(job.preset)
+    effort, healed = effort_of(job.preset), job.heal is not None
     limits = (job.size, job.ram, job.speed, job.quality, job.accuracy)
-    if not any(limits) and job.bits is None and not job.format and not job.recipe:
-        raise BadInputError(
+    refusals = (
+        (
+            not any(limits) and job.bits is None and not job.format and not job.recipe,
             "Give a budget with --size (such as 70MB), --ram, --speed, --quality or --accuracy, "
-            "or a recipe with --recipe"
-        )
-    if job.method not in METHODS:
-        raise BadInputError(f"Unknown method `{job.method}`. Known: {', '.join(METHODS)}")
-    if job.recipe and job.time:
-        raise BadInputError("A recipe takes the time it takes: leave --time out, or the recipe")
-    if job.time and (effort.candidates == 1 or job.heal is not None):
-        raise BadInputError("--time is for --preset balanced or best, and decides the time of healing by itself")
-    if job.recipe and (job.ram or job.speed or job.quality or job.accuracy or job.heal is not None or job.seed):
-        raise BadInputError(
+            "or a recipe with --recipe",
+        ),
+        (job.method not in METHODS, f"Unknown method `{job.method}`. Known: {', '.join(METHODS)}"),
+        (job.recipe and job.time, "A recipe takes the time it takes: leave --time out, or the recipe"),
+        (
+            job.time and (effort.candidates == 1 or healed),
+            "--time is for --preset balanced or best, and decides the time of healing by itself",
+        ),
+        (
+            job.recipe and (any(limits[1:]) or healed or job.seed),
             "A recipe says all that is done: --ram, --speed, --quality, --accuracy, --heal and --seed would change "
-            "nothing. Leave them out, or the recipe"
-        )
-    if job.time and job.accuracy:
-        raise BadInputError("--accuracy builds models until one is right often enough: leave --time out, or that")
-    if job.accuracy and len(job.tasks) != 1:
-        raise BadInputError("--accuracy is a floor on one task: give it with --task FILE")
-    _check_used(job)
+            "nothing. Leave them out, or the recipe",
+        ),
+        (
+            job.time and job.accuracy,
+            "--accuracy builds models until one is right often enough: leave --time out, or that",
+        ),
+        (
+            job.accuracy and len(job.tasks) != 1,
+            "--accuracy is a floor on one task: give it with --task FILE",
+        ),
+        (
+            job.recipe and (job.preset or job.context),
+            "--preset and --context are for making a recipe: leave them out, or the recipe",
+        ),
+        (
+            job.context and not job.ram,
+            "--context is of the memory that --ram bounds: give --ram too, or leave it out",
+        ),
+    )
+    for wrong, message in refusals:
+        if wrong:
+            raise BadInputError(message)
     if job.data:
         read_corpus(list(job.data))
-
-
-def _check_used(job: Fit) -> None:
-    if job.recipe and (job.preset or job.context):
-        raise BadInputError("--preset and --context are for making a recipe: leave them out, or the recipe")
-    if job.context and not job.ram:
-        raise BadInputError("--context is of the memory that --ram bounds: give --ram too, or leave it out")
 
 
 def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
@@ -222,34 +286,6 @@ def _budget_of_recipe(budget: Budget | None, size: int) -> Budget:
             "Leave the budget out, or let `fit` make a recipe for it"
         )
     return budget or Budget("the recipe's size", size)
-
-
-def effort_within(
-    job: Fit, model: LanguageModel, sizes: Sizes, wanted: Wanted, texts: Texts, progress: Progress
-) -> Effort:
-    """Say about how long a run will take, or return what of an effort fits a limited time.
-
-    Raises:
-        ImpossibleBudgetError: What must be done takes longer than the time allows.
-    """
-    effort, known = replace(wanted.effort, candidates=most_candidates(wanted)), damages_known(model, texts)
-    prunes, pace = may_prune(sizes, wanted), pace_of(model, texts.calibration)
-    if job.time is None:
-        asked = effort if job.heal is None else replace(effort, tokens=0)  # whose learning takes what was asked for
-        expected = expected_seconds(asked, pace, prunes, known, job.prune)
-        progress(f"all of it takes about {say_time(expected + (job.heal or 0) * job.prune + job.tune)} here", 0, 1)
-        return wanted.effort
-    hurried = replace(effort, candidates=1, tokens=0, windows=effort.trial_windows)
-    least = expected_seconds(hurried, pace, prunes, known, job.prune)
-    if least > job.time:
-        raise ImpossibleBudgetError(
-            f"--time {say_time(job.time)} is too short: measuring, one candidate and its proof take about "
-            f"{say_time(least)} here. The smallest change that fits: --time {math.ceil(least / 60)}m"
-        )
-    several = expected_seconds(replace(hurried, candidates=2), pace, prunes, known, job.prune) <= job.time
-    # A second mix takes as long as a candidate, which learns besides.
-    within = replace(wanted.effort, mixes=1)
-    return within if several else replace(within, candidates=1, windows=effort.trial_windows)
 
 
 def sizes_before(model: LanguageModel, recipe: Recipe, texts: Texts) -> Sizes:

@@ -6,7 +6,7 @@ long with few bits. The final file is measured in the engine, on text that no tr
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from pocketlm.model.text import pack_windows
 from pocketlm.pipeline.cache import Finished, stage
 from pocketlm.pipeline.proof import compare_texts, measure_models, original_file
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
+from pocketlm.pipeline.timing import Limit
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.effort import trial_tokens_within
 from pocketlm.plan.pace import pace_of
-from pocketlm.plan.recipe import Recipe, from_dict, to_dict
+from pocketlm.plan.recipe import Recipe, Step, from_dict, to_dict
 from pocketlm.plan.search import Plan
 
 # Of validation text, in the original's tokens, to rank candidates on: with the 8 that training is watched on, 4 % of
@@ -43,18 +44,6 @@ LEARNING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Limit:
-    """A person's time: `seconds` from `began` on, by the monotonic clock."""
-
-    seconds: float
-    began: float
-
-    def left(self) -> float:
-        """Return the seconds that are left."""
-        return self.began + self.seconds - time.monotonic()
-
-
-@dataclass(frozen=True)
 class Trial:
     """A candidate that was built and measured on validation text.
 
@@ -66,7 +55,7 @@ class Trial:
         reference: The original's.
         kl: To the original, nats per token; None where vocabularies differ among the candidates.
         tokens: That it learnt from.
-        pace: Of them, per second; 0 where there were none.
+        learning: Seconds that it learnt, by step.
         seconds: Building and measuring it took.
         codes: Seconds that choosing codes took.
         proof: Seconds that the proof of a final file takes, guessed from what the engine took here.
@@ -79,7 +68,7 @@ class Trial:
     reference: tuple[float, ...]
     kl: float | None
     tokens: int
-    pace: float
+    learning: dict[str, float]
     seconds: float
     codes: float
     proof: float
@@ -88,6 +77,11 @@ class Trial:
     def bytes(self) -> int:
         """Of its file."""
         return self.file.stat().st_size
+
+    @property
+    def pace(self) -> float:
+        """Tokens that it learnt from in a second; 0 where there were none."""
+        return self.tokens / sum(self.learning.values()) if self.tokens else 0.0
 
     @property
     def ratio(self) -> Interval:
@@ -129,9 +123,10 @@ def search(
     limit: Limit | None,
     progress: Progress,
 ) -> Search:
-    """Build the rivals of a decision, rank them by perplexity, and give the best one its full training.
+    """Build the rivals of a decision, take the best one (see `best_of`), and give it its full training.
 
-    Every trial is kept: a search that was killed loses at most the one in hand.
+    Every trial is kept, and so is what a limited time was found to allow: a search that was killed loses at most the
+    trial in hand.
 
     Args:
         model: The original.
@@ -139,42 +134,47 @@ def search(
         wanted: What the person asks for.
         texts: Its validation part ranks.
         limit: Of the person's time; None where there is none. Two candidates are tried if they fit, more while most
-            of the time is left, and the winner learns from as many tokens as fit.
+            of the time is left, and the winner learns from as many tokens as fit, and no longer.
         progress: Called as the work goes on.
     """
     per_text = any(plan.vocabulary for plan in decision.rivals)
     most, seed = min(wanted.effort.trial_tokens, decision.heal), decision.recipe.seed
     few = wanted.windows(len(decision.rivals))
+    rivals = [asdict(plan) for plan in decision.rivals]
+    inputs = {"model": model.origin.key, "rivals": rivals, "wanted": asdict(wanted), "seed": seed, **texts.sha256}
+    inputs |= {"heal": decision.heal, "tune": decision.tune, "limit": limit and limit.key}
 
-    def trial_of(plan: Plan, heal: int) -> Trial:
+    def within(_: Path) -> int:
+        pace = pace_of(model, texts.calibration)
+        return trial_tokens_within(limit.left(), most, pace, decision.rivals[0].prunes)
+
+    # Before any trial, whose name they are part of: a resumed search has another time left.
+    heal = stage("trial-tokens", inputs, within).facts if limit else most
+
+    def trial_of(plan: Plan) -> Trial:
         return build(model, plan, recipe_of(plan, wanted, heal, 0, seed, few), texts, per_text, progress)
 
-    def produce(folder: Path) -> dict[str, Any]:
+    def produce(_: Path) -> dict[str, Any]:
         made: list[Trial] = []
-        heal = most
-        if limit:
-            spare, pace = LEARNING_SHARE * limit.left(), pace_of(model, texts.calibration)
-            heal = trial_tokens_within(limit.left(), most, pace, decision.rivals[0].prunes)
+        spare = LEARNING_SHARE * limit.left() if limit else 0.0
         for plan in decision.rivals:
             if limit and made and limit.left() < _needed(made) + spare * (len(made) > 1):
                 break
-            made.append(trial_of(plan, heal))
+            made.append(trial_of(plan))
             progress(f"candidates ({plan.describe()}: x{made[-1].ratio.value:.3f})", len(made), len(decision.rivals))
-        won = best_of(made)
+        won = best_of(made, wanted.most_damage)
+        recipe_with = partial(_recipe, won.plan, wanted, decision)
         if limit is None:
-            recipe = _recipe(won.plan, wanted, decision, decision.heal, wanted.effort.windows)
+            recipe = recipe_with(decision.heal, wanted.effort.windows)
         else:
-            won = won if won.pace else replace(won, pace=1 / pace.learning(1))
-            recipe = _longest(won, limit, wanted.effort.windows, partial(_recipe, won.plan, wanted, decision))
-        return {"trials": len(made), "heal": heal, "recipe": to_dict(recipe)}
+            pace = won.pace or 1 / pace_of(model, texts.calibration).learning(1)
+            recipe = _longest(won, limit, pace, wanted.effort.windows, recipe_with)
+        return {"trials": len(made), "recipe": to_dict(recipe)}
 
-    rivals = [asdict(plan) for plan in decision.rivals]
-    inputs = {"model": model.origin.key, "rivals": rivals, "wanted": asdict(wanted), "seed": seed, **texts.sha256}
-    inputs |= {"heal": decision.heal, "tune": decision.tune, "limit": limit and limit.seconds}
     done = stage("search", inputs, produce)
-    trials = tuple(trial_of(plan, done.facts["heal"]) for plan in decision.rivals[: done.facts["trials"]])
+    trials = tuple(trial_of(plan) for plan in decision.rivals[: done.facts["trials"]])
     recipe = from_dict(done.facts["recipe"], "the search")
-    return Search(trials, best_of(trials), recipe, len(decision.rivals) - len(trials))
+    return Search(trials, best_of(trials, wanted.most_damage), recipe, len(decision.rivals) - len(trials))
 
 
 def _recipe(plan: Plan, wanted: Wanted, decision: Decision, tokens: int, windows: int) -> Recipe:
@@ -186,24 +186,65 @@ def _needed(made: Sequence[Trial]) -> float:
     return max(trial.seconds + trial.codes + trial.proof for trial in made)
 
 
-def _longest(won: Trial, limit: Limit, windows: int, recipe_with: Callable[[int, int], Recipe]) -> Recipe:
+def _longest(won: Trial, limit: Limit, pace: float, windows: int, recipe_with: Callable[[int, int], Recipe]) -> Recipe:
     """Return the recipe that learns from as many tokens as fit, its codes chosen anew from `windows` if time allows.
 
-    Where not even as many tokens fit as the winner learnt from, it is the winner's own.
+    Where not even as many tokens fit as the winner learnt from, it is the winner's own. On a machine that slows down,
+    its trainings end by the clock.
 
     Args:
         won: The winner.
         limit: Of the person's time.
+        pace: Tokens that it learns from in a second.
         windows: Of text, for the statistics of quantizing.
         recipe_with: From tokens and windows to a recipe.
     """
     before = next(step.windows for step in won.recipe.steps if step.step == "quantize")
-    spare = MARGIN * (limit.left() - won.proof)
-    again = recipe_with(int(max(0.0, spare - won.codes * windows / before) * won.pace), windows)
-    as_was = recipe_with(int(max(0.0, spare) * won.pace), before)
+    spare = limit.left() - won.proof
+
+    def learning_for(seconds: float, windows: int) -> Recipe:
+        recipe = recipe_with(int(max(0.0, MARGIN * seconds) * pace), windows)
+        return _ending(recipe, seconds, won.learning)
+
+    again = learning_for(spare - won.codes * windows / before, windows)
+    as_was = learning_for(spare, before)
     kept = as_was.steps[: _codes_at(as_was)] == won.recipe.steps[: _codes_at(won.recipe)]
-    choices = [as_was] if kept and windows == before else [again, *[as_was] * kept]
+    choices = [again]
+    if kept:
+        choices = [as_was] if windows == before else [again, as_was]
     return next((recipe for recipe in choices if _learnt(recipe) > won.tokens), won.recipe)
+
+
+def _ending(recipe: Recipe, seconds: float, took: Mapping[str, float]) -> Recipe:
+    """Return a recipe whose trainings end after some seconds together.
+
+    Args:
+        recipe: With tokens that are expected to take less.
+        seconds: For all trainings.
+        took: What each took in a trial, by step, to share them out by; by tokens where there was none.
+    """
+    trained = [step for step in recipe.steps if step.step in LEARNING]
+    timed = all(took.get(step.step) for step in trained)
+    parts = {step.step: took[step.step] if timed else step.tokens for step in trained}
+    ends = {step: seconds * part / sum(parts.values()) for step, part in parts.items()}
+    steps = (replace(step, seconds=ends[step.step]) if step.step in ends else step for step in recipe.steps)
+    return replace(recipe, steps=tuple(steps))
+
+
+def as_learnt(recipe: Recipe, stages: Sequence[Finished]) -> Recipe:
+    """Return a recipe whose trainings stop where their time was over, and so make the same model without a clock.
+
+    Args:
+        recipe: What was run.
+        stages: What came of it: the original, then one for each step.
+    """
+
+    def ended(step: Step, done: Finished) -> Step:
+        if not getattr(step, "seconds", 0.0):
+            return step
+        return replace(step, seconds=0.0, stop=done.facts["details"].get("ended_at_step", step.stop))
+
+    return replace(recipe, steps=tuple(ended(*pair) for pair in zip(recipe.steps, stages[1:], strict=True)))
 
 
 def _codes_at(recipe: Recipe) -> int:
@@ -252,7 +293,7 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
             "losses": found.losses["candidate"].tolist(),
             "reference": found.losses["original"].tolist(),
             "kl": kl and kl.value,
-            "learning": sum(took.get(step, 0.0) for step in LEARNING),
+            "learning": {step: took[step] for step in LEARNING if step in took},
             "seconds": sum(took.values()) + reading,
             "codes": took["quantize"],
             "proof": PROOF_READINGS * in_engine,
@@ -261,7 +302,6 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
     inputs = {"model": model.origin.key, "recipe": to_dict(recipe), "per_text": per_text, **texts.sha256}
     done = stage("trial", inputs, produce)
     facts = done.facts
-    tokens = _learnt(recipe)
     return Trial(
         plan=plan,
         recipe=recipe,
@@ -269,8 +309,8 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
         losses=tuple(facts["losses"]),
         reference=tuple(facts["reference"]),
         kl=facts["kl"],
-        tokens=tokens,
-        pace=tokens / facts["learning"] if facts["learning"] else 0.0,
+        tokens=_learnt(recipe),
+        learning=facts["learning"],
         seconds=facts["seconds"],
         codes=facts["codes"],
         proof=facts["proof"],
@@ -293,8 +333,14 @@ def _compared(models: dict[str, LanguageModel], windows: Tensor, per_text: bool,
     return compare_texts(logits, models, windows, reading) if per_text else compare(logits, windows, reading)
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
-    """Return what has the lowest perplexity; what prunes nothing, unless another beats it by more than noise."""
+def best_of(trials: Sequence[Trial], allowed: float | None = None) -> Trial:
+    """Return what has the lowest perplexity; what prunes nothing, unless another beats it by more than noise.
+
+    Under a floor of quality, `allowed` nats per token of KL, it is the smallest that keeps it, or that of the least KL.
+    """
+    if allowed is not None:
+        keeping = [trial for trial in trials if trial.kl <= allowed]
+        return min(keeping, key=lambda trial: trial.plan.bytes) if keeping else min(trials, key=lambda trial: trial.kl)
     best = min(trials, key=lambda trial: trial.ratio.value)
     simple = alone_of(trials) or best
     return best if best is simple or best.against(simple).high < 1 else simple

@@ -168,7 +168,7 @@ def unit_options(
         wanted = {name: format_name(fixed, name, sizes.groups[name]) for name in names}
         if all(wanted.values()):
             only = wanted[names[0]]
-            allowed = {only: damages[unit].get(only, 0.0)}
+            allowed = {only: _damage_of(only, damages[unit])}
         options[unit] = [
             Option(
                 form,
@@ -181,6 +181,15 @@ def unit_options(
     everything = {name: options[unit][0].format for unit, names in sizes.units(shape).items() for name in names}
     base = sizes.total(shape, with_fixed(everything, fixed)) - sum(choices[0].bytes for choices in options.values())
     return base, options
+
+
+def _damage_of(form: str, measured: Mapping[str, float]) -> float:
+    """Return the damage of a format that a person fixed.
+
+    What is not offered is not measured: 16 bits cost nothing, binary and ternary formats no less than the coarsest one
+    that was measured.
+    """
+    return measured.get(form, 0.0 if form == "F16" else max(measured.values()))
 
 
 def by_group(options: Mapping[str, list[Option]]) -> dict[str, list[Option]]:

@@ -1,5 +1,6 @@
 """Budgets as people write them: `70MB`, `0.5GiB`, `40%`, `5m`."""
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,6 +60,12 @@ def parse_quality(text: str) -> float:
         BadInputError: The text is no share.
     """
     return _share(text, "quality", "exp(-KL)")
+
+
+def highest_quality(kl: float) -> str:
+    """Return the highest floor of quality that a KL, in nats per token, keeps to, as a person may write it."""
+    decimals = 4 + int(kl / math.log(10))
+    return f"{math.floor(10**decimals * math.exp(-kl)) / 10**decimals:.{decimals}f}"
 
 
 def parse_accuracy(text: str) -> float:

@@ -4,19 +4,19 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import Tokens
-from pocketlm.plan.budget import Budget, say_bytes
+from pocketlm.plan.budget import Budget, highest_quality, say_bytes
 from pocketlm.plan.effort import PRESETS, Effort
 from pocketlm.plan.footprint import Costs, Footprint, measure_layout
 from pocketlm.plan.pace import tokens_in, tuned_tokens_in
-from pocketlm.plan.recipe import Recipe, from_dict
+from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, choose
 from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, vocabulary_damage, width_damage
 from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, recipe_bytes, sizes_of, smallest_shape
@@ -57,6 +57,7 @@ class Wanted:
             as many tokens as the effort says where None.
         tune_seconds: Time for tuning after quantizing, turned into tokens likewise.
         most_damage: The largest KL that the plan may expect; its bytes are the fewest for that. None for any.
+        engine: KL that the engine's 8-bit activations add to what a plan expects.
     """
 
     budget: Budget
@@ -69,6 +70,7 @@ class Wanted:
     heal_seconds: float | None = None
     tune_seconds: float = 0.0
     most_damage: float | None = None
+    engine: float = 0.0
 
     def windows(self, candidates: int) -> int:
         """Return the windows of calibration text to quantize with, while so many candidates are tried."""
@@ -94,6 +96,9 @@ class Decision:
     rivals: tuple[Plan, ...]
     heal: int
     tune: int
+
+
+_DECISION, _PLAN = TypeAdapter(Decision), TypeAdapter(Plan)
 
 
 def measure_formats(
@@ -264,14 +269,14 @@ def _kinds(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted)
         ImpossibleBudgetError: No kind fits.
     """
     if wanted.effort.candidates == 1:
-        return [_chosen(model, sizes, damages, wanted, None)]
+        return [best_plan(model, sizes, damages, wanted)]
     whole, kinds = sizes.original, {}
     for shape in candidate_shapes(sizes, len(damages.depth)):
         kinds.setdefault((shape.blocks != whole.blocks, shape.ffn != whole.ffn), []).append(shape)
     plans, refusal = [], None
     for shapes in kinds.values():
         try:
-            plans.append(_chosen(model, sizes, damages, wanted, shapes))
+            plans.append(best_plan(model, sizes, damages, wanted, shapes))
         except ImpossibleBudgetError as error:
             refusal = error
     if not plans:
@@ -302,8 +307,14 @@ def _trimmed(model: LanguageModel, damages: Damages, wanted: Wanted, documents: 
     return plans
 
 
-def _chosen(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted, shapes: list[Shape] | None) -> Plan:
-    """Return the best plan of some shapes whose layout, measured in the engine, keeps to memory and speed."""
+def best_plan(
+    model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted, shapes: list[Shape] | None = None
+) -> Plan:
+    """Return the best plan of some shapes whose layout, measured in the engine, keeps to memory and speed.
+
+    Raises:
+        ImpossibleBudgetError: None does.
+    """
     asked = aimed = wanted.budget
     for _ in range(TRIES):
         plan = choose(sizes, damages, aimed, wanted.fixed, wanted.costs, shapes)
@@ -327,8 +338,9 @@ def fewest_bytes(sizes: Sizes, damages: Damages, wanted: Wanted, most_damage: fl
     least = choose(sizes, damages, wanted.budget, wanted.fixed, wanted.costs).damage
     if least > most_damage:
         raise ImpossibleBudgetError(
-            f"{wanted.budget.text} cannot be met: the best plan for it expects a KL of {least:.4f}, "
-            f"{most_damage:.4f} are allowed. Ask for less --quality, or for a larger budget"
+            f"{wanted.budget.text} cannot be met: the best plan expects a KL of {least + wanted.engine:.4f}, "
+            f"{most_damage + wanted.engine:.4f} are allowed. Ask for less --quality, at most "
+            f"{highest_quality(least + wanted.engine)}, or for a larger budget"
         )
     while high - low > high // 1000:
         middle = (low + high) // 2
@@ -356,30 +368,11 @@ def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, 
     return recipe
 
 
-def from_facts(facts: dict[str, Any]) -> Decision:
+def read_decision(facts: object) -> Decision:
     """Return a decision that was written as plain data."""
-    damages = facts["damages"]
-    return Decision(
-        from_dict(facts["recipe"], "the plan"),
-        _read_plan(facts["plan"]),
-        Damages(
-            tuple((block, kl) for block, kl in damages["depth"]),
-            {int(width): kl for width, kl in damages["width"].items()},
-            damages["formats"],
-            {int(count): nats for count, nats in damages["vocabulary"].items()},
-        ),
-        tuple(_read_plan(plan) for plan in facts["rivals"]),
-        facts["heal"],
-        facts["tune"],
-    )
+    return _DECISION.validate_python(facts)
 
 
-def _read_plan(facts: dict[str, Any]) -> Plan:
-    read = {
-        "shape": Shape(**facts["shape"]),
-        "drop": tuple(facts["drop"]),
-        "measured": tuple(facts["measured"]),
-        "units": {unit: tuple(choice) for unit, choice in facts["units"].items()},
-        "footprint": facts["footprint"] and Footprint(**facts["footprint"]),
-    }
-    return Plan(**facts | read)
+def read_plan(facts: object) -> Plan:
+    """Return a plan that was written as plain data."""
+    return _PLAN.validate_python(facts)

@@ -69,14 +69,20 @@ def expected_seconds(effort: Effort, pace: Pace, prunes: bool, known: bool, lear
         learns: Whether a plan that prunes nothing may learn, if the effort says so.
     """
     candidates = effort.candidates if prunes else 1
-    passes, statistics = PROOF_PASSES + CODES_PASSES, STATISTICS_PASSES * effort.windows
-    passes += 0 if known else FORMATS_PASSES + PRUNING_PASSES * prunes
+    passes = PROOF_PASSES + (0 if known else FORMATS_PASSES + PRUNING_PASSES * prunes)
     learnt = effort.tokens if prunes or (effort.tunes and learns) else 0
+    codes = codes_seconds(effort.windows, pace)
+    each = codes_seconds(effort.trial_windows, pace) if candidates > 1 else codes
     if candidates > 1:
-        passes += candidates * (CANDIDATE_PASSES + CODES_PASSES)
-        statistics += candidates * STATISTICS_PASSES * effort.trial_windows
+        passes += candidates * CANDIDATE_PASSES
+        codes += candidates * each
         learnt += candidates * effort.trial_tokens
-    return pace.plain * passes + pace.fast * statistics + pace.learning(learnt)
+    return pace.plain * passes + codes + (effort.mixes - 1) * each + pace.learning(learnt)
+
+
+def codes_seconds(windows: int, pace: Pace) -> float:
+    """Return about how long choosing the codes of a mix takes, from so many windows of text."""
+    return pace.plain * CODES_PASSES + pace.fast * STATISTICS_PASSES * windows
 
 
 def trial_tokens_within(seconds: float, tokens: int, pace: Pace, chooses: bool) -> int:

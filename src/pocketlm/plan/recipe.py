@@ -96,11 +96,12 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
 
 def _check_training(step: Distil | Tune, where: str) -> None:
     counts = {name: getattr(step, name) for name in ("tokens", "windows_per_step", "evaluations")}
-    if min(counts.values()) < 1 or not 0 <= step.warm_up <= 1:
-        given = ", ".join(f"{name} {value:g}" for name, value in (counts | {"warm_up": step.warm_up}).items())
+    others = {name: getattr(step, name) for name in ("warm_up", "stop", "seconds")}
+    if min(counts.values()) < 1 or not 0 <= step.warm_up <= 1 or min(others.values()) < 0:
+        given = ", ".join(f"{name} {value:g}" for name, value in (counts | others).items())
         raise BadInputError(
             f"{where}: `{step.step}` needs `tokens`, `windows_per_step` and `evaluations` of at least 1 and `warm_up` "
-            f"from 0 to 1; given: {given}"
+            f"from 0 to 1, `stop` and `seconds` of at least 0; given: {given}"
         )
     if isinstance(step, Distil):
         step.check()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,7 +145,8 @@ def choose(
     """Return the shape and formats with the least expected damage among all that fit the budget.
 
     Every shape is tried with its best mix of formats per group; then the best shape's mix is solved tensor by tensor.
-    Damages are added up.
+    Where groups of one format each do not fit, as may be under several limits at once, the smallest shape and the
+    largest are tried tensor by tensor. Damages are added up.
 
     Args:
         sizes: Of the model.
@@ -160,23 +162,24 @@ def choose(
     shapes = candidate_shapes(sizes, len(damages.depth)) if shapes is None else shapes
     fixed = dict(fixed or {})
     narrowest = min(damages.width, default=sizes.original.ffn)  # beyond what was measured nothing is known
-    best: tuple[float, Shape] | None = None
-    for shape in shapes:
-        if shape.ffn < narrowest:
-            continue
-        base, options = _options(sizes, damages, shape, fixed, costs)
-        try:
-            mix = solve(by_group(options), _limits(budget, base, costs))
-        except ImpossibleBudgetError:
-            continue
-        total = shape_damage(sizes, damages, shape) + sum(option.damage for option in mix.values())
-        if best is None or total < best[0]:
-            best = total, shape
-    if best is None:
+    known = [shape for shape in shapes if shape.ffn >= narrowest]
+
+    def fitting(shapes: Sequence[Shape], grouped: bool) -> dict[Shape, float]:
+        """Return the least expected damage of each shape that fits the budget."""
+        found = {}
+        for shape in shapes:
+            base, options = _options(sizes, damages, shape, fixed, costs)
+            with suppress(ImpossibleBudgetError):
+                mix = solve(by_group(options) if grouped else options, _limits(budget, base, costs))
+                found[shape] = shape_damage(sizes, damages, shape) + sum(option.damage for option in mix.values())
+        return found
+
+    expected = fitting(known, True) or fitting([*known[:1], *known[1:][-1:]], False)
+    if not expected:
         raise ImpossibleBudgetError(
             f"{budget.text} cannot be met with what was measured and fixed. Try a larger budget, or fix fewer tensors"
         )
-    shape = best[1]
+    shape = min(expected, key=expected.__getitem__)
     base, options = _options(sizes, damages, shape, fixed, costs)
     chosen = solve(options, _limits(budget, base, costs))
     return Plan(

@@ -47,6 +47,10 @@ class Distil:
     """How often the held-out divergence is measured; the best of these checkpoints is kept."""
     patience: int = 0
     """Evaluations without a new best after which the training stops; 0 for never."""
+    stop: int = 0
+    """Steps after which it ends, at the learning rate of all `tokens`, as where its time was over; 0 for never."""
+    seconds: float = 0.0
+    """Time after which it ends with the step in hand; 0 for never."""
     loss: Kind = "forward_kl"
     temperature: float = 1.0
     share: float | None = None
@@ -190,6 +194,8 @@ def _trained(
         steps=steps,
         evaluations=config.evaluations,
         patience=config.patience,
+        stop=config.stop,
+        seconds=config.seconds,
         folder=folder,
         crew=crew,
     )
@@ -261,4 +267,4 @@ def _report(done: Training, loss: Loss) -> StepReport:
         summary = f"distillation did not lower the held-out {what}, so the model is kept as it was"
     if done.rollbacks:
         summary += f"; the loss diverged {len(done.rollbacks)} times, undone with half the learning rate each time"
-    return StepReport("distil", summary, done.details | {"kept": best < before})
+    return StepReport("distil", summary + done.ending, done.details | {"kept": best < before})

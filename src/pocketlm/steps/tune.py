@@ -41,6 +41,10 @@ class Tune:
     warm_up: float = 0.1
     evaluations: int = 4
     """How often the held-out divergence is measured; the best of these checkpoints is kept."""
+    stop: int = 0
+    """Steps after which it ends, at the learning rate of all `tokens`, as where its time was over; 0 for never."""
+    seconds: float = 0.0
+    """Time after which it ends with the step in hand; 0 for never."""
     seed: int = 0
 
 
@@ -82,7 +86,7 @@ def tune(
     models = teacher, student.network
     stored, done = together(devices, _tuned, models, packed, config, text, folder, progress=progress)
     summary = f"tuning {config.train}: held-out KL {done.held_out_kl[0][1]:.4f} -> {done.lowest:.4f} nats per token"
-    return student, stored, StepReport("tune", summary, done.details)
+    return student, stored, StepReport("tune", summary + done.ending, done.details)
 
 
 def _tuned(
@@ -107,6 +111,8 @@ def _tuned(
         batches=lambda start: map(crew.share, batches(windows, config.windows_per_step, steps, config.seed, start)),
         steps=steps,
         evaluations=config.evaluations,
+        stop=config.stop,
+        seconds=config.seconds,
         folder=folder,
         crew=crew,
     )
