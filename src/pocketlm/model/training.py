@@ -68,7 +68,8 @@ class Training:
         losses: Nats per trained position of each step.
         tokens: Of each step.
         rollbacks: (step, loss) of each divergence that was undone.
-        seconds: Evaluations included.
+        seconds: Evaluations included, but for the first.
+        measuring: Seconds of all evaluations.
         out_of_time: Whether its time was over before its last step.
     """
 
@@ -77,6 +78,7 @@ class Training:
     tokens: list[int] = field(default_factory=list)
     rollbacks: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    measuring: float = 0.0
     out_of_time: bool = False
 
     @property
@@ -94,6 +96,7 @@ class Training:
         """The figures for a report."""
         speed = sum(self.tokens) / self.seconds if self.seconds else 0.0
         figures = {"losses": self.losses, "held_out_kl": self.held_out_kl, "tokens_per_second": round(speed, 1)}
+        figures |= {"seconds_measuring": round(self.measuring, 1)}
         figures |= {"ended_at_step": len(self.losses)} if self.out_of_time else {}
         return figures | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
 
@@ -148,12 +151,16 @@ def train(
         PocketlmError: The loss is still not a number with the lowest learning rate, and nothing was learnt before.
     """
     crew = course.crew
+    crew.align(update.parameters)
+    done, best = _found(course, update) or (Training(), update.weights())
 
     def measured() -> float:
-        return crew.agree(held_out_kl)
+        began = time.monotonic()
+        value = crew.agree(held_out_kl)
+        done.measuring += time.monotonic() - began
+        return value
 
-    crew.align(update.parameters)
-    done, best = _found(course, update) or (Training(held_out_kl=[(0, measured())]), update.weights())
+    done.held_out_kl = done.held_out_kl or [(0, measured())]
     evaluated_at, due = course.evaluated_at(), time.monotonic() + CHECKPOINT_SECONDS
     before, began, read = done.seconds, time.monotonic(), 0
 

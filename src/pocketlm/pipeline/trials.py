@@ -28,7 +28,7 @@ from pocketlm.pipeline.timing import Limit
 from pocketlm.plan.decide import Decision, Wanted, recipe_of
 from pocketlm.plan.effort import trial_tokens_within
 from pocketlm.plan.pace import pace_of
-from pocketlm.plan.recipe import Recipe, Step, from_dict, to_dict
+from pocketlm.plan.recipe import Recipe, Step, from_dict, learnt_tokens, to_dict
 from pocketlm.plan.search import Plan
 
 # Of validation text, in the original's tokens, to rank candidates on: with the 8 that training is watched on, 4 % of
@@ -38,6 +38,7 @@ LEARNING = ("distil", "tune")
 # The proof of the final file, in times that the engine takes to load both files and read one window.
 PROOF_READINGS = 36
 MARGIN = 0.95  # of the time that is left is given to learning
+MEASURED_AGAIN = 2.5  # times as often as a trial's is a long training measured: at its start and four times
 # Of a limited time, while more than two candidates are tried: at 40 to 90 MB of the reference model one of the first
 # two won, and at 60 MB the other four took longer than the winner learnt.
 LEARNING_SHARE = 0.5
@@ -59,6 +60,7 @@ class Trial:
         seconds: Building and measuring it took.
         codes: Seconds that choosing codes took.
         proof: Seconds that the proof of a final file takes, guessed from what the engine took here.
+        measuring: Seconds of learning that went into measuring what was learnt, twice.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class Trial:
     seconds: float
     codes: float
     proof: float
+    measuring: float
 
     @property
     def bytes(self) -> int:
@@ -80,8 +83,8 @@ class Trial:
 
     @property
     def pace(self) -> float:
-        """Tokens that it learnt from in a second; 0 where there were none."""
-        return self.tokens / sum(self.learning.values()) if self.tokens else 0.0
+        """Tokens that it learnt from in a second, but for measuring; 0 where there were none."""
+        return self.tokens / (sum(self.learning.values()) - self.measuring) if self.tokens else 0.0
 
     @property
     def ratio(self) -> Interval:
@@ -200,19 +203,19 @@ def _longest(won: Trial, limit: Limit, pace: float, windows: int, recipe_with: C
         recipe_with: From tokens and windows to a recipe.
     """
     before = next(step.windows for step in won.recipe.steps if step.step == "quantize")
-    spare = limit.left() - won.proof
+    spare = limit.left() - won.proof - MEASURED_AGAIN * won.measuring
 
     def learning_for(seconds: float, windows: int) -> Recipe:
         recipe = recipe_with(int(max(0.0, MARGIN * seconds) * pace), windows)
         return _ending(recipe, seconds, won.learning)
 
-    again = learning_for(spare - won.codes * windows / before, windows)
+    again = learning_for(spare - won.codes * (1 + windows / before) / 2, windows)  # half of it is reading the text
     as_was = learning_for(spare, before)
     kept = as_was.steps[: _codes_at(as_was)] == won.recipe.steps[: _codes_at(won.recipe)]
     choices = [again]
     if kept:
         choices = [as_was] if windows == before else [again, as_was]
-    return next((recipe for recipe in choices if _learnt(recipe) > won.tokens), won.recipe)
+    return next((recipe for recipe in choices if learnt_tokens(recipe) > won.tokens), won.recipe)
 
 
 def _ending(recipe: Recipe, seconds: float, took: Mapping[str, float]) -> Recipe:
@@ -249,11 +252,6 @@ def as_learnt(recipe: Recipe, stages: Sequence[Finished]) -> Recipe:
 
 def _codes_at(recipe: Recipe) -> int:
     return 1 + [step.step for step in recipe.steps].index("quantize")
-
-
-def _learnt(recipe: Recipe) -> int:
-    """Return the tokens that a recipe learns from."""
-    return sum(step.tokens for step in recipe.steps if step.step in LEARNING)
 
 
 def _seconds_of(done: Finished, recipe: Recipe) -> float:
@@ -297,6 +295,7 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
             "seconds": sum(took.values()) + reading,
             "codes": took["quantize"],
             "proof": PROOF_READINGS * in_engine,
+            "measuring": sum(each.facts["details"].get("seconds_measuring", 0.0) for each in made.stages),
         }
 
     inputs = {"model": model.origin.key, "recipe": to_dict(recipe), "per_text": per_text, **texts.sha256}
@@ -309,11 +308,12 @@ def build(model: LanguageModel, plan: Plan, recipe: Recipe, texts: Texts, per_te
         losses=tuple(facts["losses"]),
         reference=tuple(facts["reference"]),
         kl=facts["kl"],
-        tokens=_learnt(recipe),
+        tokens=learnt_tokens(recipe),
         learning=facts["learning"],
         seconds=facts["seconds"],
         codes=facts["codes"],
         proof=facts["proof"],
+        measuring=facts["measuring"],
     )
 
 
