@@ -554,7 +554,7 @@ def test_a_cut_that_memory_has_no_room_for_is_refused_before_it_is_measured(tmp_
     monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
     source, data = str(tiny_folder("llama", tmp_path / "tiny")), (_text(tmp_path),)
     model = load(source)
-    tokens = gather_texts(model, list(data), 0, silent).calibration.windows.numel()
+    tokens = gather_texts(model, list(data), 0, silent).calibration.first(128).numel()
     held = 2 * 4 * model.parameters + tokens * 8 * 4 * 64
     monkeypatch.setattr(preflight, "machine", lambda: SimpleNamespace(memory_available_bytes=held - 1))
     monkeypatch.setattr(pruning, "depth_damage", None)
