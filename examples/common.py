@@ -18,10 +18,10 @@ import httpx
 
 from pocketlm.api import Distil, Distillation, distill, load
 from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.interval import wilson
 from pocketlm.model.examples import Example, pack_examples
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import gather_texts, silent
-from pocketlm.run.server.calibration import wilson
 from pocketlm.steps.quantize import Quantize, quantize
 
 LENGTH = 512  # tokens of a window that examples are packed into
@@ -177,5 +177,5 @@ def share(right: int, count: int) -> str:
     """Return a share in percent with its 95 % interval (Wilson)."""
     if not count:
         return "-"
-    low, high = wilson(right, count)
-    return f"{right / count:.1%} [{low:.1%}, {high:.1%}]"
+    found = wilson(right, count)
+    return f"{found.value:.1%} [{found.low:.1%}, {found.high:.1%}]"

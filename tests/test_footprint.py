@@ -1,6 +1,7 @@
 """Budgets of memory and speed: hollow files are of the layout they stand for, and plans keep to what was measured."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -126,8 +127,27 @@ def test_a_floor_of_quality_takes_the_fewest_bytes_that_keep_it(tiny_model: Tiny
         plan = decided(floor)
         assert plan.damage <= floor
         assert decided(None, int(plan.bytes * 0.997)).damage > floor
-    with pytest.raises(ImpossibleBudgetError, match="Ask for less --quality"):
+    with pytest.raises(ImpossibleBudgetError, match="Ask for less --quality") as refused:
         decided(1e-9)
+    suggested = parse_quality(str(refused.value).partition("at most ")[2].partition(",")[0])
+    assert decided(-math.log(suggested)).damage <= -math.log(suggested)
+
+
+def test_a_mix_that_no_whole_groups_make_is_found(tiny_model: Tiny):
+    """One block's FFN alone may be in the larger and faster format, and must be."""
+    sizes = sizes_of(tiny_model("llama"))
+    units = sizes.units(sizes.original)
+    damages = Damages(formats={unit: {"Q4_0": 0.2, "Q8_0": 0.1} for unit in units})
+    costs = Costs(512, 0.0, dict.fromkeys(("Q4_0", "Q8_0", "F16"), 1.0), {"Q4_0": 2.0, "Q8_0": 1.0, "F16": 1.0})
+    slow = dict.fromkeys(sizes.group_names, "Q4_0")
+    mix = slow | dict.fromkeys(units["1.ffn_in"], "Q8_0")
+    size, (_, seconds) = sizes.total(sizes.original, mix), costs.of(sizes, sizes.original, mix)
+    plan = choose(sizes, damages, Budget("b", size, speed=0.9999 / seconds), costs=costs)
+    assert plan.bytes <= size
+    assert costs.of(sizes, sizes.original, plan.formats)[1] <= seconds * 1.0002
+    assert [unit.partition(".")[2] for unit, (form, *_) in plan.units.items() if form == "Q8_0"] == ["ffn_in"]
+    with pytest.raises(ImpossibleBudgetError, match="cannot be met with what was measured"):
+        choose(sizes, damages, Budget("b", size - 1000, speed=0.9999 / seconds), costs=costs)
 
 
 def test_qualities_are_read_as_people_write_them():

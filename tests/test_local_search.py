@@ -13,13 +13,16 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import as_tokens
 from pocketlm.pipeline.local_search import MOST_CHANGE, best_of, corrected, improve, next_expected, shared_out
 from pocketlm.pipeline.stages import Texts, silent
+from pocketlm.plan import decide as decide_module
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.decide import Decision, Wanted, decide, measure_formats
 from pocketlm.plan.effort import PRESETS
+from pocketlm.plan.footprint import Costs, Footprint
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, choose
 from pocketlm.plan.sizes import Shape, budget_range, sizes_of
 from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.tensors.formats import FORMATS
 
 GENERATOR = torch.Generator().manual_seed(0)
 WINDOWS, HELD_OUT = (torch.randint(3, 300, (rows, 32), generator=GENERATOR) for rows in (8, 4))
@@ -140,6 +143,49 @@ def test_a_largest_kl_is_kept_to_by_measuring(
     assert found.damage <= allowed
     assert (found.measured[0] > allowed) == (wrong < 1)
     assert (found.bytes < first.plan.bytes) == (wrong > 1)
+
+
+def test_a_floor_beside_a_limit_of_memory_is_kept_to_by_measuring_too(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(decide_module, "measure_layout", lambda *_: Footprint(10, 10.0))
+    model = in_16_bits(tiny_model("llama"))
+    sizes = sizes_of(model)
+    formats = measure_formats(model, TEXTS.calibration, TEXTS.validation, silent)
+    allowed = sum(by_format["Q5_0"] for by_format in formats.values())
+    half = Damages(formats={unit: {n: kl / 2 for n, kl in each.items()} for unit, each in formats.items()})
+    every = dict.fromkeys(("F16", *FORMATS), 1.0)
+    wanted = Wanted(
+        budget=Budget("any", budget_range(sizes)[1], memory=10**9, context=64),
+        costs=Costs(64, 0.0, every, every),
+        prune=False,
+        most_damage=allowed,
+    )
+    first = decide(model, wanted, half, (TEXTS.calibration, TEXTS.validation), [], 0, silent)
+    found = improve(model, wanted, first, TEXTS, silent).plan
+    assert found.measured[0] > allowed >= found.damage
+    assert found.footprint == Footprint(10, 10.0)
+
+
+def test_a_format_that_nobody_measured_has_its_share_of_the_damage(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ternary numbers are taken where a person says so alone, and break more than all else together."""
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    model = in_16_bits(tiny_model("llama", intermediate_size=256))
+    sizes, fixed = sizes_of(model), {"ffn_out": "TQ2_0"}
+    formats = measure_formats(model, TEXTS.calibration, TEXTS.validation, silent)
+    assert "TQ2_0" not in formats["0.ffn_out"]
+    wanted = Wanted(budget=Budget("any", budget_range(sizes, False, fixed)[1]), prune=False, fixed=fixed)
+    first = decide(model, wanted, Damages(formats=formats), (TEXTS.calibration, TEXTS.validation), [], 0, silent)
+    ternary = [unit for unit in first.plan.units if unit.endswith("ffn_out")]
+    assert all(first.plan.units[unit][2] >= max(formats[unit].values()) for unit in ternary)
+    found = improve(model, wanted, first, TEXTS, silent).plan
+    assert sum(found.units[unit][2] for unit in ternary) > 0.9 * found.damage > 0
+    expected = [first.plan.units[unit][2] / first.plan.damage for unit in ternary]
+    shares = [found.units[unit][2] / found.damage for unit in ternary]
+    assert shares != pytest.approx(expected, rel=0.01), "measured, not guessed"
 
 
 def test_what_to_expect_is_read_off_between_two_mixes():

@@ -25,9 +25,10 @@ from pocketlm.pipeline.plan_stages import measure_damages
 from pocketlm.pipeline.planning import Fit
 from pocketlm.pipeline.stages import Texts, gather_texts
 from pocketlm.plan.allocation import unit_options
-from pocketlm.plan.budget import Budget, parse_size, parse_time, say_bytes
+from pocketlm.plan.budget import Budget, highest_quality, parse_quality, parse_size, parse_time, say_bytes
 from pocketlm.plan.decide import Wanted, healing_rate
 from pocketlm.plan.effort import PRESETS
+from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, check_budget, choose, shape_damage
 from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
@@ -614,11 +615,50 @@ def test_what_fits_has_the_formats_that_are_not_up_for_choice(sizes: Sizes):
         (Fit(model="demo"), "Give a budget with --size"),
         (Fit(model="demo", format="q4_0", method="typo"), "Unknown method `typo`. Known: descent, gptaq, gptq, rtn"),
         (Fit(model="demo", accuracy="0.9", time=600.0), "leave --time out, or that"),
+        (Fit(model="demo", size="1MB", time=600.0, preset="fast"), "--time is for --preset balanced or best"),
+        (Fit(model="demo", size="1MB", time=600.0, heal=0.0), "--time is for --preset balanced or best"),
+        (Fit(model="demo", size="1MB", context=64), "give --ram too"),
     ],
 )
 def test_jobs_that_cannot_be_are_refused_before_any_work(job: Fit, words: str):
     with pytest.raises(BadInputError, match=re.escape(words)):
         planning.check_job(job)
+
+
+def test_a_quality_that_the_engine_alone_misses_is_refused_before_anything_is_measured(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning, "engine_damage", lambda *_: 0.005)
+    monkeypatch.setattr(planning, "make_plan", lambda *_: pytest.fail("nothing can be met"))
+    job = Fit(model="tiny", quality="0.996", out=tmp_path / "out", preset="fast")
+    with pytest.raises(ImpossibleBudgetError, match=r"alone cost 0\.0050.* 0\.0040 are allowed") as refused:
+        planning.prepare(job, tiny_model("llama"), silent)
+    suggested = parse_quality(str(refused.value).partition("at most ")[2])
+    assert suggested == 0.995
+    assert planning._most_damage(suggested, 0.005) > 0
+
+
+@pytest.mark.parametrize("kl", [1e-6, 0.005, 0.3, 9.0, 30.0])
+def test_the_highest_quality_that_is_named_is_kept_to(kl: float):
+    assert kl <= -math.log(parse_quality(highest_quality(kl))) < kl + 2e-4 + 1e-3 * kl
+
+
+def test_only_what_is_near_its_limit_binds(sizes: Sizes):
+    plan = Plan(sizes.original, (), {}, 900, 0.09, {}, footprint=Footprint(memory=50, speed=20.0))
+
+    def binding(most_damage: float | None = None, **limits: Any) -> str:
+        budget = Budget("b", 1000, **limits)
+        wanted = Wanted(budget=budget, most_damage=most_damage)
+        return planning.Planned(Recipe(steps=()), budget, 900, sizes, plan, engine=0.01, wanted=wanted).binding
+
+    assert binding(memory=100) == "size binds"
+    assert binding(memory=100, sized=False) == "no limit binds", "half of the memory is unused"
+    assert binding(memory=100, sized=False, most_damage=0.09) == "quality binds"
+    assert binding(memory=100, sized=False, most_damage=0.2) == "no limit binds"
+    assert binding(memory=51, most_damage=0.09, sized=False) == "quality binds"
+    assert binding(memory=51, most_damage=0.2) == "memory binds"
+    assert binding(speed=19.5, sized=False) == "speed binds"
 
 
 def test_what_only_quantizes_wants_no_room_to_learn(tmp_path: Path):

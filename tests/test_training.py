@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,42 @@ def test_a_training_that_stalls_stops_and_keeps_its_best(patience: int):
     done = train(course, valley.update, valley.learn, lambda: next(heights))
     assert len(done.losses) == {1: 12, 2: 24}[patience]
     assert done.lowest == {1: 3.0, 2: 2.9}[patience]
+
+
+@given(ends=st.integers(1, 45), evaluations=st.integers(1, 10), spoil=st.integers(2, 44))
+@settings(max_examples=40, deadline=None)
+def test_a_time_ends_a_training_with_its_best_and_the_same_stop_repeats_it(ends: int, evaluations: int, spoil: int):
+    def walked(**how: float) -> tuple[Valley, Training, list[int]]:
+        valley, said = Valley(0.3), []
+        honest, learnt = valley.learn, []
+
+        def learn(batch: Tensor) -> float:
+            learnt.append(batch.item())
+            loss = honest(batch)
+            first = valley.update.state()["factor"] == 1
+            return 1e9 if batch.item() == spoil and first else loss
+
+        course = Course(batches=valley.batches, steps=40, evaluations=evaluations, **how)
+        with pytest.MonkeyPatch.context() as patch:  # a step takes a second, all else nothing
+            patch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(len(learnt))))
+            done = train(course, valley.update, learn, valley.height, lambda step, *_: said.append(step))
+        assert valley.height() == done.lowest
+        return valley, done, said
+
+    timed, done, _ = walked(seconds=float(ends))
+    if not done.out_of_time:
+        assert ends >= 40
+        assert "ended_at_step" not in done.details
+        return
+    step = done.details["ended_at_step"]
+    assert step == len(done.losses) <= ends
+    assert done.held_out_kl[-1][0] == step, "where it ended is one of the candidates"
+    assert done.ending == f"; its time was over after {step} tokens"
+    if step and not done.rollbacks:
+        again, repeated, said = walked(stop=step)
+        assert torch.equal(timed.place, again.place)
+        assert (repeated.held_out_kl, repeated.losses) == (done.held_out_kl, done.losses)
+        assert (repeated.out_of_time, said[-1]) == (False, step)
 
 
 @given(stop=st.integers(1, 39), evaluations=st.integers(1, 40), spoil=st.integers(2, 38))

@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,16 @@ from tests.conftest import Tiny
 from tests.tiny import tiny_folder
 
 from pocketlm.errors import ImpossibleBudgetError
-from pocketlm.model.text import Tokens, pack_windows, python_topics
-from pocketlm.pipeline import planning
+from pocketlm.measure.task_files import Item, Task
+from pocketlm.model.text import Tokens, as_tokens, pack_windows, python_topics
+from pocketlm.pipeline import timing, trials
 from pocketlm.pipeline.cache import Finished
 from pocketlm.pipeline.planning import Fit, load_for, prepare
-from pocketlm.pipeline.stages import silent
-from pocketlm.pipeline.trials import MARGIN, Limit, Search, Trial, _seconds_of, best_of, search
+from pocketlm.pipeline.stages import Texts, run_recipe, silent
+from pocketlm.pipeline.timing import TIMED_ITEMS, Limit, effort_within, scoring_seconds, seconds_expected
+from pocketlm.pipeline.trials import MARGIN, Search, Trial, _longest, _seconds_of, as_learnt, best_of, search
 from pocketlm.plan.budget import Budget
-from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, recipe_of
+from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, read_decision, recipe_of
 from pocketlm.plan.effort import PRESETS, Effort, expected_seconds, trial_tokens_within
 from pocketlm.plan.pace import Pace
 from pocketlm.plan.recipe import Recipe
@@ -32,15 +36,16 @@ from pocketlm.plan.sizes import Shape, sizes_of
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
+from pocketlm.steps.tune import Tune
 from pocketlm.tensors.formats import FORMATS
 
 WORDS = "".join(f"Paragraph {n}: the {n % 7} small models went to market number {n * n}.\n\n" for n in range(4000))
 
 
-def trial(losses: list[float], prunes: bool) -> Trial:
-    plan = Plan(Shape(3, 96 if prunes else 128), (), {}, 10, 0.0, {}, narrower=prunes)
+def trial(losses: list[float], prunes: bool, size: int = 10, kl: float | None = None) -> Trial:
+    plan = Plan(Shape(3, 96 if prunes else 128), (), {}, size, 0.0, {}, narrower=prunes)
     recipe = Recipe(steps=(Quantize(formats={}),))
-    return Trial(plan, recipe, Path("none"), tuple(losses), (1.0,) * len(losses), None, 0, 0.0, 0.0, 0.0, 0.0)
+    return Trial(plan, recipe, Path("none"), tuple(losses), (1.0,) * len(losses), kl, 0, {}, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_what_prunes_wins_only_by_more_than_noise():
@@ -52,6 +57,18 @@ def test_what_prunes_wins_only_by_more_than_noise():
     assert best_of([lucky, better]) is lucky, "there is nothing simpler to prefer"
     assert better.against(alone).value == pytest.approx(torch.tensor(-0.1).exp().item())
     assert better.ratio.value == pytest.approx(torch.tensor(0.95).exp().item())
+
+
+def test_under_a_floor_the_smallest_that_keeps_it_wins():
+    alone = trial([2.0, 2.0], prunes=False, size=100, kl=0.09)
+    better = trial([1.5, 1.5], prunes=True, size=95, kl=0.05)
+    smaller = trial([1.9, 1.9], prunes=True, size=90, kl=0.08)
+    smallest = trial([1.0, 1.0], prunes=True, size=80, kl=0.2)  # the lowest perplexity, and it breaks the floor
+    tried = [alone, better, smaller, smallest]
+    assert best_of(tried) is smallest
+    assert best_of(tried, 0.1) is smaller
+    assert best_of(tried, 0.06) is better
+    assert best_of(tried, 0.01) is better, "none keeps it: the least damage"
 
 
 def test_a_step_that_went_on_after_a_kill_took_all_its_time():
@@ -76,25 +93,130 @@ def test_more_effort_takes_longer_and_known_damages_less():
     )
 
 
-def test_of_a_short_time_what_does_not_fit_is_left_out(tiny_model: Tiny, monkeypatch):
-    monkeypatch.setattr(planning, "pace_of", lambda model, text: Pace(1.0, 0.5, 512))
-    monkeypatch.setattr(planning, "damages_known", lambda model, texts: False)
-    monkeypatch.setattr(planning, "may_prune", lambda sizes, wanted: True)
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pace:
+    """A machine whose pace is known, where no damage was measured and something will be pruned."""
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "pace_of", lambda model, text: Pace(1.0, 0.5, 512))
+    monkeypatch.setattr(timing, "damages_known", lambda model, texts: False)
+    monkeypatch.setattr(timing, "may_prune", lambda sizes, wanted: True)
+    return Pace(1.0, 0.5, 512)
+
+
+TEXT = as_tokens("text", torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0)))
+TEXTS = Texts(TEXT, TEXT, TEXT, {})
+
+
+def test_of_a_short_time_what_does_not_fit_is_left_out(tiny_model: Tiny, paced: Pace):
     model, wanted = tiny_model("llama"), Wanted(budget=Budget("b", 1), effort=PRESETS["best"])
-    texts = SimpleNamespace(calibration=None)
 
-    def effort(seconds: float | None) -> Effort:
-        job = Fit(model="", size="1MB", preset="best", time=seconds)
-        return planning.effort_within(job, model, sizes_of(model), wanted, texts, silent)
+    def effort(seconds: float, gone: float = 0.0, kept: float = 0.0) -> Effort:
+        return effort_within(model, wanted, TEXTS, Limit(seconds, time.monotonic() - gone, kept))
 
-    assert effort(None) == PRESETS["best"]
     assert effort(1e5) == replace(PRESETS["best"], mixes=1)
-    least = expected_seconds(
-        replace(PRESETS["best"], candidates=1, tokens=0, windows=32), Pace(1.0, 0.5, 512), prunes=True, known=False
-    )
+    one = replace(PRESETS["best"], candidates=1, tokens=0, windows=32, mixes=1)
+    least = expected_seconds(one, paced, prunes=True, known=False)
     assert effort(least + 1) == replace(PRESETS["best"], mixes=1, candidates=1, windows=32)
     with pytest.raises(ImpossibleBudgetError, match="--time 19m"):
         effort(least - 1)
+    with pytest.raises(ImpossibleBudgetError, match="--time 24m"):
+        effort(least + 299, gone=300)  # measuring memory and speed took five minutes
+    with pytest.raises(ImpossibleBudgetError, match="--time 24m"):
+        effort(least + 299, kept=300)  # as scoring tasks will
+    floor = replace(wanted, most_damage=0.1)
+    with pytest.raises(ImpossibleBudgetError, match="is too short"):  # mixes are made until one keeps it
+        effort_within(model, floor, TEXTS, Limit(least + 1, time.monotonic()))
+
+
+def test_what_fits_a_time_is_decided_once(tiny_model: Tiny, paced: Pace, monkeypatch: pytest.MonkeyPatch):
+    model, wanted = tiny_model("llama"), Wanted(budget=Budget("b", 1), effort=PRESETS["best"])
+    first = effort_within(model, wanted, TEXTS, Limit(1700.0, time.monotonic()))
+    assert first.candidates == 1
+    monkeypatch.setattr(timing, "damages_known", lambda model, texts: True)  # by the run that was killed
+    assert effort_within(model, wanted, TEXTS, Limit(1700.0, time.monotonic())) == first
+    assert effort_within(model, wanted, TEXTS, Limit(1701.0, time.monotonic())).candidates > 1
+
+
+def test_tasks_and_models_for_a_floor_are_counted(tiny_model: Tiny, paced: Pace):
+    model, wanted = tiny_model("llama"), Wanted(budget=Budget("b", 1))
+    plain = seconds_expected(model, wanted, TEXTS, 0.0, False)
+    assert seconds_expected(model, wanted, TEXTS, 60.0, False) == pytest.approx(plain + 60)
+    learning = replace(wanted, heal_seconds=100.0, tune_seconds=10.0)
+    effort = replace(wanted.effort, tokens=0, candidates=most_candidates(wanted))
+    assert seconds_expected(model, learning, TEXTS, 0.0, False) == pytest.approx(
+        expected_seconds(effort, paced, True, False) + 110
+    )
+    codes = 220 * paced.plain + 6 * 32 * paced.fast
+    on_task = seconds_expected(model, wanted, TEXTS, 60.0, True)
+    assert on_task == pytest.approx(plain + 60 + 2 * codes + 4 * (3 * codes + 30)), "four models of three mixes each"
+
+
+def test_scoring_is_timed_on_a_few_items(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    now, read = [0.0], []
+
+    def outcomes(path: Path, model: Any, tasks: Sequence[Task], progress: Any) -> None:
+        now[0] += 1000  # loading
+        for done, item in enumerate(tasks[0].items, 1):
+            read.append(item.prompt)
+            now[0] += 2.0
+            progress("", done, len(tasks[0].items))
+
+    monkeypatch.setattr(timing, "outcomes", outcomes)
+    monkeypatch.setattr(timing, "original_file", lambda model: tmp_path)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    tasks = [Task(str(count), "written", tuple(Item(str(i), (), "") for i in range(count))) for count in (100, 1)]
+    model = tiny_model("llama")
+    assert scoring_seconds(model, tasks, silent) == 2 * 100 * 2.0, "two files; of a single item nothing is known"
+    assert read == ["0", "20", "40", "60", "80", "0"], "from all of the file"
+    assert len(read) == 1 + TIMED_ITEMS + 1
+    assert scoring_seconds(model, tasks, silent) == 400
+    assert len(read) == 6, "once"
+    assert scoring_seconds(model, [], silent) == 0
+
+
+def test_trainings_share_what_is_left_and_end_by_it():
+    recipe = Recipe(steps=(Distil(tokens=50), Quantize(formats={}, windows=32), Tune(tokens=50)))
+    won = replace(trial([2.0], prunes=True), recipe=recipe, tokens=100, learning={"distil": 30.0, "tune": 10.0})
+    won = replace(won, codes=100.0, proof=200.0)
+    limit = Limit(1500.0, time.monotonic(), kept=300.0)
+
+    def recipe_with(tokens: int, windows: int) -> Recipe:
+        learnt = tokens // 2
+        return Recipe(steps=(Distil(tokens=learnt), Quantize(formats={}, windows=windows), Tune(tokens=learnt)))
+
+    found = _longest(won, limit, 2.5, 64, recipe_with)
+    distil, codes, tune = found.steps
+    assert codes.windows == 64
+    assert distil.seconds + tune.seconds == pytest.approx(1500 - 300 - 200 - 200, abs=1), "tasks, proof, codes anew"
+    assert distil.seconds == pytest.approx(3 * tune.seconds), "as they took in the trial"
+    assert distil.tokens + tune.tokens == pytest.approx(MARGIN * 800 * 2.5, rel=0.01)
+    assert _longest(won, Limit(600.0, time.monotonic(), kept=300.0), 0.5, 64, recipe_with) is recipe, "built already"
+
+
+@pytest.mark.usefixtures("exact")
+def test_what_a_clock_ended_is_made_again_by_its_recipe(tiny_model: Tiny, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    model, tokens, no_time = tiny_model("llama"), 40 * 4 * 32, 1e-9
+    steps = (
+        Distil(tokens=tokens, learning_rate=1e-3, seconds=no_time),
+        Quantize(formats={"*": "Q4_0"}, windows=4),
+        Tune(tokens=tokens, seconds=no_time),
+    )
+    made = run_recipe(model, Recipe(steps=steps), TEXTS, silent)
+    again = as_learnt(Recipe(steps=steps), made.stages)
+    learnt = [(step.tokens, step.stop, step.seconds) for step in again.steps if step.step != "quantize"]
+    assert learnt == [(tokens, 1, 0.0)] * 2, "the step in hand is the last"
+    assert all(
+        "its time was over after 128 tokens" in done.facts["summary"] for done in (made.stages[1], made.stages[3])
+    )
+    repeated = run_recipe(model, again, TEXTS, silent)
+    assert as_learnt(again, repeated.stages) == again
+    assert repeated.stages[-1].folder != made.stages[-1].folder, "it is no copy"
+    for name, tensor in made.packed.items():
+        assert torch.equal(tensor.rows, repeated.packed[name].rows)
+    for name, value in made.model.network.state_dict().items():
+        assert torch.equal(value, repeated.model.network.state_dict()[name])
 
 
 def test_a_candidate_learns_from_what_the_time_leaves_beside_its_proof():
@@ -121,6 +243,7 @@ def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):
         return decide(model, wanted, damages, (text, text), [], 0, silent)
 
     one, several = decided("fast"), decided("best")
+    assert all(read_decision(json.loads(json.dumps(asdict(each)))) == each for each in (one, several))
     assert one.rivals == (one.plan,)
     assert len(several.rivals) == 4, "formats alone, fewer blocks, narrower FFNs, both"
     assert [plan.prunes for plan in several.rivals] == [False, True, True, True]
@@ -248,6 +371,44 @@ def test_a_search_killed_in_a_trial_ends_in_the_same_file(searched, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_search_in_limited_time_that_is_killed_in_a_trial_keeps_those_before(searched, tmp_path, monkeypatch):
+    """Though the resumed run has another time left, and the machine another pace."""
+    arguments, _, kept, _ = searched
+    again = tmp_path / "cache"
+    for stage in kept.iterdir():
+        if stage.name.partition("-")[0] in ("text", "engine", "damage", "original", "scoring"):
+            (again / stage.name).mkdir(parents=True)
+            for file in stage.iterdir():
+                (again / stage.name / file.name).symlink_to(file)
+    monkeypatch.setenv("POCKETLM_CACHE", str(again))
+    job = Fit(model=str(arguments[1]), size="60kB", data=(arguments[5],), time=3600.0)
+    model, built, stop_at = load_for(job), [], 2
+
+    def noted(model, plan, recipe, *rest):
+        if recipe not in built:
+            built.append(recipe)
+        if len(built) == stop_at:
+            raise KeyboardInterrupt
+        return build(model, plan, recipe, *rest)
+
+    build = trials.build
+    monkeypatch.setattr(trials, "build", noted)
+    texts, planned = prepare(job, model, silent)
+    with pytest.raises(KeyboardInterrupt):
+        search(model, planned.decision, planned.wanted, texts, planned.limit, silent)
+    (first,) = again.glob("trial-[0-9a-f]*")
+    for module in (timing, trials):
+        monkeypatch.setattr(module, "pace_of", lambda model, text: Pace(1e3, 1e3, 256))
+    stop_at = 0
+    texts, planned = prepare(job, model, silent, time.monotonic() - 600)
+    found = search(model, planned.decision, planned.wanted, texts, planned.limit, silent)
+    assert found.trials[0].recipe == built[0]
+    assert found.trials[0].file.parent == first
+    assert found.trials[0].tokens > 0
+    assert len(list(again.glob("trial-[0-9a-f]*"))) == len(found.trials) > 1, "none was built twice"
+
+
+@pytest.mark.slow
 def test_a_time_that_is_too_short_or_beside_the_point_is_refused(searched, tmp_path):
     arguments, _, cache, _ = searched
     plain = [word for word in arguments if word not in ("--heal", "1s")]
@@ -285,3 +446,4 @@ def test_time_decides_what_is_tried_and_how_long_the_winner_learns(searched, mon
     # How much candidates learn in a second, and so which one wins, is the machine's affair.
     assert set(learnt) == ({"distil", "tune"} if long.winner.plan.prunes else {"tune"})
     assert sum(learnt.values()) == pytest.approx(MARGIN * 1e5 * long.winner.pace, rel=0.01)
+    assert sum(getattr(step, "seconds", 0.0) for step in long.recipe.steps) == pytest.approx(1e5, rel=0.01)

@@ -155,7 +155,7 @@ def keep_heads(block: nn.Module, network: nn.Module, groups: list[int], queries:
         _keep_rows(linear, keep)
     for module in block.modules():
         if hasattr(module, "split_size"):
-            module.split_size = len(groups) * head_width(network)
+            module.split_size = len(groups) * head_width(network.config)
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups = len(queries) // len(groups)
     for linear in readers:

@@ -245,7 +245,8 @@ def as_learnt(recipe: Recipe, stages: Sequence[Finished]) -> Recipe:
     def ended(step: Step, done: Finished) -> Step:
         if not getattr(step, "seconds", 0.0):
             return step
-        return replace(step, seconds=0.0, stop=done.facts["details"].get("ended_at_step", step.stop))
+        at = done.facts["details"].get("ended_at_step")
+        return replace(step, seconds=0.0, stop=step.stop if at is None else max(1, at))
 
     return replace(recipe, steps=tuple(ended(*pair) for pair in zip(recipe.steps, stages[1:], strict=True)))
 
