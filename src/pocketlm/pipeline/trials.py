@@ -203,10 +203,11 @@ def _longest(won: Trial, limit: Limit, pace: float, windows: int, recipe_with: C
         recipe_with: From tokens and windows to a recipe.
     """
     before = next(step.windows for step in won.recipe.steps if step.step == "quantize")
-    spare = limit.left() - won.proof - MEASURED_AGAIN * won.measuring
+    spare = limit.left() - won.proof
 
     def learning_for(seconds: float, windows: int) -> Recipe:
-        recipe = recipe_with(int(max(0.0, MARGIN * seconds) * pace), windows)
+        tokens = MARGIN * (seconds - MEASURED_AGAIN * won.measuring) * pace
+        recipe = recipe_with(int(max(0.0, tokens)), windows)
         return _ending(recipe, seconds, won.learning)
 
     again = learning_for(spare - won.codes * (1 + windows / before) / 2, windows)  # half of it is reading the text
