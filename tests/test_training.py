@@ -160,6 +160,22 @@ def test_a_training_that_stalls_stops_and_keeps_its_best(patience: int):
     assert done.lowest == {1: 3.0, 2: 2.9}[patience]
 
 
+def test_evaluations_are_part_of_a_trainings_time(monkeypatch: pytest.MonkeyPatch):
+    valley, now = Valley(0.2), [0.0]
+
+    def height() -> float:
+        now[0] += 10.0
+        return valley.height()
+
+    def learn(batch: Tensor) -> float:
+        now[0] += 1.0
+        return valley.learn(batch)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    done = train(Course(batches=valley.batches, steps=40, evaluations=4), valley.update, learn, height)
+    assert (done.measuring, done.seconds) == (50.0, 90.0), "the first one, too"
+
+
 @given(ends=st.integers(1, 45), evaluations=st.integers(1, 10), spoil=st.integers(2, 44))
 @settings(max_examples=40, deadline=None)
 def test_a_time_ends_a_training_with_its_best_and_the_same_stop_repeats_it(ends: int, evaluations: int, spoil: int):

@@ -68,7 +68,7 @@ class Training:
         losses: Nats per trained position of each step.
         tokens: Of each step.
         rollbacks: (step, loss) of each divergence that was undone.
-        seconds: Evaluations included, but for the first.
+        seconds: Evaluations included.
         measuring: Seconds of all evaluations.
         out_of_time: Whether its time was over before its last step.
     """
@@ -96,7 +96,7 @@ class Training:
         """The figures for a report."""
         speed = sum(self.tokens) / self.seconds if self.seconds else 0.0
         figures = {"losses": self.losses, "held_out_kl": self.held_out_kl, "tokens_per_second": round(speed, 1)}
-        figures |= {"seconds_measuring": round(self.measuring, 1)}
+        figures |= {"seconds_measuring": self.measuring}
         figures |= {"ended_at_step": len(self.losses)} if self.out_of_time else {}
         return figures | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
 
@@ -162,7 +162,7 @@ def train(
 
     done.held_out_kl = done.held_out_kl or [(0, measured())]
     evaluated_at, due = course.evaluated_at(), time.monotonic() + CHECKPOINT_SECONDS
-    before, began, read = done.seconds, time.monotonic(), 0
+    before, began, read = max(done.seconds, done.measuring), time.monotonic(), 0
 
     def seconds() -> float:
         return before + time.monotonic() - began
