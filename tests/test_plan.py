@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,19 +15,19 @@ from hypothesis import strategies as st
 from tests.conftest import Tiny
 from tests.tiny import FAMILIES
 
-from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.errors import BadInputError, ImpossibleBudgetError, OutOfResourcesError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.anatomy import blocks_of, read_weight, write_weight
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.sweep import sweep
 from pocketlm.model.text import Tokens
-from pocketlm.pipeline import planning
+from pocketlm.pipeline import planning, preflight
 from pocketlm.pipeline.plan_stages import measure_damages
 from pocketlm.pipeline.planning import Fit
 from pocketlm.pipeline.stages import Texts, gather_texts
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, highest_quality, parse_quality, parse_size, parse_time, say_bytes
-from pocketlm.plan.decide import Wanted, healing_rate
+from pocketlm.plan.decide import CODES_FROM, CODES_TIME, Wanted, healing_rate, tuning
 from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
@@ -181,6 +182,12 @@ def test_the_rate_of_healing_grows_with_the_root_of_its_tokens():
         3e-4,
     ]
     assert [healing_rate(tokens, trimmed=True) for tokens in (1, 10**6)] == [2e-4, 3e-4]
+
+
+def test_codes_learn_in_a_long_tuning_alone():
+    short, long = tuning(CODES_FROM - 1, seed=7), tuning(CODES_FROM, seed=7)
+    assert (short.train, short.tokens, short.seed) == ("scales", CODES_FROM - 1, 7)
+    assert (long.train, long.tokens, long.seed) == ("weights", int(CODES_FROM / CODES_TIME), 7)
 
 
 LAST_STEP: dict[str, Any] = {"step": "quantize", "formats": {"embedding": "Q8_0"}}
@@ -666,6 +673,20 @@ def test_what_only_quantizes_wants_no_room_to_learn(tmp_path: Path):
     for steps, trains in (([LAST_STEP], False), ([LAST_STEP, TUNE], True), ([DISTIL, LAST_STEP], True)):
         path.write_text(to_yaml(from_dict({"steps": steps}, "here")))
         assert planning._trains(Fit(model="demo", recipe=path)) == trains
+
+
+def test_codes_learn_only_where_memory_has_room_for_them(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama")
+    scales, codes = (Recipe(steps=(Quantize(formats={}), Tune(tokens=5, train=kind))) for kind in ("scales", "weights"))
+    for copies, enough in ((7, True), (6, False)):
+        free = SimpleNamespace(memory_available_bytes=copies * 4 * model.parameters)
+        monkeypatch.setattr(preflight, "machine", lambda free=free: free)
+        planning._check_tuning(model, scales)
+        if enough:
+            planning._check_tuning(model, codes)
+        else:
+            with pytest.raises(OutOfResourcesError, match="--preset balanced"):
+                planning._check_tuning(model, codes)
 
 
 def test_a_floor_of_quality_may_take_what_a_person_asked_for(sizes: Sizes, tiny_model: Tiny):

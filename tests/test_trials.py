@@ -26,7 +26,7 @@ from pocketlm.pipeline.stages import Texts, run_recipe, silent
 from pocketlm.pipeline.timing import TIMED_ITEMS, Limit, effort_within, scoring_seconds, seconds_expected
 from pocketlm.pipeline.trials import MARGIN, Search, Trial, _longest, _seconds_of, as_learnt, best_of, search
 from pocketlm.plan.budget import Budget
-from pocketlm.plan.decide import Decision, Wanted, decide, most_candidates, read_decision, recipe_of
+from pocketlm.plan.decide import CODES_TIME, Decision, Wanted, decide, most_candidates, read_decision, recipe_of
 from pocketlm.plan.effort import PRESETS, Effort, expected_seconds, trial_tokens_within
 from pocketlm.plan.pace import Pace
 from pocketlm.plan.recipe import Recipe
@@ -268,6 +268,8 @@ def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):
     few, many = (recipe_of(trimmed, wanted, tokens, 0, 0, 64).steps for tokens in (10_000, 1_000_000))
     assert [(step.step, getattr(step, "tokens", 0)) for step in few[1:]] == [("quantize", 0), ("tune", 10_000)]
     assert [step.step for step in many[1:]] == ["distil", "quantize", "tune"]
+    assert [step.train for step in (few[-1], many[-1])] == ["scales", "weights"]
+    assert many[-1].tokens == int(500_000 / CODES_TIME), "as long as scales would have learnt"
     hardly = recipe_of(replace(trimmed, spelling=0.01), wanted, 1_000_000, 0, 0, 64).steps
     assert [step.step for step in hardly[1:]] == ["quantize", "tune"], "hardly a word is spelled anew"
     once = replace(wanted, effort=PRESETS["fast"])
@@ -445,6 +447,8 @@ def test_time_decides_what_is_tried_and_how_long_the_winner_learns(searched, mon
     assert short.recipe == short.winner.recipe, "what was built is what ships"
     assert (len(long.trials), long.untried) == (3, 0)
     learnt = {step.step: step.tokens for step in long.recipe.steps if step.step in ("distil", "tune")}
+    learnt["tune"] *= CODES_TIME  # so long do codes learn too
+    assert long.recipe.steps[-1].train == "weights"
     # How much candidates learn in a second, and so which one wins, is the machine's affair.
     assert set(learnt) == ({"distil", "tune"} if long.winner.plan.prunes else {"tune"})
     assert sum(learnt.values()) == pytest.approx(MARGIN * 1e5 * long.winner.pace, rel=0.01)

@@ -19,13 +19,13 @@ from pocketlm.plan.decide import (
     measure_formats,
     measure_widths,
     read_decision,
+    tuning,
 )
 from pocketlm.plan.footprint import Costs, measure_costs
 from pocketlm.plan.pace import tuned_tokens_in
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages
 from pocketlm.plan.sizes import Sizes, sizes_of
-from pocketlm.steps.tune import Tune
 
 
 def costs_here(model: LanguageModel, sizes: Sizes, context: int, progress: Progress) -> Costs:
@@ -41,7 +41,7 @@ def tuned_for(model: LanguageModel, recipe: Recipe, texts: Texts, seconds: float
     formats = recipe.steps[-1].formats
     inputs = {"formats": formats, "seconds": seconds, **_of_text(model, texts)}
     timed = stage("tune-tokens", inputs, lambda _: tuned_tokens_in(model, texts.calibration, seconds, formats))
-    return replace(recipe, steps=(*recipe.steps, Tune(tokens=timed.facts, seed=recipe.seed)))
+    return replace(recipe, steps=(*recipe.steps, tuning(timed.facts, recipe.seed)))
 
 
 def damages_known(model: LanguageModel, texts: Texts) -> bool:

@@ -16,7 +16,7 @@ from pocketlm.model.text import read_corpus
 from pocketlm.pipeline.accuracy import quality_for
 from pocketlm.pipeline.local_search import improve
 from pocketlm.pipeline.plan_stages import costs_here, make_plan, tuned_for
-from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.preflight import check_codes, check_resources
 from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.timing import Limit, effort_within, scoring_seconds, seconds_expected
@@ -30,7 +30,7 @@ from pocketlm.plan.budget import (
     parse_speed,
     say_time,
 )
-from pocketlm.plan.decide import Decision, Wanted, uniform_recipe
+from pocketlm.plan.decide import CODES_FROM, Decision, Wanted, uniform_recipe
 from pocketlm.plan.effort import effort_of
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, check_shapes, read_recipe, to_dict
@@ -160,10 +160,12 @@ def _follow(
     """Return the text of a run that follows a given recipe, and its bytes."""
     check_shapes(recipe, model.network)
     check_resources(model, job.out, _trains(job))
+    _check_tuning(model, recipe)
     # A recipe's own seed: it is to give the same bytes wherever it is run.
     texts = gather_texts(model, list(job.data), recipe.seed, progress)
     if job.format and job.tune:
         recipe = tuned_for(model, recipe, texts, job.tune)
+        _check_tuning(model, recipe)
     size = recipe_bytes(sizes_before(model, recipe, texts), recipe)
     return texts, Planned(recipe, _budget_of_recipe(budget, size), size, sizes_of(model), None)
 
@@ -173,6 +175,8 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
     sizes, fixed, effort, costs = sizes_of(model), dict(job.fixed), effort_of(job.preset), None
     check_budget(sizes, budget, job.prune, fixed)
     check_resources(model, job.out, _trains(job), effort.candidates if job.prune and effort.candidates > 1 else 0)
+    if job.prune and effort.tunes and effort.tokens >= CODES_FROM:
+        check_codes(model)
     if budget.memory or budget.speed:
         costs = costs_here(model, sizes, budget.context, progress)
         check_running(sizes, budget, costs, job.prune)
@@ -205,9 +209,16 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
         floor = max(floor or 0.0, quality_for(model, wanted, engine, texts, tasks[0], least, progress))
         wanted = replace(wanted, most_damage=_most_damage(floor, engine))
     decision = make_plan(model, wanted, texts, job.seed, progress)
+    _check_tuning(model, decision.recipe)
     decision = improve(model, wanted, decision, texts, progress)
     plan = decision.plan
     return texts, Planned(decision.recipe, budget, plan.bytes, sizes, plan, engine, decision, wanted, limit=limit)
+
+
+def _check_tuning(model: LanguageModel, recipe: Recipe) -> None:
+    """Refuse a recipe whose codes learn where there is no memory for it."""
+    if any(step.step == "tune" and step.train == "weights" for step in recipe.steps):
+        check_codes(model)
 
 
 def _most_damage(floor: float, engine: float) -> float:

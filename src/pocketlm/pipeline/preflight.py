@@ -12,6 +12,7 @@ from pocketlm.pipeline.cache import cache_folder
 from pocketlm.plan.budget import say_bytes
 
 TRAINING_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
+CODES_COPIES = 8  # where codes learn too: latent weights and their gradient besides
 COPIES = 3  # where nothing is trained: the original, what is made of it, and what is stored
 # 16-bit copies on disk: three stages, hf/, the file, the file to compare with; a training's checkpoint, four copies in
 # float32; and of each candidate its stages.
@@ -55,6 +56,18 @@ def check_resources(
     # One copy is loaded already.
     copy = (4 if trained else model.network.dtype.itemsize) * model.parameters
     _check_memory(((TRAINING_COPIES if trained else COPIES) - 1) * copy, "take a smaller model")
+
+
+def check_codes(model: LanguageModel) -> None:
+    """Refuse to let codes learn, as in a long tuning, where memory has no room for latent weights.
+
+    Args:
+        model: The original, as it was loaded.
+
+    Raises:
+        OutOfResourcesError: It has not.
+    """
+    _check_memory((CODES_COPIES - 1) * 4 * model.parameters, "let it learn less, as with `--preset balanced`")
 
 
 def check_solving(model: LanguageModel, tokens: int, channels: int = 0) -> None:

@@ -37,6 +37,9 @@ NEW_TOKENS_RATE = 2e-4  # at least, where words are spelled in pieces that the m
 # With 32,768 of 49,152 tokens (0.5 % of a text spelled anew) 166,000 took the held-out KL from 0.146 to 0.144; with
 # 16,384 (4.8 %) 130,000 took off a third of 0.6 to 0.7.
 SPELLING_NATS = 40_000
+# From so many tokens on, scales learn less than codes and scales in the same time, which is that of fewer tokens: on a
+# line through what `Tune` names. One step took 1.13 to 1.15 times as long alone, a training beside other work 1.2.
+CODES_FROM, CODES_TIME = 131_072, 1.2
 EVALUATION_TOKENS = 24_576  # for each measuring of a training, four at most: it takes as long as to learn from 2,048
 TRIES = 4  # of a layout whose measured memory and speed keep to the budget, each aimed a little lower
 
@@ -222,7 +225,7 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windo
         wanted: What the person asks for.
         heal: Tokens to learn from. After pruning all weights do; where the effort says so, scales and norms of what was
             quantized learn from half of them, or from all where nothing was pruned or too few teach new spellings.
-        tune: Tokens that scales and norms learn from in any case.
+        tune: Tokens that scales and norms learn from in any case; codes too, see `tuning`, where they are many.
         seed: Of everything random.
         windows: Of calibration text, for the statistics of quantizing.
     """
@@ -243,8 +246,16 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windo
         steps.append(Distil(tokens=heal, learning_rate=rate, evaluations=_evaluations(heal), seed=seed))
     steps.append(Quantize(formats=plan.formats, method=wanted.method, windows=windows))
     if tune:
-        steps.append(Tune(tokens=tune, evaluations=_evaluations(tune), seed=seed))
+        steps.append(tuning(tune, seed))
     return Recipe(steps=tuple(steps), seed=seed)
+
+
+def tuning(tokens: int, seed: int) -> Tune:
+    """Return what takes as long as scales and norms that learn from so many tokens: codes learn too if it is long."""
+    if tokens < CODES_FROM:
+        return Tune(tokens=tokens, evaluations=_evaluations(tokens), seed=seed)
+    tokens = int(tokens / CODES_TIME)
+    return Tune(tokens=tokens, train="weights", evaluations=_evaluations(tokens), seed=seed)
 
 
 def healing_rate(tokens: int, trimmed: bool) -> float:
