@@ -123,7 +123,7 @@ def quantize(
     ] = None,
     method: Annotated[str, typer.Option(help="descent, gptaq, gptq, or rtn (rounding, scales searched).")] = "descent",
     tune: Annotated[
-        str, typer.Option(help="Time to tune scales and norms against the original afterwards, such as 10m.")
+        str, typer.Option(help="Time to tune scales and norms, in a long one codes too, by the original, such as 10m.")
     ] = "0",
     data: Data = None,
     seed: Seed = 0,

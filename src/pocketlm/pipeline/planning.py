@@ -67,7 +67,7 @@ class Fit:
     preset: str | None = None  # how much is tried; see plan/effort.py
     time: float | None = None  # seconds that the whole run may take, with `balanced` or `best`
     heal: float | None = None  # seconds of learning, by healing or tuning; as many tokens as the preset says where None
-    tune: float = 0.0  # seconds of tuning scales and norms after quantizing
+    tune: float = 0.0  # seconds of tuning what the file stores after quantizing
     seed: int = 0
     force: bool = False  # replace `out`
     command: str = ""  # that reproduces the run

@@ -22,8 +22,8 @@ class Effort:
         candidates: Plans that are built and measured; 1 takes what is expected to be best.
         trial_tokens: That each of them learns from before it is measured.
         tokens: That the winner learns from.
-        tunes: Whether what was quantized is tuned, where pruning was allowed: scales and norms learn from half of
-            these tokens, or from all where all weights would learn nothing.
+        tunes: Whether what was quantized is tuned, where pruning was allowed: scales and norms (codes too where these
+            are many) learn from half of the tokens, or from all where all weights would learn nothing.
         mixes: Of formats that are made and measured at most, before one is taken.
         windows: Of calibration text, for the statistics of quantizing.
         trial_windows: The same while several candidates are tried.
