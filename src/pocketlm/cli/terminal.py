@@ -214,6 +214,7 @@ def inspection_lines(found: Inspection) -> list[str]:
         f"{found.name}: {found.family}, {found.parameters:,} parameters, {say_bytes(found.bytes)} "
         f"({'tied' if found.tied else 'separate'} embedding and head, "
         f"{'chat template' if found.chat else 'no chat template'}, licence {found.license or 'not stated'})",
+        "shape: " + ", ".join(f"{name} {size:,}" for name, size in found.shape.items()),
         "",
         f"{'part':<12}{'parameters':>14}{'bytes':>14}{'share':>8}  stored as",
     ]

@@ -27,7 +27,7 @@ from pocketlm.model.targets import fitting, open_targets, predicted_bytes, words
 from pocketlm.model.training import LOSSES
 from pocketlm.pipeline.artefact import facts_of_text, new_folder
 from pocketlm.pipeline.cache import latest, remove_leftovers, stage, unfinished
-from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.preflight import COPIES, check_disk, check_learning, check_memory, load_if_room
 from pocketlm.pipeline.proof import measure_as_f16
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, silent
 from pocketlm.plan.pace import tokens_in
@@ -115,17 +115,19 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
     job = replace(job, how=job.how or distil_settings(job.student))
     _check(job)
     with new_folder(job.out, job.force, (job.teacher, job.student, *job.data, job.task)) as folder:
-        teacher = load(job.teacher)
+        teacher = load_if_room(job.teacher)
         shape = read_shape(job.student)
         if shape:
             check_shape(teacher, Prune(model=job.teacher, **shape))
-        check_resources(teacher, job.out, trained=True, more=1)  # the file that is measured
+        check_disk(teacher, job.out, trained=True, more=1)  # the file that is measured
+        check_memory(teacher, COPIES)
         # What a person can have got wrong comes before what takes minutes.
         own = None if shape else stock(job.student, teacher)
         examples, opinions = _examples(job, progress)
         texts = gather_texts(teacher, list(job.data), job.how.seed, progress, TEXT_WINDOWS)
         lessons, held_out, of_text = _lessons(job, examples, opinions, teacher, texts, progress)
         start = own or cut(teacher, shape, texts, progress)
+        check_learning(start.source, adapters=job.how.adapters > 0)
         config = replace(job.how, tokens=_tokens(job, teacher, start, texts))
         if job.remote and lessons.targets is None:  # it said words, and no probabilities
             config = replace(config, cross_entropy=1.0)

@@ -15,12 +15,11 @@ from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.parts import Part, parts_of
-from pocketlm.model.source import load
 from pocketlm.model.text import WINDOW, python_topics, read_corpus
 from pocketlm.pipeline.artefact import facts_of_text
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.pipeline.harness import HarnessScore, score_harness
-from pocketlm.pipeline.preflight import existing
+from pocketlm.pipeline.preflight import existing, load_if_room
 from pocketlm.pipeline.proof import measure_models, original_file
 from pocketlm.pipeline.scoring import check_items, score_tasks
 from pocketlm.pipeline.stages import Progress, silent
@@ -35,6 +34,7 @@ class Inspection:
 
     Attributes:
         bytes: Of the file; of the F16 file that would be made where the source is a folder.
+        shape: What `prune` and `distill` can make smaller, by their names for it, and the longest context.
         formats: Per group of tensors, the row length and the formats whose blocks divide it.
         smallest: Bytes of the smallest file that `fit` can make.
         largest: Bytes of the largest.
@@ -47,6 +47,7 @@ class Inspection:
     bytes: int
     tied: bool
     chat: bool
+    shape: dict[str, int]
     parts: tuple[Part, ...]
     formats: dict[str, tuple[int, list[str]]]
     smallest: int
@@ -68,7 +69,7 @@ class Evaluation:
 
 def inspect(source: str) -> Inspection:
     """Return what a model is made of and which budgets it can meet."""
-    model = load(source)
+    model = load_if_room(source)
     sizes = sizes_of(model)
     file = original_file(model)
     smallest, largest = budget_range(sizes)
@@ -81,6 +82,15 @@ def inspect(source: str) -> Inspection:
         bytes=file.stat().st_size,
         tied=sizes.tied,
         chat=model.is_chat,
+        shape={
+            "depth": sizes.original.blocks,
+            "ffn": sizes.original.ffn,
+            "kv_groups": sizes.kv_groups,
+            "heads": sizes.heads,
+            "hidden": sizes.hidden,
+            "vocab": model.network.config.vocab_size,
+            "context": model.network.config.max_position_embeddings,
+        },
         parts=tuple(parts_of(read_gguf(file), file.stat().st_size)),
         formats={group: (rows[group], sizes.allowed(group)) for group in sizes.group_names},
         smallest=smallest,
@@ -97,7 +107,7 @@ def evaluate(source: str, reference: str, data: list[Path], count: int = 12, pro
     Raises:
         BadInputError: A text cannot be used.
     """
-    models = {"reference": load(reference), "model": load(source)}
+    models = {"reference": load_if_room(reference), "model": load_if_room(source)}
     length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
     corpus = read_corpus(data) if data else python_topics()
     tokens = corpus.tokens("test", models["reference"].tokenizer, count, length)
@@ -146,7 +156,7 @@ def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit
 
 def _subjects(source: str, reference: str | None) -> dict[str, tuple[Path, LanguageModel]]:
     sources = ({} if reference is None else {"reference": reference}) | {"model": source}
-    models = {role: load(name) for role, name in sources.items()}
+    models = {role: load_if_room(name) for role, name in sources.items()}
     return {role: (original_file(model), model) for role, model in models.items()}
 
 

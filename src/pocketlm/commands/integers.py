@@ -10,11 +10,10 @@ from pocketlm.errors import BadInputError
 from pocketlm.export.compressed_tensors import predicted_bytes, quantization_config, write_compressed_tensors
 from pocketlm.measure.quality import Quality
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load
 from pocketlm.pipeline.artefact import new_folder
 from pocketlm.pipeline.cache import remove_leftovers
 from pocketlm.pipeline.planning import Fit, Planned, check_job
-from pocketlm.pipeline.preflight import check_resources
+from pocketlm.pipeline.preflight import check_resources, load_if_room
 from pocketlm.pipeline.proof import measure_as_f16
 from pocketlm.pipeline.stages import Progress, gather_texts, run_recipe, silent
 from pocketlm.plan.budget import Budget
@@ -51,7 +50,7 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
     check_job(job)
     remove_leftovers()
     with new_folder(job.out, job.force, job.reads) as folder:
-        model = load(job.model)
+        model = load_if_room(job.model)
         planned = _plan(job, model)
         check_resources(model, job.out, trained=False)
         texts = gather_texts(model, list(job.data), job.seed, progress)
@@ -75,7 +74,7 @@ def plan_integers(job: Fit) -> Planned:
         BadInputError: As `quantize_integers`.
     """
     check_job(job)
-    return _plan(job, load(job.model))
+    return _plan(job, load_if_room(job.model))
 
 
 def _plan(job: Fit, model: LanguageModel) -> Planned:

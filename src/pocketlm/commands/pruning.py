@@ -22,7 +22,7 @@ from pocketlm.model.source import load
 from pocketlm.pipeline.artefact import facts_of_text, new_folder
 from pocketlm.pipeline.cache import Finished, remove_leftovers, stage
 from pocketlm.pipeline.planning import sizes_before
-from pocketlm.pipeline.preflight import OUT_COPIES, check_resources, check_solving
+from pocketlm.pipeline.preflight import OUT_COPIES, check_resources, check_solving, load_if_room
 from pocketlm.pipeline.proof import measure_as_f16
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, run_recipe, silent
 from pocketlm.plan.decide import healing_rate
@@ -131,7 +131,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
     """
     remove_leftovers()
     with new_folder(job.out, job.force, (job.model, *job.data)) as folder:
-        model = load(job.model)
+        model = load_if_room(job.model)
         check_shape(model, job)
         _check_room(model, job)
         texts = gather_texts(model, list(job.data), job.seed, progress)

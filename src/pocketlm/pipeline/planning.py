@@ -11,12 +11,12 @@ import torch
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.language_model import LanguageModel
-from pocketlm.model.source import load, weights_of
+from pocketlm.model.source import weights_of
 from pocketlm.model.text import read_corpus
 from pocketlm.pipeline.accuracy import quality_for
 from pocketlm.pipeline.local_search import improve
 from pocketlm.pipeline.plan_stages import costs_here, make_plan, tuned_for
-from pocketlm.pipeline.preflight import check_codes, check_resources
+from pocketlm.pipeline.preflight import CODES_COPIES, check_memory, check_resources, load_if_room
 from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.timing import Limit, effort_within, scoring_seconds, seconds_expected
@@ -125,7 +125,7 @@ class Planned:
 def load_for(job: Fit) -> LanguageModel:
     """Load a job's model; in 16 bits, half the memory, where it is large and nothing will be trained."""
     small = weights_of(job.model) < LARGE
-    return load(job.model, torch.float32 if _trains(job) or small else torch.bfloat16)
+    return load_if_room(job.model, torch.float32 if _trains(job) or small else torch.bfloat16)
 
 
 def _trains(job: Fit) -> bool:
@@ -176,7 +176,7 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
     check_budget(sizes, budget, job.prune, fixed)
     check_resources(model, job.out, _trains(job), effort.candidates if job.prune and effort.candidates > 1 else 0)
     if job.prune and effort.tunes and effort.tokens >= CODES_FROM:
-        check_codes(model)
+        _check_memory_for_codes(model)
     if budget.memory or budget.speed:
         costs = costs_here(model, sizes, budget.context, progress)
         check_running(sizes, budget, costs, job.prune)
@@ -218,7 +218,11 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
 def _check_tuning(model: LanguageModel, recipe: Recipe) -> None:
     """Refuse a recipe whose codes learn where there is no memory for it."""
     if any(step.step == "tune" and step.train == "weights" for step in recipe.steps):
-        check_codes(model)
+        _check_memory_for_codes(model)
+
+
+def _check_memory_for_codes(model: LanguageModel) -> None:
+    check_memory(model, CODES_COPIES, "let it learn less, as with `--preset balanced`")
 
 
 def _most_damage(floor: float, engine: float) -> float:

@@ -4,15 +4,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
 from pocketlm.model.compute import forward_dtype
 from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.source import load, weights_of
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.plan.budget import say_bytes
 
 TRAINING_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
 CODES_COPIES = 8  # where codes learn too: latent weights and their gradient besides
+LEARNING_COPIES = 4  # of those, besides the student and who teaches it
 COPIES = 3  # where nothing is trained: the original, what is made of it, and what is stored
 # 16-bit copies on disk: three stages, hf/, the file, the file to compare with; a training's checkpoint, four copies in
 # float32; and of each candidate its stages.
@@ -21,6 +25,16 @@ OUT_COPIES = 2  # hf/ and the file
 # Residual streams in float32 while a cut is solved: of the original and of what is cut, what both were at first, before
 # a block and behind it, what is written inside it, and, where the stream becomes narrower, what is read inside it.
 STREAMS = 8
+
+
+def load_if_room(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a model, see `load`, where memory has room for it.
+
+    Raises:
+        OutOfResourcesError: It has not.
+    """
+    _check_memory(weights_of(source) * dtype.itemsize, "take a smaller model")
+    return load(source, dtype)
 
 
 def check_resources(
@@ -39,6 +53,18 @@ def check_resources(
     Raises:
         OutOfResourcesError: It would; the message says how much is missing and what helps.
     """
+    check_disk(model, out, trained, candidates, more, written)
+    check_memory(model, TRAINING_COPIES if trained else COPIES)
+
+
+def check_disk(
+    model: LanguageModel, out: Path, trained: bool, candidates: int = 0, more: int = 0, written: int = OUT_COPIES
+) -> None:
+    """Refuse work that would run out of disk; the arguments are those of `check_resources`.
+
+    Raises:
+        OutOfResourcesError: It would.
+    """
     copies = DISK_COPIES + CHECKPOINT_COPIES * trained + CANDIDATE_COPIES * candidates + more
     copy = 2 * model.parameters
     cleaner = "run `pocketlm clean --yes`, or set POCKETLM_CACHE to another disk"
@@ -53,21 +79,30 @@ def check_resources(
                 f"{folder} has {say_bytes(free)} free, the work needs about {say_bytes(disk)}. "
                 f"Free some space, {advice}"
             )
-    # One copy is loaded already.
-    copy = (4 if trained else model.network.dtype.itemsize) * model.parameters
-    _check_memory(((TRAINING_COPIES if trained else COPIES) - 1) * copy, "take a smaller model")
 
 
-def check_codes(model: LanguageModel) -> None:
-    """Refuse to let codes learn, as in a long tuning, where memory has no room for latent weights.
+def check_memory(model: LanguageModel, copies: int, advice: str = "take a smaller model") -> None:
+    """Refuse work that needs so many copies of a model's weights, one of which is loaded, where there is no room.
+
+    Raises:
+        OutOfResourcesError: There is not.
+    """
+    _check_memory((copies - 1) * model.network.dtype.itemsize * model.parameters, advice)
+
+
+def check_learning(source: str, adapters: bool) -> None:
+    """Refuse to teach a student where memory has no room for it and for what learning keeps besides.
 
     Args:
-        model: The original, as it was loaded.
+        source: The student; its teacher is loaded already.
+        adapters: Whether small matrices beside its weights learn.
 
     Raises:
         OutOfResourcesError: It has not.
     """
-    _check_memory((CODES_COPIES - 1) * 4 * model.parameters, "let it learn less, as with `--preset balanced`")
+    copies = 1 if adapters else 1 + LEARNING_COPIES
+    advice = "take a smaller student" if adapters else "let --adapters learn in place of all weights"
+    _check_memory(copies * 4 * weights_of(source), advice)
 
 
 def check_solving(model: LanguageModel, tokens: int, channels: int = 0) -> None:
