@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import NormalDist
 
 from common import command_line, write_results
 
@@ -26,7 +27,7 @@ from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.measure.device import machine, versions
 from pocketlm.measure.interval import Interval
 from pocketlm.measure.task_files import Task, read_task
-from pocketlm.measure.tasks import Outcome, Z, pair
+from pocketlm.measure.tasks import Outcome, pair
 from pocketlm.model.files import file_sha256
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.proof import original_file
@@ -37,6 +38,7 @@ from pocketlm.report.pages import style
 from pocketlm.report.write import replace_text
 
 ORIGINAL = "original"
+Z = NormalDist().inv_cdf(0.975)
 KINDS = {"joint": True, "plain": False}  # whether parts may be removed
 LOOKS = {"original": "peer", "plain": "plain", "compressed": "joint"}  # kind of file by the style's class; last on top
 NAMES = {"peer": "other files (--peer)", "plain": "formats alone", "joint": "joint"}

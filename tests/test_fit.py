@@ -413,6 +413,25 @@ def test_inspect_says_what_is_inside(llama, tmp_path):
     found = json.loads(done.stdout)
     assert sum(part["bytes"] for part in found["parts"]) == found["bytes"]
     assert found["smallest"] < found["largest"] < found["bytes"]
+    config = json.loads((llama / "config.json").read_text())
+    assert found["shape"] == {
+        "depth": config["num_hidden_layers"],
+        "ffn": config["intermediate_size"],
+        "kv_groups": config["num_key_value_heads"],
+        "heads": config["num_attention_heads"],
+        "hidden": config["hidden_size"],
+        "vocab": config["vocab_size"],
+        "context": config["max_position_embeddings"],
+    }
+
+
+def test_a_model_is_measured_without_another_too(llama, text, tmp_path):
+    arguments = ("evaluate", llama, "--data", text, "--windows", 5, "--json")
+    alone = json.loads(pocketlm(*arguments, cache=tmp_path / "cache").stdout)
+    both = json.loads(pocketlm(*arguments, "--reference", llama, cache=tmp_path / "cache").stdout)
+    assert alone["model"]["perplexity"] == both["reference"]["perplexity"]
+    assert alone["model"]["kl"] is None
+    assert "reference" not in alone
 
 
 def test_evaluate_finds_no_difference_between_a_model_and_itself(llama, text, tmp_path):

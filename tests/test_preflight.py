@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.conftest import Tiny
+from tests.tiny import tiny_folder
 
 from pocketlm.errors import OutOfResourcesError
 from pocketlm.measure.device import machine
 from pocketlm.model.compute import forward_dtype
+from pocketlm.model.source import weights_of
 from pocketlm.pipeline import preflight
-from pocketlm.pipeline.preflight import check_resources, check_solving
+from pocketlm.pipeline.preflight import check_learning, check_resources, check_solving, load_if_room
 
 
 def test_training_and_candidates_need_more_disk(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -95,3 +97,26 @@ def test_quantizing_needs_less_memory_than_training(tiny_model: Tiny, tmp_path: 
     monkeypatch.setattr(preflight, "machine", lambda: less)
     with pytest.raises(OutOfResourcesError, match="take a smaller model"):
         check_resources(model, tmp_path, trained=False)
+
+
+@pytest.mark.parametrize(
+    ("work", "copies", "words"),
+    [
+        (load_if_room, 1, "take a smaller model"),
+        (lambda folder: check_learning(folder, adapters=False), 5, "let --adapters learn"),
+        (lambda folder: check_learning(folder, adapters=True), 1, "take a smaller student"),
+    ],
+    ids=["loading", "learning", "learning by adapters"],
+)
+def test_what_is_not_loaded_yet_is_refused_without_loading_it(
+    work, copies: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = str(tiny_folder("llama", tmp_path / "tiny"))
+    for short in (0, 1):
+        free = SimpleNamespace(memory_available_bytes=copies * 4 * weights_of(folder) - short)
+        monkeypatch.setattr(preflight, "machine", lambda free=free: free)
+        if short:
+            with pytest.raises(OutOfResourcesError, match=words):
+                work(folder)
+        else:
+            work(folder)

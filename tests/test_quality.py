@@ -132,6 +132,22 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 180 <= hits <= 198
 
 
+@pytest.mark.parametrize("count", [6, 12, 24])
+def test_intervals_of_few_windows_are_as_wide_as_they_must_be(count: int):
+    """Plain percentiles hold the truth in 86, 91 and 93 % here."""
+    generator = torch.Generator().manual_seed(count)
+    intervals = [bootstrap(torch.randn(count, generator=generator, dtype=torch.float64)) for _ in range(2000)]
+    assert sum(interval.low <= 0 <= interval.high for interval in intervals) / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_weights_make_the_mean_that_of_all_together():
+    """Bits over bytes of two texts, not the mean of both shares: as if each byte was one value of its own."""
+    bits, sizes = torch.tensor([800.0, 100.0], dtype=torch.float64), [400, 100]
+    assert bootstrap(bits / torch.tensor(sizes), weights=sizes).value == pytest.approx(900 / 500)
+    same = torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert bootstrap(same, torch.exp, [7] * 9).high == pytest.approx(bootstrap(same, torch.exp).high)
+
+
 def test_one_window_has_no_spread_to_show():
     assert bootstrap(torch.tensor([3.0], dtype=torch.float64)) == Interval(3.0, 3.0, 3.0)
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.gguf_file import read_gguf
-from pocketlm.model.language_model import save
+from pocketlm.model.language_model import copy_notices, save
 from pocketlm.model.source import load, set_aside, weights_of
 
 TEXT = "It'LL cost 1234, ² or ٣.\n\n  <|im_start|> 漢字"
@@ -101,6 +101,16 @@ def test_whatever_a_model_is_made_of_is_in_its_key(folder: Path, file: Path, tmp
     origins += [load(str(file)).origin, load(str(file), torch.bfloat16).origin]
     origins.append(load(str(file.rename(tmp_path / "another.gguf"))).origin)
     assert len({origin.key for origin in origins}) == len(origins)
+
+
+def test_licences_and_notices_go_along(folder: Path, file: Path, tmp_path: Path):
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "other.txt"):
+        (folder / name).write_text(name)
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for source in (folder, file):
+        copy_notices(load(str(source)).origin, copied)
+    assert sorted(path.name for path in copied.iterdir()) == ["LICENSE.txt", "NOTICE", "USE_POLICY.md"]
 
 
 def test_weights_come_in_the_dtype_asked_for(folder: Path, file: Path):

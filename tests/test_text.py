@@ -1,5 +1,6 @@
 """Text: split by content, packed without a gap, refused with the file and the line that is wrong."""
 
+import copy
 import itertools
 import json
 import random
@@ -189,6 +190,23 @@ def test_chat_messages_of_every_kind(tmp_path: Path):
     ]
     (document,) = read_corpus([written(tmp_path, "a.jsonl", json.dumps({"messages": messages}))]).documents
     assert document.split() == ["Look:", "A", "cat."]
+
+
+def test_chats_are_read_as_the_model_meets_them(tiny_model: Tiny, tmp_path: Path):
+    tokenizer = copy.deepcopy(tiny_model("llama").tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system here') }}"
+        "{% endif %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    )
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    said += [{"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}]
+    path = written(tmp_path, "a.jsonl", json.dumps({"messages": said}))
+    assert read_corpus([path], tokenizer).documents == ("<|user|>Hi<|assistant|>Hello",)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'system'", "'user'")
+    with pytest.raises(BadInputError, match=r"line 1: the model's chat template does not take.*no system here"):
+        read_corpus([path], tokenizer)
+    tokenizer.chat_template = None
+    assert read_corpus([path], tokenizer).documents == ("Hi\n\nHello",)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import check_bytes
 from pocketlm.measure.task_files import TASK_ITEMS, read_task
 from pocketlm.model.files import file_sha256
-from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.language_model import LanguageModel, copy_notices
 from pocketlm.pipeline.account import run_facts
 from pocketlm.pipeline.artefact import make_report, new_folder
 from pocketlm.pipeline.cache import remove_leftovers
@@ -55,6 +55,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         plain = _plain(job, model, planned, texts, progress)
         proof = prove(model, compressed, exported, texts, plain, progress, tasks)
         shutil.copytree(compressed.folder, folder / "hf")
+        copy_notices(model.origin, folder)
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
         hashes |= {str(path): file_sha256(path) for path in job.tasks}

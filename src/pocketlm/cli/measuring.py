@@ -38,14 +38,12 @@ def evaluate(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model in llama.cpp: perplexity, KL and agreement against a reference, or scores on tasks."""
+    """Measure a model in llama.cpp: perplexity, with KL and agreement against a reference, or scores on tasks."""
     from pocketlm import api
     from pocketlm.cli.terminal import Screen, evaluation_lines, harness_lines, task_lines
 
     if bool(task) + bool(harness) + bool(data) > 1:
         raise BadInputError("Give one of --task, --harness and --data: they are measured apart")
-    if not task and not harness and reference is None:
-        raise BadInputError("Give the original with --reference MODEL, or tasks with --task FILE")
     with Screen() as screen:
         if task:
             results = api.evaluate_tasks(model, reference, task, limit, screen.progress)

@@ -59,7 +59,7 @@ class Evaluation:
     """How a model compares with a reference, and on which text.
 
     Attributes:
-        qualities: Of `reference` and `model`.
+        qualities: Of `reference`, if there is one, and `model`.
         text: That they were read on; of fewer windows than were asked for where it has no more.
     """
 
@@ -98,8 +98,10 @@ def inspect(source: str) -> Inspection:
     )
 
 
-def evaluate(source: str, reference: str, data: list[Path], count: int = 12, progress: Progress = silent) -> Evaluation:
-    """Measure a model against a reference in the engine, on a person's text or on Python's help topics.
+def evaluate(
+    source: str, reference: str | None, data: list[Path], count: int = 12, progress: Progress = silent
+) -> Evaluation:
+    """Measure a model in the engine, on a person's text or Python's help topics, against a reference if there is one.
 
     Where their vocabularies differ, the same text is measured in bits per byte, and there is no KL.
     With the default text, the windows are those that `fit` never shows to a model.
@@ -107,11 +109,12 @@ def evaluate(source: str, reference: str, data: list[Path], count: int = 12, pro
     Raises:
         BadInputError: A text cannot be used.
     """
-    models = {"reference": load_if_room(reference), "model": load_if_room(source)}
+    subjects = _subjects(source, reference)
+    files, models = ({role: each[part] for role, each in subjects.items()} for part in (0, 1))
     length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
-    corpus = read_corpus(data) if data else python_topics()
-    tokens = corpus.tokens("test", models["reference"].tokenizer, count, length)
-    files = {name: original_file(model) for name, model in models.items()}
+    tokenizer = models.get("reference", models["model"]).tokenizer
+    corpus = read_corpus(data, tokenizer) if data else python_topics()
+    tokens = corpus.tokens("test", tokenizer, count, length)
     qualities = measure_models(files, models, tokens.windows, progress).qualities
     return Evaluation(qualities, facts_of_text(tokens, held_out=True))
 

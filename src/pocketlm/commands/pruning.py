@@ -17,7 +17,7 @@ from pocketlm.export.sparse_bitmask import saves_bytes, write_sparse_bitmask
 from pocketlm.measure.quality import Quality
 from pocketlm.model.anatomy import anatomy_of
 from pocketlm.model.judge import judge
-from pocketlm.model.language_model import LanguageModel
+from pocketlm.model.language_model import LanguageModel, copy_notices
 from pocketlm.model.source import load
 from pocketlm.pipeline.artefact import facts_of_text, new_folder
 from pocketlm.pipeline.cache import Finished, remove_leftovers, stage
@@ -142,6 +142,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         compressed = run_recipe(model, recipe, texts, progress)
         write_gguf(compressed.model, compressed.packed, folder / "model.gguf")
         shutil.copytree(compressed.folder, folder / "hf")
+        copy_notices(model.origin, folder)
         bitmasks = _bitmasks(compressed.model, job, folder / "bitmask")
         stages = [done for done in compressed.stages if done.facts["step"] != "quantize"]
         del compressed  # its weights: those of each step are read next

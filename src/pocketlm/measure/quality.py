@@ -100,7 +100,7 @@ def compare_on_text(
 
     Args:
         readers: By name; the first one is the reference.
-        texts: Each starts from an empty context.
+        texts: Each starts from an empty context. Those of about as many tokens are meant: perplexity counts them alike.
         progress: Called after each text with how many are done and how many there are.
     """
     reference = next(iter(readers))
@@ -116,7 +116,7 @@ def compare_on_text(
             likeness = _likeness(truth, logits) if alike else (None, None)
             rows[name].append((nats / (len(known) - 1), *likeness, nats / math.log(2) / len(text.encode())))
         progress(done, len(texts))
-    return _comparison(rows)
+    return _comparison(rows, [len(text.encode()) for text in texts])
 
 
 def _likeness(truth: Tensor, logits: Tensor) -> tuple[float | None, float | None]:
@@ -127,34 +127,54 @@ def _likeness(truth: Tensor, logits: Tensor) -> tuple[float | None, float | None
     return kl_divergence(truth, logits).mean().item(), agree
 
 
-def _comparison(rows: dict[str, list[Row]]) -> Comparison:
-    """Summarize what was read, the reference first."""
+def _comparison(rows: dict[str, list[Row]], sizes: Sequence[int] | None = None) -> Comparison:
+    """Summarize what was read, the reference first.
+
+    Args:
+        rows: By model, of each window or text.
+        sizes: Bytes of each text, where bits per byte are among the figures.
+    """
     losses = {name: torch.tensor([row[0] for row in each], dtype=torch.float64) for name, each in rows.items()}
     base = next(iter(losses.values()))
 
-    def interval(values: tuple[float | None, ...]) -> Interval | None:
-        return None if None in values else bootstrap(torch.tensor(values, dtype=torch.float64))
+    def interval(values: tuple[float | None, ...], weights: Sequence[int] | None = None) -> Interval | None:
+        return None if None in values else bootstrap(torch.tensor(values, dtype=torch.float64), weights=weights)
 
     qualities = {}
     for name, each in rows.items():
-        _, *others = zip(*each, strict=True)
+        _, kl, agreement, bits = zip(*each, strict=True)
         perplexity, ratio = (bootstrap(values, torch.exp) for values in (losses[name], losses[name] - base))
-        qualities[name] = Quality(perplexity, ratio, *map(interval, others))
+        qualities[name] = Quality(perplexity, ratio, interval(kl), interval(agreement), interval(bits, sizes))
     return Comparison(qualities, losses)
 
 
-def bootstrap(values: Tensor, then: Callable[[Tensor], Tensor] = lambda mean: mean) -> Interval:
-    """Return `then` of the mean of values of windows or items, with its percentile bootstrap interval over them.
+def bootstrap(
+    values: Tensor, then: Callable[[Tensor], Tensor] = lambda mean: mean, weights: Sequence[int] | None = None
+) -> Interval:
+    """Return `then` of the mean of values of windows or items, with its bootstrap interval over them.
 
-    Every figure resamples in the same way (a fixed seed), so figures of two models stay paired.
+    The expanded percentile interval (Hesterberg 2015, https://arxiv.org/abs/1411.5279): plain percentiles are too
+    narrow where there are few, and of 12 windows held the truth 91 times in 100. Every figure resamples in the same
+    way (a fixed seed), so figures of two models stay paired.
 
     Args:
         values: (windows,) float64.
         then: Rising, applied to each mean.
+        weights: That each value counts with; alike where None.
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = then(values[draws].mean(1))
-    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = means.quantile(tails).tolist()
-    return Interval(then(values.mean()).item(), low, high)
+    counts = torch.ones_like(values) if weights is None else torch.tensor(weights, dtype=values.dtype)
+    means = then((values * counts)[draws].sum(1) / counts[draws].sum(1))
+    low, high = means.quantile(torch.tensor(_tails(len(values)), dtype=means.dtype)).tolist()
+    return Interval(then((values * counts).sum() / counts.sum()).item(), low, high)
+
+
+def _tails(count: int) -> tuple[float, float]:
+    """Return the quantiles of resampled means that bound an interval: as far out as Student's t for so few values."""
+    from scipy.stats import norm, t
+
+    if count < 2:
+        return 0.0, 1.0
+    below = float(norm.cdf(math.sqrt(count / (count - 1)) * t.ppf((1 - LEVEL) / 2, count - 1)))
+    return below, 1 - below

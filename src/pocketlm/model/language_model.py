@@ -13,6 +13,8 @@ from pocketlm.model.card import write_card
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # files that a licence may want beside the weights
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -74,6 +76,11 @@ def save_company(model: LanguageModel, folder: Path) -> None:
     """Write into `folder` what goes with the weights: the tokenizer, and the source's name, license and its texts."""
     model.tokenizer.save_pretrained(folder)
     write_card(folder, model.origin.license, model.origin.base_model)
-    if model.origin.path.is_dir():
-        for notice in sorted(model.origin.path.glob("LICENSE*")):
+    copy_notices(model.origin, folder)
+
+
+def copy_notices(origin: Origin, folder: Path) -> None:
+    """Copy into `folder` what a model's folder has of licences and notices, which go where its weights go."""
+    if origin.path.is_dir():
+        for notice in sorted(file for pattern in NOTICES for file in origin.path.glob(pattern)):
             shutil.copy(notice, folder / notice.name)

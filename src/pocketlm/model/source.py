@@ -24,7 +24,7 @@ from pocketlm.model.gguf_config import config_from_gguf
 from pocketlm.model.gguf_file import GgufFile, read_gguf, read_tensor
 from pocketlm.model.gguf_layout import ROPE_FACTORS, from_gguf, parameter_part
 from pocketlm.model.gguf_tokenizer import end_ids, tokenizer_from_gguf
-from pocketlm.model.language_model import LanguageModel, Origin
+from pocketlm.model.language_model import NOTICES, LanguageModel, Origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -35,8 +35,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # `Model-Q4_K_M.gguf`, `model.f16.gguf`: the name of the model without the name of the number format.
 _FORMAT_SUFFIX = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32|fp16|mxfp4\w*|tq\d_0)$", re.IGNORECASE)
 # What is read beside the weights.
-_COMPANY = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "LICENSE*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md", "LICENSE*"]
+_COMPANY = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", *NOTICES)
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md", *NOTICES]
 
 
 def load(source: str, dtype: torch.dtype = torch.float32) -> LanguageModel:

@@ -174,32 +174,53 @@ def python_topics() -> Corpus:
     return Corpus("pydoc_data.topics", tuple(piece for text in topics.values() for piece in _pieces(text)))
 
 
-def read_corpus(paths: list[Path]) -> Corpus:
+def read_corpus(paths: list[Path], tokenizer: "PreTrainedTokenizerFast | None" = None) -> Corpus:
     """Read text files (.txt, .md and the like) and .jsonl files (a `text`, or chat `messages`, per line).
 
+    Args:
+        paths: Of the files.
+        tokenizer: By whose chat template `messages` become the text that the model meets; their words alone where it
+            has none.
+
     Raises:
-        BadInputError: A file is missing, empty, not UTF-8, or a line of a .jsonl file has neither field.
+        BadInputError: A file is missing, empty, not UTF-8, or a line of a .jsonl file has neither field, or messages
+            that the template does not take.
     """
-    documents = [piece for path in paths for text in _texts(path) for piece in _pieces(text)]
+    documents = [piece for path in paths for text in _texts(path, tokenizer) for piece in _pieces(text)]
     return Corpus(", ".join(path.name for path in paths), tuple(documents))
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path, tokenizer: "PreTrainedTokenizerFast | None") -> list[str]:
     content = text_of(path)
     if not content.strip():
         raise BadInputError(f"{path} is empty. Give a file with text")
     if path.suffix.lower() != ".jsonl":
         return [content]
-    return [_text_of_entry(entry, place) for place, entry in json_values(path)]
+    return [_text_of_entry(entry, place, tokenizer) for place, entry in json_values(path)]
 
 
-def _text_of_entry(entry: Any, place: str) -> str:
+def _text_of_entry(entry: Any, place: str, tokenizer: "PreTrainedTokenizerFast | None") -> str:
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return entry["text"]
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        return "\n\n".join(_words_of(message.get("content")) for message in messages)
+        return _text_of_chat(messages, place, tokenizer)
     raise BadInputError(f"{place}: neither a `text` nor `messages`. Name the text field `text`")
+
+
+def _text_of_chat(messages: list[dict], place: str, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+    """Return a chat as the model meets it: what has no words, such as a tool call, is left out."""
+    said = [{"role": str(each.get("role", "user")), "content": _words_of(each.get("content"))} for each in messages]
+    said = [each for each in said if each["content"]]
+    if tokenizer is None or not tokenizer.chat_template:
+        return "\n\n".join(each["content"] for each in said)
+    try:
+        return tokenizer.apply_chat_template(said, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        raise BadInputError(
+            f"{place}: the model's chat template does not take these `messages` ({error}). "
+            "Give roles that it knows, in their order, or the words as `text`"
+        ) from error
 
 
 def _words_of(content: object) -> str:

@@ -106,7 +106,7 @@ def gather_texts(
     Raises:
         BadInputError: A file of text cannot be used, or the text is too short.
     """
-    corpus = read_corpus(data) if data else python_topics()
+    corpus = read_corpus(data, model.tokenizer) if data else python_topics()
     length = min(WINDOW, getattr(model.network.config, "max_position_embeddings", WINDOW))
 
     def produce(folder: Path) -> None:
