@@ -44,14 +44,14 @@ def server() -> Iterator[str]:
 
 
 @contextmanager
-def saying(status: int, body: bytes, model: str | None = None, port: int = 0) -> Iterator[str]:
-    """A server that always says the same, and has a name for its model or none."""
+def saying(status: int, body: bytes, model: str | None = None, port: int = 0, size: int = 1) -> Iterator[str]:
+    """A server that always says the same, and has a name for its model, of so many bytes, or none."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if model else 404)
             self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"id": model}]}).encode())
+            self.wfile.write(json.dumps({"data": [{"id": model, "meta": {"size": size}}]}).encode())
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -93,7 +93,7 @@ def test_our_own_server_teaches(tmp_path: Path):
     """It knows its model by one name alone."""
     with serving(tiny_file(tmp_path, "teacher"), cache=tmp_path / "cache") as running:
         address = f"{running.address}/v1"
-        ask(address, served_model(address), ["Hello"], tmp_path / "answers.jsonl")
+        ask(address, served_model(address)["id"], ["Hello"], tmp_path / "answers.jsonl")
     assert [answer.prompt for answer in read_answers(tmp_path / "answers.jsonl")] == ["Hello"]
 
 
@@ -184,10 +184,10 @@ def test_another_model_behind_the_same_address_is_asked_too(tmp_path: Path, monk
         job = Distillation(teacher="", student="", how=Distil(tokens=1), task=task, remote=url)
         return [answer.answer for answer in _asked(job, silent)]
 
-    for name in ("one", "two"):
-        with saying(200, reply(name, "stop"), name, port):
-            assert answers() == [name]
-        assert answers() == [name], "it is gone"
+    for name, size in (("one", 1), ("two", 1), ("two", 2)):
+        with saying(200, reply(f"{name} {size}", "stop"), name, port, size):
+            assert answers() == [f"{name} {size}"]
+        assert answers() == [f"{name} {size}"], "it is gone"
 
 
 def taught(base: Path, said: bytes, folder: Path) -> str:

@@ -264,8 +264,9 @@ def _hash_of(examples: list[Example], opinions: dict[str, Opinion]) -> str:
 def _asked(job: Distillation, progress: Progress) -> list[Answer]:
     """Return a server's answers to the task's prompts, got once; a server that has gone since is not missed."""
     prompts = [example.prompt for example in read_examples(job.task, answered=False)]
-    asked, model = {"server": job.remote, "task": file_sha256(job.task)}, served_model(job.remote)
-    if model is None and (earlier := latest("answers", asked)):
+    asked, served = {"server": job.remote, "task": file_sha256(job.task)}, served_model(job.remote)
+    model = served and served["id"]
+    if served is None and (earlier := latest("answers", asked)):
         return read_answers(earlier / ANSWERS)
 
     def produce(folder: Path) -> dict[str, int]:
@@ -278,7 +279,7 @@ def _asked(job: Distillation, progress: Progress) -> list[Answer]:
         (folder / ANSWERS).write_text("".join(json.dumps(vars(answer)) + "\n" for answer in answers))
         return asked
 
-    return read_answers(stage("answers", asked | {"model": model}, produce).folder / ANSWERS)
+    return read_answers(stage("answers", asked | {"model": served}, produce).folder / ANSWERS)
 
 
 def _from_disk(

@@ -76,11 +76,15 @@ def read_answers(path: Path) -> list[Answer]:
     return [Answer(**line) for line in json_lines(path)]
 
 
-def served_model(url: str) -> str | None:
-    """Return the name of the server's model, the first that it lists; None where there is no list, or no server."""
+def served_model(url: str) -> dict[str, Any] | None:
+    """Return what tells the server's model from others, the first that it lists; None without a list or a server.
+
+    That is its name, `id`, and what llama.cpp and `pocketlm serve` say of the file, such as its size, as `meta`.
+    """
     try:
         with urllib.request.urlopen(_request(url, "models"), timeout=TIMEOUT) as response:
-            return str(json.load(response)["data"][0]["id"])
+            first = json.load(response)["data"][0]
+        return {"id": str(first["id"]), "meta": first.get("meta")}
     except (OSError, ValueError, http.client.HTTPException, KeyError, IndexError, TypeError):
         return None  # what asks the questions says what is wrong
 
