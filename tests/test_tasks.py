@@ -1,6 +1,7 @@
 """Tasks in the engine are what the slow, obvious sum in torch is, and bad rows are named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,19 @@ from pocketlm.measure.task_files import Item, Task, read_task
 from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result
 from pocketlm.model.examples import encode_answer, encode_prompt
 from pocketlm.pipeline.artefact import task_score
-from pocketlm.pipeline.scoring import check_items, label_pairs, write
+from pocketlm.pipeline.scoring import check_items, label_pairs, seen_items, write
 from pocketlm.run.engine import Engine
 
 ITEM = Item("The operators of the language are", (" evaluated left to right", " no objects", " names"), 1)
+
+
+def test_items_that_were_learnt_from_are_counted():
+    asked = replace(ITEM, prompt="Which of the planets has the most moons?\nAnswer:")
+    short = replace(ITEM, prompt="planets")
+    task, other = Task("planets", "choices", (asked, short, ITEM)), Task("other", "choices", (ITEM,))
+    text = ["The planets. Which of the\n  planets has the most moons? Answer: Saturn", "More."]
+    (note,) = seen_items([task, other], text)
+    assert note.startswith("1 of 3 items of planets stand in the text")
 
 
 def last_row(network, ids):

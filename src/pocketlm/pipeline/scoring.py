@@ -22,6 +22,7 @@ from pocketlm.run.engine import Engine
 
 CONTEXT = 2048  # tokens at most
 WRITTEN = 64  # tokens of an answer at most
+LEAST_SEEN = 30  # characters of a prompt that is looked for in a text: shorter ones may stand there by chance
 
 
 def score_tasks(
@@ -43,6 +44,24 @@ def score_tasks(
         result(task.name, task.kind, {role: each[index] for role, each in found.items()})
         for index, task in enumerate(tasks)
     ]
+
+
+def seen_items(tasks: Sequence[Task], documents: Sequence[str]) -> list[str]:
+    """Return what to say of tasks whose items a model has learnt from: their prompts stand in documents as they are."""
+    text, found = _one_line(" ".join(documents)), []
+    for task in tasks:
+        prompts = [_one_line(item.prompt) for item in task.items]
+        seen = sum(len(prompt) >= LEAST_SEEN and prompt in text for prompt in prompts)
+        if seen:
+            found.append(
+                f"{seen} of {len(prompts)} items of {task.name} stand in the text that was learnt from: "
+                "its score says less of what is new to the model"
+            )
+    return found
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def check_items(model: LanguageModel, tasks: Sequence[Task]) -> None:
