@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from pocketlm.run.chat import SEEDS
 from pocketlm.run.server.refusals import RefusalError
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -77,7 +78,7 @@ class Request(_Strict):
         """Return the request as the engine takes it, without what is not meant for it."""
         asked = self.model_dump(exclude_none=True, exclude={*_NOT_THE_ENGINES})
         if self.seed is not None:
-            asked["seed"] = self.seed % 2**32
+            asked["seed"] = self.seed % SEEDS
             # A prompt read from the cache rounds differently from one read afresh.
             asked["cache_prompt"] = False
         return asked
