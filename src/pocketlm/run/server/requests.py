@@ -233,8 +233,11 @@ class Chat(Request):
         return asked
 
     def for_others(self) -> dict[str, Any]:
-        """Return the request as any OpenAI-compatible endpoint takes it, without a model."""
-        ours = {"model", "stream", "stream_options", "top_k", "min_p", "repeat_penalty"}
+        """Return the request as any OpenAI-compatible endpoint takes it, without a model.
+
+        Samplers that OpenAI does not have stay here, and so does `logit_bias`: its tokens are the local model's.
+        """
+        ours = {"model", "stream", "stream_options", "top_k", "min_p", "repeat_penalty", "logit_bias"}
         return self.model_dump(exclude_none=True, exclude=ours, by_alias=True)
 
 
