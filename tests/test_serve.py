@@ -176,6 +176,31 @@ def test_logprobs_are_those_of_the_tokens(client):
     assert ask(client).choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("options", [{}, {"top_logprobs": 0}])
+def test_tokens_have_no_alternatives_that_nobody_asked_for(client, options):
+    choice = ask(client, logprobs=True, **options).choices[0]
+    pieces = [chunk.choices[0] for chunk in ask(client, logprobs=True, stream=True, **options)]
+    streamed = [token for piece in pieces if piece.logprobs for token in piece.logprobs.content]
+    for tokens in (choice.logprobs.content, streamed):
+        assert "".join(token.token for token in tokens) == choice.message.content
+        assert all(token.logprob < 0 and token.top_logprobs == [] for token in tokens)
+    assert pieces[-1].finish_reason == "length"
+    asked = parse(Chat, json.dumps(VALID | {"logprobs": True} | options).encode())
+    assert asked.for_engine()["top_logprobs"] == 1  # 20 for nothing cost time
+    judged = parse(Chat, json.dumps(VALID | {"logprobs": False}).encode()).for_engine(judged=True)
+    assert (judged["logprobs"], judged["top_logprobs"]) == (True, 1)
+
+
+def test_texts_have_probabilities_without_alternatives_too(client):
+    options = {"model": "small", "prompt": "def main", "temperature": 0, "logit_bias": ENDLESS, "logprobs": 0}
+    whole = client.completions.create(**options).choices[0]
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    assert "".join(whole.logprobs.tokens) == whole.text
+    assert [token for part in streamed if part for token in part.tokens] == whole.logprobs.tokens
+    assert all(value < 0 for value in whole.logprobs.token_logprobs)
+    assert whole.logprobs.top_logprobs == [{}] * len(whole.logprobs.tokens)
+
+
 def test_a_schema_is_kept_even_by_a_random_model(client):
     schema = LAMP["function"]["parameters"] | {"additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "lamp", "schema": schema, "strict": True}}

@@ -180,9 +180,9 @@ async def _judge(
 
     async def one(place: int, example: Example) -> None:
         async with model.line.turn():
-            body = example.asked.for_engine(model.ready.wraps_tools if model.ready else False)
+            body = example.asked.for_engine(model.ready.wraps_tools if model.ready else False, judged=True)
             try:
-                answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
+                answer = await model.answer("/v1/chat/completions", body)
             except RefusalError as error:
                 raise BadInputError(f"The engine refuses {example.place}: {error.message}") from error
             theirs = await _theirs(example, larger, session) if larger else None
