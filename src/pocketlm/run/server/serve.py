@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pocketlm.run.server.escalation import Escalation
 
 _LAST_WORDS = 2.0  # seconds to send what is written when all answers are done, or were cut off by a second signal
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +81,14 @@ def check_installed() -> None:
 async def _serve(job: Serve) -> None:
     from aiohttp import web
 
+    from pocketlm.run.server.admission import LOOPBACK
     from pocketlm.run.server.app import Service, application
     from pocketlm.run.server.local import LocalModel
 
     listener = _listener(job.host, job.port)
     engines = await _measured(job, _engines(job))
     models = [LocalModel(settings, job.queue) for settings in engines]
-    service = Service(models, job.api_key, job.host in _LOOPBACK, job.escalation)
+    service = Service(models, job.api_key, job.host in LOOPBACK, job.escalation)
     stop, hurry = _signals()
     try:
         for model in models:  # one after the other: where one fails, none is left half started
