@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.command_line import pocketlm
 from tests.serving import ENDLESS, serving, tiny_file
-from tests.tiny import tiny_tokenizer
 
 from pocketlm.errors import BadInputError
 from pocketlm.run.server.answers import confidence
@@ -59,11 +58,41 @@ def text(answer):
 
 
 def test_an_empty_answer_of_the_larger_model_is_an_answer(folder, small, larger):
-    end = tiny_tokenizer("llama").convert_tokens_to_ids("<|im_end|>")
+    begins = text(ask(larger, model="large", logit_bias={}))[0]
     with escalating(small, f"{larger.address}/v1", 1.01, folder=folder) as server:
-        answer = ask(server, logit_bias={str(end): 100})
+        answer = ask(server, stop=[begins])
     assert answer.pocketlm["answered_by"] == "large"
     assert not text(answer)
+
+
+@pytest.fixture
+def noting():
+    """An endpoint that says yes to all, and what it is asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/v1", asked
+        http.shutdown()
+
+
+def test_the_larger_model_is_asked_nothing_that_only_the_local_one_understands(folder, small, noting):
+    url, asked = noting
+    ours = {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1}
+    with escalating(small, url, 1.01, folder=folder) as server:
+        assert text(ask(server, seed=3, logit_bias={"7": 5}, extra_body=ours)) == "yes"
+    options = {"max_tokens": 12, "temperature": 0, "seed": 3, "stream": False}
+    assert asked == [{"model": "large", "messages": HELLO} | options]
 
 
 def test_an_unsure_answer_is_replaced_and_says_by_whom(folder, small, larger):
@@ -247,6 +276,11 @@ def test_the_measure_that_ranks_better_is_chosen():
         (" Card  arrival\n", "card arrival", True),
         ('{"on": true, "room": "bath"}', '{"room":"bath","on":true}', True),
         ('{"on": false}', '{"on": true}', False),
+        ("**New  York**", "new york", True),
+        ("(b)", "B", True),
+        ("0.5", ".5", True),
+        ('{"on": true', '{"on": true}', False),
+        ("", "[]", False),
         ("Lyon", "Paris", False),
         ('{"on": 1}', '{"on": true}', False),
         ('{"on": [1.0, null]}', '{"on": [1, null]}', True),

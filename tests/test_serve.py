@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from subprocess import PIPE
@@ -32,12 +32,12 @@ from tests.tiny import tiny_folder
 from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
-from pocketlm.run.server import app
+from pocketlm.run.server import app, tuning
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, Completion, Embedding, parse
-from pocketlm.run.server.serve import model_name
+from pocketlm.run.server.serve import Serve, _engines, model_name
 from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -156,11 +156,12 @@ def test_a_stop_word_ends_the_answer_before_it(client):
 
 
 def test_a_seed_repeats_a_draw(client):
-    draws = [
-        ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in (7, 7, 8, -1, 2**64 // 2 - 1)
-    ]
-    assert draws[0] == draws[1]
-    assert len(set(draws)) >= 3
+    seeds = (7, 8, -1, 2**32 - 1, 2**63 - 1)
+    first, again = (
+        [ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in seeds] for _ in range(2)
+    )
+    assert first == again
+    assert len(set(first)) == len(seeds)
     assert ask(client, temperature=2, top_p=0).choices[0].message.content == ask(client).choices[0].message.content
 
 
@@ -173,6 +174,31 @@ def test_logprobs_are_those_of_the_tokens(client):
         assert token.logprob <= max(top.logprob for top in token.top_logprobs)
         assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.001
     assert ask(client).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("options", [{}, {"top_logprobs": 0}])
+def test_tokens_have_no_alternatives_that_nobody_asked_for(client, options):
+    choice = ask(client, logprobs=True, **options).choices[0]
+    pieces = [chunk.choices[0] for chunk in ask(client, logprobs=True, stream=True, **options)]
+    streamed = [token for piece in pieces if piece.logprobs for token in piece.logprobs.content]
+    for tokens in (choice.logprobs.content, streamed):
+        assert "".join(token.token for token in tokens) == choice.message.content
+        assert all(token.logprob < 0 and token.top_logprobs == [] for token in tokens)
+    assert pieces[-1].finish_reason == "length"
+    asked = parse(Chat, json.dumps(VALID | {"logprobs": True} | options).encode())
+    assert asked.for_engine()["top_logprobs"] == 1  # 20 for nothing cost time
+    judged = parse(Chat, json.dumps(VALID | {"logprobs": False}).encode()).for_engine(judged=True)
+    assert (judged["logprobs"], judged["top_logprobs"]) == (True, 1)
+
+
+def test_texts_have_probabilities_without_alternatives_too(client):
+    options = {"model": "small", "prompt": "def main", "temperature": 0, "logit_bias": ENDLESS, "logprobs": 0}
+    whole = client.completions.create(**options).choices[0]
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    assert "".join(whole.logprobs.tokens) == whole.text
+    assert [token for part in streamed if part for token in part.tokens] == whole.logprobs.tokens
+    assert all(value < 0 for value in whole.logprobs.token_logprobs)
+    assert whole.logprobs.top_logprobs == [{}] * len(whole.logprobs.tokens)
 
 
 def test_a_schema_is_kept_even_by_a_random_model(client):
@@ -580,6 +606,34 @@ def test_told_twice_to_end_the_server_does_not_wait(folder, model):
             assert server.process.wait(40) == 0  # seconds; the engine takes 5 of them before it is killed
 
 
+@looks_into_proc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_while_a_model_loads_the_server_does(folder, model, number):
+    server = subprocess.Popen(
+        command("serve", model, "--port", 0), env=environment(folder), stdout=PIPE, stderr=PIPE, text=True
+    )
+    engines = []
+
+    def an_engine_is_there():
+        programs = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(server)}
+        engines.extend(pid for pid, program in programs.items() if b"engine_process" in program)
+        return engines
+
+    try:
+        wait_until(an_engine_is_there)
+        os.kill(engines[0], signal.SIGSTOP)  # it would never have loaded
+        server.send_signal(number)
+        assert server.wait(40) == 0  # seconds; the engine takes 5 of them before it is killed
+        assert server.communicate() == ("", "")
+        wait_until(lambda: not Path(f"/proc/{engines[0]}/exe").exists())
+    finally:
+        server.kill()
+        server.communicate()
+        for engine in engines:
+            with suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+
+
 def ends(server):
     """Whether a server takes no new connection any more, or says that it is ending."""
     try:
@@ -777,6 +831,11 @@ def test_a_file_of_a_run_is_named_after_its_folder(tmp_path, monkeypatch):
     assert names == ["p70", "inside", "other"]
 
 
+def test_of_two_files_of_one_name_neither_is_called_the_original(tmp_path):
+    names = [settings.name for settings in _engines(Serve(tmp_path / "one.gguf", tmp_path / "b" / "one.gguf"))]
+    assert names == ["one", "one-compared"]
+
+
 def test_a_missing_package_names_the_line_that_installs_it(folder, model):
     program = "import sys; sys.modules['aiohttp'] = None; from pocketlm.cli.main import main; main()"
     done = subprocess.run(
@@ -817,6 +876,18 @@ def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monke
     for measuring in (tuned(settings, print), drafted(settings, model, print)):
         with pytest.raises(PocketlmError, match=r"Measuring .*small\.gguf failed: the engine died"):
             asyncio.run(measuring)
+
+
+@pytest.mark.parametrize(("together", "used"), [(98.0, False), (102.0, False), (104.0, True)])
+def test_a_draft_is_used_only_where_it_is_faster_by_more_than_a_measurement_varies(model, monkeypatch, together, used):
+    async def answering(engine):
+        return together if engine.draft else 100.0
+
+    monkeypatch.setattr(tuning, "_answering", answering)
+    said = []
+    chosen = asyncio.run(drafted(EngineSettings(str(model), "small"), model, said.append))
+    assert chosen.draft == (str(model) if used else None)
+    assert said[0].endswith("it drafts" if used else "it is not used")
 
 
 @pytest.mark.slow

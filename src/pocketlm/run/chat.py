@@ -25,6 +25,7 @@ Message = dict[str, str]  # "role" ("system", "user" or "assistant") and "conten
 
 CONTEXT = 4096  # tokens of the longest conversation
 LONGEST_ANSWER = 1024  # tokens; small models can repeat themselves without end
+SEEDS = 2**32 - 1  # from 0 on; the next one is llama.cpp's LLAMA_DEFAULT_SEED, with which it draws anew each time
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
@@ -105,7 +106,7 @@ def stream(
         messages: A conversation; or a plain text to go on with, for a model without a chat template.
         max_tokens: Longest answer; as long as the context if None.
         greedy: Take the likeliest token each time.
-        seed: Of the draws; the same seed gives the same answer.
+        seed: Of the draws; the same seed gives the same answer. Any whole number.
 
     Yields:
         The answer's text, a few characters at a time.
@@ -126,7 +127,7 @@ def stream(
     if greedy:
         request["temperature"] = 0
     if seed is not None:
-        request["seed"] = seed
+        request["seed"] = seed % SEEDS
     if isinstance(messages, str):
         generate, request["prompt"] = server.handle_completions, messages
     else:

@@ -7,7 +7,7 @@ from aiohttp import web
 
 from pocketlm.run.server.refusals import RefusalError
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OPEN = ("/", "/health")  # without a key
 
 
@@ -24,7 +24,7 @@ def admit(request: web.Request, key: str | None, local_only: bool, draining: boo
         RefusalError: Status 401, 403, or 503 where the server is ending.
     """
     host = request.headers.get("Host", "")
-    if local_only and _parts(f"//{host}")[0] not in _LOOPBACK:
+    if local_only and _parts(f"//{host}")[0] not in LOOPBACK:
         # Another site whose name was pointed at this machine.
         raise RefusalError(403, "This server answers to localhost only; serve with --host to change that")
     origin = request.headers.get("Origin")

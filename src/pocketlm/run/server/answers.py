@@ -61,6 +61,14 @@ def _add_call(calls: list[dict], piece: dict) -> None:
         call["function"][name] += more
 
 
+def trimmed(answer: Answer, alternatives: int) -> Answer:
+    """Take from each token of an answer, or of a piece of one, all alternatives but the likeliest few."""
+    for choice in answer["choices"]:
+        for token in (choice.get("logprobs") or {}).get("content") or ():
+            del token["top_logprobs"][alternatives:]
+    return answer
+
+
 def legacy_logprobs(answer: Answer, offset: int = 0) -> Answer:
     """Give a text completion, or what begins at `offset` of one, the logprobs of its own API: lists side by side."""
     for choice in answer["choices"]:

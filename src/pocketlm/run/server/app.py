@@ -14,12 +14,12 @@ import aiohttp
 from aiohttp import web
 
 from pocketlm.run.server.admission import admit
-from pocketlm.run.server.answers import chunks, event_bytes, events, legacy_logprobs
+from pocketlm.run.server.answers import chunks, event_bytes, events, legacy_logprobs, trimmed
 from pocketlm.run.server.escalation import Escalation, better
 from pocketlm.run.server.local import LocalModel, down
 from pocketlm.run.server.metrics import Metrics
 from pocketlm.run.server.refusals import RefusalError
-from pocketlm.run.server.requests import Chat, Completion, Embedding, Request, parse
+from pocketlm.run.server.requests import Chat, Completion, Embedding, parse
 
 LARGEST_REQUEST = 4 * 2**20  # bytes
 _PATIENCE = 60.0  # seconds that a client may take to send a request, or to take a piece of an answer
@@ -45,7 +45,7 @@ class Service:
     """What the routes work with.
 
     Attributes:
-        models: The optimised model and, where there is one, the original it is compared with.
+        models: The optimised model and, where there is one, the model it is compared with.
         key: What clients must know; None if nothing.
         local_only: Whether the server listens to this machine alone.
         escalation: When to ask a larger model; None for never.
@@ -220,8 +220,9 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         raise down()
     if not model.ready.chats:
         raise RefusalError(400, f"`{model.name}` has no chat template: it goes on with texts, at /v1/completions")
-    body = asked.for_engine(model.ready.wraps_tools)
-    if service.escalation and model is service.models[0]:
+    judged = service.escalation is not None and model is service.models[0]
+    body = asked.for_engine(model.ready.wraps_tools, judged)
+    if judged:
         return await _chat_or_escalate(request, asked, body)
     return await _respond(request, model, "/v1/chat/completions", asked, body)
 
@@ -230,7 +231,7 @@ async def _chat_or_escalate(request: web.Request, asked: Chat, body: dict) -> we
     """Wait for the whole local answer, judge it, and give it or the larger model's; a stream starts after that."""
     service, model = request.app[_SERVICE], request.app[_SERVICE].models[0]
     async with _turn(service, model):
-        answer = await model.answer("/v1/chat/completions", body | {"logprobs": True})
+        answer = await model.answer("/v1/chat/completions", body)
     _count(service, model.name, answer)
     answer = await better(answer, asked, service.escalation, request.app[_OUTSIDE])
     mark = answer["pocketlm"]
@@ -267,30 +268,31 @@ async def _embedding(request: web.Request) -> web.Response:
 
 
 async def _respond(
-    request: web.Request, model: LocalModel, path: str, asked: Request, body: dict
+    request: web.Request, model: LocalModel, path: str, asked: Chat | Completion, body: dict
 ) -> web.StreamResponse:
     """Give the engine's answer, whole or as a stream."""
     service = request.app[_SERVICE]
     headers = {_ANSWERED_BY: model.name}
-    legacy = isinstance(asked, Completion) and asked.logprobs is not None
+    # The engine's own stream is what was asked for, but for probabilities of the old API and for no alternatives.
+    unread = asked.alternatives is None or (isinstance(asked, Chat) and asked.alternatives > 0)
     async with _turn(service, model):
         if not asked.stream:
             answer = await model.answer(path, body)
             _count(service, model.name, answer)
-            return web.json_response(legacy_logprobs(answer) if legacy else answer, headers=headers)
+            return web.json_response(_as_asked(answer, asked), headers=headers)
         if asked.stream_options:
             body["stream_options"] = {"include_usage": asked.stream_options.include_usage}
         async with model.post(path, body) as upstream:
             response = web.StreamResponse(headers=_STREAM_HEADERS | headers)
             await response.prepare(request)
             pieces = upstream.content.iter_any()
-            last = await _pass_on(_with_legacy_logprobs(pieces) if legacy else pieces, response)
+            last = await _pass_on(pieces if unread else _each_as_asked(pieces, asked), response)
         _count_stream(service, model, last)
     return response
 
 
 async def _pass_on(pieces: AsyncIterator[bytes], response: web.StreamResponse) -> bytes:
-    """Pass a stream on as it comes, unread; return its last bytes, which have the counts."""
+    """Pass a stream on as it comes; return its last bytes, which have the counts."""
     last = b""
     try:
         async for piece in pieces:
@@ -303,10 +305,18 @@ async def _pass_on(pieces: AsyncIterator[bytes], response: web.StreamResponse) -
     return last
 
 
-async def _with_legacy_logprobs(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+def _as_asked(answer: dict, asked: Chat | Completion, offset: int = 0) -> dict:
+    """Give an answer, or what begins at `offset` of one, the probabilities that were asked for, as its API has them."""
+    if asked.alternatives is None or "choices" not in answer:
+        return answer
+    answer = trimmed(answer, asked.alternatives)
+    return legacy_logprobs(answer, offset) if isinstance(asked, Completion) else answer
+
+
+async def _each_as_asked(pieces: AsyncIterator[bytes], asked: Chat | Completion) -> AsyncIterator[bytes]:
     offset = 0
     async for event in events(pieces):
-        yield event_bytes(legacy_logprobs(event, offset) if "choices" in event else event)
+        yield event_bytes(_as_asked(event, asked, offset))
         offset += sum(len(choice.get("text") or "") for choice in event.get("choices", ()))
     yield b"data: [DONE]\n\n"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from pocketlm.run.server.answers import Answer, confidence
+from pocketlm.run.server.answers import Answer, confidence, trimmed
 from pocketlm.run.server.requests import Chat
 
 KEY_VARIABLE = "POCKETLM_ESCALATE_KEY"
@@ -47,8 +47,10 @@ async def better(answer: Answer, asked: Chat, escalation: Escalation, session: a
     """
     mark: dict[str, Any] = {"answered_by": answer["model"], "confidence": confidence(answer, escalation.measure)}
     mark["escalated"] = mark["confidence"] < escalation.threshold
-    if not asked.logprobs:
+    if asked.alternatives is None:
         answer["choices"][0]["logprobs"] = None
+    else:
+        answer = trimmed(answer, asked.alternatives)
     if mark["escalated"]:
         try:
             answer = await ask_larger(asked.for_others(), escalation, session)

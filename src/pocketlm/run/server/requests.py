@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from pocketlm.run.chat import SEEDS
 from pocketlm.run.server.refusals import RefusalError
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -77,7 +78,7 @@ class Request(_Strict):
         """Return the request as the engine takes it, without what is not meant for it."""
         asked = self.model_dump(exclude_none=True, exclude={*_NOT_THE_ENGINES})
         if self.seed is not None:
-            asked["seed"] = self.seed % 2**32
+            asked["seed"] = self.seed % SEEDS
             # A prompt read from the cache rounds differently from one read afresh.
             asked["cache_prompt"] = False
         return asked
@@ -210,13 +211,22 @@ class Chat(Request):
             return [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
         return tools
 
-    def for_engine(self, wraps_tools: bool = False) -> dict[str, Any]:
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens the answer names beside each of its own; None where it says no probabilities."""
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def for_engine(self, wraps_tools: bool = False, judged: bool = False) -> dict[str, Any]:
         """Return the request as the engine takes it.
 
         Args:
             wraps_tools: Whether the model is told of tools in pocketlm's words (`tools.jinja`).
+            judged: Whether the probabilities of the answer's tokens are wanted even if the client wants none.
         """
         asked = super().for_engine() | {"messages": [message.for_engine() for message in self.messages]}
+        if self.logprobs or judged:
+            # For no number the engine looks up 20 alternatives to each token, for 0 it says no probability at all.
+            asked |= {"logprobs": True, "top_logprobs": self.top_logprobs or 1}
         if self.max_completion_tokens is not None:
             asked["max_tokens"] = self.max_completion_tokens
         if self.response_format:
@@ -232,8 +242,11 @@ class Chat(Request):
         return asked
 
     def for_others(self) -> dict[str, Any]:
-        """Return the request as any OpenAI-compatible endpoint takes it, without a model."""
-        ours = {"model", "stream", "stream_options", "top_k", "min_p", "repeat_penalty"}
+        """Return the request as any OpenAI-compatible endpoint takes it, without a model.
+
+        Samplers that OpenAI does not have stay here, and so does `logit_bias`: its tokens are the local model's.
+        """
+        ours = {"model", "stream", "stream_options", "top_k", "min_p", "repeat_penalty", "logit_bias"}
         return self.model_dump(exclude_none=True, exclude=ours, by_alias=True)
 
 
@@ -251,9 +264,16 @@ class Completion(Request):
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens the answer names beside each of its own; None where it says no probabilities."""
+        return self.logprobs
+
     def for_engine(self) -> dict[str, Any]:
         """Return the request as the engine takes it."""
         asked = super().for_engine()
+        if self.logprobs == 0:
+            asked["logprobs"] = 1  # for 0 the engine says no probability at all
         if self.prompt in ("", [""]):
             raise RefusalError(400, "`prompt` is empty", param="prompt")
         return {"max_tokens": 16} | asked  # OpenAI's default of this route

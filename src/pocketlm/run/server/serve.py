@@ -15,9 +15,9 @@ from pocketlm.run.server.engine_process import EngineSettings
 if TYPE_CHECKING:
     from pocketlm.run.server.app import Service
     from pocketlm.run.server.escalation import Escalation
+    from pocketlm.run.server.local import LocalModel
 
 _LAST_WORDS = 2.0  # seconds to send what is written when all answers are done, or were cut off by a second signal
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +82,18 @@ def check_installed() -> None:
 async def _serve(job: Serve) -> None:
     from aiohttp import web
 
+    from pocketlm.run.server.admission import LOOPBACK
     from pocketlm.run.server.app import Service, application
     from pocketlm.run.server.local import LocalModel
 
     listener = _listener(job.host, job.port)
     engines = await _measured(job, _engines(job))
     models = [LocalModel(settings, job.queue) for settings in engines]
-    service = Service(models, job.api_key, job.host in _LOOPBACK, job.escalation)
+    service = Service(models, job.api_key, job.host in LOOPBACK, job.escalation)
     stop, hurry = _signals()
     try:
-        for model in models:  # one after the other: where one fails, none is left half started
-            await model.start()
+        if not await _loaded(models, stop):
+            return
         app = application(service)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS)
         await runner.setup()
@@ -115,11 +116,29 @@ async def _serve(job: Serve) -> None:
         listener.close()
 
 
+async def _loaded(models: list["LocalModel"], stop: asyncio.Event) -> bool:
+    """Load the models; return whether they were there before the server was told to end."""
+
+    async def load() -> None:
+        for model in models:  # one after the other: where one fails, none is left half started
+            await model.start()
+
+    loading, told = asyncio.ensure_future(load()), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([loading, told], return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if loading.done():
+        loading.result()  # raises what went wrong
+        return True
+    loading.cancel()
+    await asyncio.gather(loading, return_exceptions=True)
+    return False
+
+
 def _engines(job: Serve) -> list[EngineSettings]:
     names = [model_name(job.path)]
     if job.compare:
         name = model_name(job.compare)
-        names.append(f"{name}-original" if name == names[0] else name)
+        names.append(f"{name}-compared" if name == names[0] else name)
     paths = filter(None, (job.path, job.compare))
     return [
         EngineSettings(str(path), name, slots=job.slots, context=job.context, threads=job.threads)
