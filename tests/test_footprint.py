@@ -11,6 +11,7 @@ from tests.conftest import Tiny
 from tests.tiny import FAMILIES, tiny_folder
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.export.gguf import write_gguf
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.plan_stages import costs_here
@@ -18,7 +19,7 @@ from pocketlm.pipeline.stages import silent
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_quality, parse_speed
 from pocketlm.plan.decide import Wanted, decide
-from pocketlm.plan.footprint import Costs, write_hollow
+from pocketlm.plan.footprint import Costs, measure_file, write_hollow
 from pocketlm.plan.search import Damages, Plan, check_running, choose
 from pocketlm.plan.sizes import Shape, budget_range, sizes_of
 from pocketlm.run.engine import Engine
@@ -156,6 +157,13 @@ def test_qualities_are_read_as_people_write_them():
     for wrong in ("1", "0", "95", "good", "-0.5"):
         with pytest.raises(BadInputError, match="quality"):
             parse_quality(wrong)
+
+
+def test_a_file_is_measured_within_the_positions_that_it_has(tiny_model: Tiny, tmp_path):
+    """GPT-2 learns each position, and the engine ends the process beyond the last; this one has 256."""
+    path = tmp_path / "gpt2.gguf"
+    write_gguf(tiny_model("gpt2"), {}, path)
+    assert measure_file(path, 2048, rounds=1).speed > 0
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import keep_blocks
 from pocketlm.plan.sensitivity import Progress
 from pocketlm.plan.sizes import Shape, Sizes, sizes_of
+from pocketlm.run.header import read_header
 from pocketlm.run.speed import WORKER
 from pocketlm.steps.quantize import format_name
 from pocketlm.tensors.formats import FORMATS, Packed
@@ -156,8 +157,9 @@ def measure_layout(
 
 def measure_file(path: Path, context: int, rounds: int = ROUNDS) -> Footprint:
     """Return what a file takes in the engine, with room for a context in tokens."""
-    generate = min(GENERATED, context - 1)
-    prompt = min(PROMPT, context - generate)
+    room = min(context, read_header(path).positions or context)
+    generate = min(GENERATED, room - 1)
+    prompt = min(PROMPT, room - generate)
     worker = (*WORKER, f"--context={context}")
     speeds = measure_speed([path], worker, prompt=prompt, generate=generate, repeat=1, rounds=rounds)
     return Footprint(int(speeds.files[0].memory_bytes.median), max(speeds.files[0].decode.values))

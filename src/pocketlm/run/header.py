@@ -20,12 +20,15 @@ class Header:
         chat_template: How a conversation is written for the model, in Jinja; None if the file does not say.
         pools: Whether the file says how its hidden states become one embedding.
         head_widths: Of a head's keys and of its values; 0 where the file does not say.
+        positions: How many have weights of their own, as in GPT-2, beyond which the engine ends the process; 0 where
+            they are computed, so that a longer context works.
     """
 
     trained_context: int
     chat_template: str | None
     pools: bool
     head_widths: tuple[int, int]
+    positions: int
 
 
 class _Parameters(ctypes.Structure):
@@ -92,6 +95,20 @@ def check_cache(path: Path, cache: str) -> None:
         )
 
 
+def check_positions(path: Path, prompt: int, generate: int) -> None:
+    """Refuse to read and write more tokens than a file has positions for.
+
+    Raises:
+        BadInputError: It has fewer, or as `read_header`.
+    """
+    positions = read_header(path).positions
+    if positions and prompt + generate > positions:
+        raise BadInputError(
+            f"{path} has learned {positions:,} positions; a prompt of {prompt:,} and {generate:,} tokens behind it "
+            "need more. Give a shorter --prompt, or a smaller --generate"
+        )
+
+
 def _header(llama: ctypes.CDLL, opened: int) -> Header:
     def text(key: str) -> str | None:
         place = llama.gguf_find_key(opened, key.encode())
@@ -111,6 +128,7 @@ def _header(llama: ctypes.CDLL, opened: int) -> Header:
         chat_template=text("tokenizer.chat_template"),
         pools=llama.gguf_find_key(opened, f"{architecture}.pooling_type".encode()) >= 0,
         head_widths=(number("attention.key_length") or width, number("attention.value_length") or width),
+        positions=context if llama.gguf_find_tensor(opened, b"position_embd.weight") >= 0 else 0,
     )
 
 
@@ -120,6 +138,7 @@ def _reader() -> ctypes.CDLL:
         ("gguf_init_from_file", c_void_p, (c_char_p, _Parameters)),
         ("gguf_free", None, (c_void_p,)),
         ("gguf_find_key", c_int64, (c_void_p, c_char_p)),
+        ("gguf_find_tensor", c_int64, (c_void_p, c_char_p)),
         ("gguf_get_kv_type", c_int, (c_void_p, c_int64)),
         ("gguf_get_val_str", c_char_p, (c_void_p, c_int64)),
         ("gguf_get_val_u32", c_uint32, (c_void_p, c_int64)),
