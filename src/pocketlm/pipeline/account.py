@@ -9,7 +9,7 @@ from pocketlm.pipeline.proof import Proof
 from pocketlm.pipeline.trials import Search, alone_of
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, say_bytes
 from pocketlm.plan.effort import PRESET
-from pocketlm.plan.footprint import Footprint, measure_file
+from pocketlm.plan.footprint import ROUNDS, Footprint, measure_file
 from pocketlm.plan.recipe import Recipe, learnt_tokens, to_yaml
 from pocketlm.report.content import BudgetFacts, LimitFacts, TrialRun
 
@@ -112,5 +112,5 @@ def _running_note(planned: Planned, found: Footprint) -> str:
     return (
         f"Of {budget.text}, {planned.binding}. Memory of the model at {budget.context:,} tokens of context: "
         f"{say_bytes(expected.memory)} expected, {say_bytes(found.memory)} measured on the file; generating: "
-        f"{expected.speed:.1f} tokens/s expected, {found.speed:.1f} measured"
+        f"{expected.speed:.1f} tokens/s expected, {found.speed:.1f} measured, each the middle of {ROUNDS} runs"
     )
