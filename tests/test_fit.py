@@ -107,6 +107,11 @@ def test_the_folder_is_whole(uninterrupted):
     report = json.loads((out / "report.json").read_text())
     product = next(file for file in report["files"] if file["role"] == "compressed")
     assert product["perplexity"]["low"] <= product["perplexity"]["value"] <= product["perplexity"]["high"]
+    original = next(file for file in report["files"] if file["role"] == "original")
+    assert original["speed"]["decode_ratio"] is None
+    ratio, rate = (product["speed"][name] for name in ("decode_ratio", "decode_tokens_per_second"))
+    assert 0 < ratio["low"] < ratio["value"] < ratio["high"]
+    assert rate["runs"] == 3
     assert report["model"]["blocks"] == {"before": 3, "after": 2}
     assert report["model"]["ffn_width"]["after"] == 96
     assert not {"method", "preset", "pruning allowed"} & report["settings"].keys(), "the recipe says all that is done"

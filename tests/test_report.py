@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pocketlm.errors import BadInputError, VerificationError
-from pocketlm.measure.interval import Interval
+from pocketlm.measure.interval import Interval, mean_ratio
 from pocketlm.pipeline.artefact import sensitivity_of
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
@@ -639,6 +639,27 @@ def test_speed_counts_only_beyond_its_noise(report):
     assert judge(slow)["speed"].word == "slower decoding"
     same = with_product(report, speed=speed(500, 121, 1))
     assert judge(same)["speed"].word == "speed within noise"
+
+
+def test_speeds_are_judged_by_their_ratio_in_rounds_else_by_the_error_of_their_means(report):
+    original, slow = Rate(59.1, 21.1, runs=4), Rate(25.8, 4.5, runs=4)
+    assert faster(slow, original) == "worse", "a busy moment of one run hides no factor of 2.3"
+    assert faster(slow, original, Interval(0.44, 0.15, 1.3)) == "within noise"
+    assert faster(original, slow, Interval(2.3, 1.9, 2.7)) == "better"
+    assert faster(slow, original, Interval(math.nan, math.nan, math.nan)) == "worse"
+    paired = replace(speed(500, 121, 1), decode_ratio=Interval(0.93, 0.91, 0.95))
+    finding = judge(with_product(report, speed=paired))["speed"]
+    assert (finding.word, finding.figure) == ("slower decoding", "×0.930")
+    assert finding.sentence.endswith("the original writes 121.9: slower, 0.930 times the speed (0.910–0.950).")
+
+
+def test_a_mean_of_ratios_is_that_of_their_logarithms_with_students_interval():
+    found = mean_ratio([math.exp(each) for each in (-0.1, 0.0, 0.1)])
+    assert found.value == pytest.approx(1)
+    assert math.log(found.high) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert found.low == pytest.approx(1 / found.high), "neither file is the one that counts"
+    assert mean_ratio([2.0, 2.0]) == Interval(*[pytest.approx(2)] * 3)
+    assert mean_ratio([2.0]) is None, "one round says nothing of the next"
 
 
 def test_overlapping_intervals_are_noise_and_a_broken_file_is_worse():

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError
-from pocketlm.measure.device import FileSpeed, Machine, Speeds, machine, versions
+from pocketlm.measure.device import Figure, FileSpeed, Machine, Speeds, machine, versions
+from pocketlm.measure.interval import mean_ratio
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
@@ -293,19 +294,24 @@ def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
         divergence=quality.kl,
         agreement=quality.agreement,
         bits_per_byte=quality.bits_per_byte,
-        speed=None if speed is None else _speed(speed),
+        speed=None if speed is None else _speed(speed, role),
     )
 
 
-def _speed(speed: FileSpeed) -> content.Speed:
+def _speed(speed: FileSpeed, role: str) -> content.Speed:
     return content.Speed(
-        prefill_tokens_per_second=content.Rate(speed.prefill.mean, speed.prefill.deviation),
-        decode_tokens_per_second=content.Rate(speed.decode.mean, speed.decode.deviation),
+        prefill_tokens_per_second=_rate(speed.prefill),
+        decode_tokens_per_second=_rate(speed.decode),
         time_to_first_token_milliseconds=1000 * speed.first_token.mean,
         load_seconds=speed.load_seconds.mean,
         peak_memory_bytes=int(speed.memory_bytes.mean),
         joules_per_token=None if speed.joules_per_token is None else speed.joules_per_token.mean,
+        decode_ratio=None if role == "original" else mean_ratio(speed.decode_ratio.values),
     )
+
+
+def _rate(figure: Figure) -> content.Rate:
+    return content.Rate(figure.mean, figure.deviation, len(figure.values))
 
 
 def facts_of_text(tokens: Tokens, held_out: bool) -> content.TextUsed:

@@ -24,6 +24,7 @@ class Rate:
 
     mean: float
     deviation: float
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Speed:
     load_seconds: float | None
     peak_memory_bytes: int | None
     joules_per_token: float | None  # None where the machine has no meter
+    decode_ratio: Interval | None = None  # of decoding, to the original in the same round; None for the original
 
 
 @dataclass(frozen=True)

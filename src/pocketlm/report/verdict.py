@@ -1,8 +1,8 @@
 """What the numbers say, in words.
 
 A difference counts only where it is larger than its noise: a ratio whose interval holds 1, two intervals
-that overlap, or two speeds closer than twice their joint deviation are called "within noise". Overlap is a
-strict test, which may hide a real difference; a paired ratio, where the report has one, is used instead.
+that overlap, or two speeds closer than twice the joint error of their means are called "within noise". Overlap is
+a strict test, which may hide a real difference; a paired ratio, where the report has one, is used instead.
 """
 
 import math
@@ -83,9 +83,11 @@ def lower(ours: Interval, other: Interval) -> Outcome:
     return "better" if ours.value < other.value else "worse"
 
 
-def faster(ours: Rate, other: Rate) -> Outcome:
-    """Return whether `ours` is the higher rate, by more than twice the joint standard deviation."""
-    noise = 2 * math.hypot(ours.deviation, other.deviation)
+def faster(ours: Rate, other: Rate, paired: Interval | None = None) -> Outcome:
+    """Return whether `ours` is the higher rate: by the ratio in rounds, else twice the joint error of the means."""
+    if paired and paired.known:
+        return "within noise" if paired.low <= 1 <= paired.high else "better" if paired.value > 1 else "worse"
+    noise = 2 * math.hypot(*(rate.deviation / math.sqrt(rate.runs) for rate in (ours, other)))
     if abs(ours.mean - other.mean) <= noise:
         return "within noise"
     return "better" if ours.mean > other.mean else "worse"
@@ -143,17 +145,19 @@ def _speed(original: MeasuredFile, product: MeasuredFile) -> Finding | None:
     if original.speed is None or product.speed is None:
         return None
     old, new = original.speed.decode_tokens_per_second, product.speed.decode_tokens_per_second
-    outcome = faster(new, old)
+    paired = product.speed.decode_ratio
+    outcome = faster(new, old, paired)
     aside = f"{number(old.mean, 1)} to {number(new.mean, 1)} tokens/s"
-    figure = f"×{number(new.mean / old.mean)}"
+    known = paired is not None and paired.known
+    times, between = (middle(paired), f" ({interval(paired)})") if known else (number(new.mean / old.mean), "")
     word = {"better": "faster decoding", "worse": "slower decoding", "within noise": "speed within noise"}[outcome]
     measured = f"It writes {number(new.mean, 1)} tokens/s where the original writes {number(old.mean, 1)}"
     ending = {
-        "better": f"{number(new.mean / old.mean)} times as fast",
-        "worse": f"slower, {number(new.mean / old.mean)} times the speed",
-        "within noise": "a difference within noise",
+        "better": f"{times} times as fast{between}",
+        "worse": f"slower, {times} times the speed{between}",
+        "within noise": f"a difference within noise, {times} times the speed{between}",
     }[outcome]
-    return Finding("speed", TONES[outcome], figure, word, aside, f"{measured}: {ending}.")
+    return Finding("speed", TONES[outcome], f"×{times}", word, aside, f"{measured}: {ending}.")
 
 
 def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Finding | None:
