@@ -617,6 +617,29 @@ def test_comparison_with_the_plain_file(report, ratio, divergence, own_bytes, bu
     assert "round-to-nearest Q2_0 (70.3 MB" in finding.sentence
 
 
+FLOOR = LimitFacts("quality 0.95", "0.957 (0.941 to 0.968)", met=True)
+LARGER, LOSES, UNFIT = "plain is better, but larger", "loses to plain", "plain is better, but does not fit"
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "own_bytes", "tone", "word", "ending"),
+    [
+        (None, (FLOOR,), 55_000_000, "even", LARGER, "and takes more bytes for it."),
+        (None, (FLOOR,), 69_911_808, "bad", LOSES, "the better choice here."),
+        (80_000_000, (FLOOR,), 69_911_808, "bad", LOSES, "the better choice here."),
+        (60_000_000, (FLOOR,), 55_000_000, "even", UNFIT, "does not fit the budget."),
+        (80_000_000, (), 55_000_000, "bad", LOSES, "the better choice here, and it fits the budget."),
+    ],
+)
+def test_the_plain_file_is_not_said_to_fit_what_was_not_measured_of_it(
+    report, size, limits, own_bytes, tone, word, ending
+):
+    losing = with_product(report, bytes=own_bytes, perplexity_ratio=Interval(1.6, 1.59, 1.61), divergence=None)
+    finding = judge(replace(losing, budget=BudgetFacts("asked", size, 1, own_bytes, limits)))["plain"]
+    assert (finding.tone, finding.word) == (tone, word)
+    assert finding.sentence.endswith(ending)
+
+
 def test_loss_to_the_plain_file_is_said_on_every_page(report, tmp_path):
     losing = with_product(report, perplexity_ratio=Interval(1.6, 1.59, 1.61), divergence=Interval(0.6, 0.59, 0.61))
     write_reports(replace(losing, budget=PLAIN_FITS), tmp_path)

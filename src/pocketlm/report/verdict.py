@@ -12,7 +12,7 @@ from typing import Literal
 
 from pocketlm.errors import VerificationError
 from pocketlm.measure.interval import Interval
-from pocketlm.report.content import MeasuredFile, Rate, Report
+from pocketlm.report.content import BudgetFacts, MeasuredFile, Rate, Report
 from pocketlm.report.wording import interval, middle, number, percent, size
 
 Outcome = Literal["better", "worse", "within noise"]
@@ -172,8 +172,8 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
     if not compared:
         return None
     extra = product.bytes / plain.bytes - 1
-    fits = report.budget.bytes is None or plain.bytes <= report.budget.bytes
-    tone, word, ending = _weigh({outcome for _, outcome, _, _ in compared}, extra, fits)
+    outcomes = {outcome for _, outcome, _, _ in compared}
+    tone, word, ending = _weigh(outcomes, extra, _plain_fits(report.budget, plain))
     values = ", ".join(
         f"{what} {middle(ours)} against {middle(theirs)} ({outcome})" for what, outcome, ours, theirs in compared
     )
@@ -186,7 +186,14 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
     return Finding("plain", tone, heft, word, plain.label, sentence)
 
 
-def _weigh(outcomes: set[Outcome], extra: float, plain_fits: bool) -> tuple[Tone, str, str]:
+def _plain_fits(budget: BudgetFacts, plain: MeasuredFile) -> bool | None:
+    """Return whether the plain file keeps to the budget: None where that is of more than bytes, not measured of it."""
+    if budget.bytes is not None and plain.bytes > budget.bytes:
+        return False
+    return None if budget.bytes is None or budget.limits else True
+
+
+def _weigh(outcomes: set[Outcome], extra: float, plain_fits: bool | None) -> tuple[Tone, str, str]:
     """Return tone, word and sentence for the outcomes against the plain file, ours being `extra` larger."""
     if outcomes >= {"better", "worse"}:
         return (
@@ -195,17 +202,16 @@ def _weigh(outcomes: set[Outcome], extra: float, plain_fits: bool) -> tuple[Tone
             "The measures disagree, so neither is the better file on these numbers.",
         )
     if "worse" in outcomes:
-        if plain_fits:
+        if plain_fits is False:
             return (
-                "bad",
-                "loses to plain",
-                "The plain file is the better choice here, and it fits the budget.",
+                "even",
+                "plain is better, but does not fit",
+                "The plain file is better but does not fit the budget.",
             )
-        return (
-            "even",
-            "plain is better, but does not fit",
-            "The plain file is better but does not fit the budget.",
-        )
+        if plain_fits is None and extra < -SAME_SIZE:
+            return "even", "plain is better, but larger", "The plain file is better, and takes more bytes for it."
+        fits = ", and it fits the budget" if plain_fits else ""
+        return "bad", "loses to plain", f"The plain file is the better choice here{fits}."
     if "better" in outcomes:
         if extra > SAME_SIZE:
             return (
