@@ -58,7 +58,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
         hashes |= {str(path): file_sha256(path) for path in job.tasks}
-        report = make_report(run_facts(job, planned, exported, proof), model, compressed, proof, texts, hashes)
+        report = make_report(run_facts(job, planned, exported, proof, began), model, compressed, proof, texts, hashes)
         write_reports(report, folder)
         write_manifest(folder)
     return report

@@ -1,6 +1,7 @@
 """What a run says of itself besides its figures: settings, budget, candidates, and notes."""
 
 import math
+import time
 from pathlib import Path
 
 from pocketlm.pipeline.artefact import Run, sensitivity_of
@@ -12,15 +13,20 @@ from pocketlm.plan.effort import PRESET
 from pocketlm.plan.footprint import ROUNDS, Footprint, measure_file
 from pocketlm.plan.recipe import Recipe, learnt_tokens, to_yaml
 from pocketlm.report.content import BudgetFacts, LimitFacts, TrialRun
+from pocketlm.report.wording import duration
 
 
-def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
-    """Return what a report needs to know of a run besides its figures."""
+def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: float) -> Run:
+    """Return what a report needs to know of a run besides its figures; it `began` at a time of the monotonic clock."""
     actual = exported.stat().st_size
     running = measure_file(exported, planned.budget.context) if planned.footprint else None
     asked = planned.budget.bytes if planned.budget.sized else None
-    limits = _limits(job, planned.budget, proof, running)
-    budget = BudgetFacts(planned.budget.text, asked, planned.predicted_bytes, actual, limits)
+    limits, seconds = _limits(job, planned.budget, proof, running), time.monotonic() - began
+    text = planned.budget.text
+    if job.time:
+        limits = (*limits, _time_limit(job.time, seconds))
+        text += f", {limits[-1].text}"
+    budget = BudgetFacts(text, asked, planned.predicted_bytes, actual, limits)
     kept = [group for group in planned.sizes.group_names if planned.sizes.allowed(group) == ["F16"]]
     notes = [f"{group} stays F16: its rows do not divide by 32" for group in kept]
     if not planned.sizes.anatomy.uniform_blocks:
@@ -46,7 +52,15 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
         settings |= {"method": job.method, "pruning allowed": job.prune, "preset": job.preset or PRESET}
     parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
     return Run(
-        job.command, settings, planned.recipe.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts
+        command=job.command,
+        settings=settings,
+        seed=planned.recipe.seed,
+        budget=budget,
+        recipe=to_yaml(planned.recipe),
+        notes=tuple(notes),
+        trials=tried(planned),
+        sensitivity=parts,
+        seconds=seconds,
     )
 
 
@@ -69,6 +83,13 @@ def _limits(job: Fit, budget: Budget, proof: Proof, running: Footprint | None) -
         measured = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
         limits.append(LimitFacts(f"accuracy {floor:g} on {result.task}", measured, found.value >= floor))
     return tuple(limits)
+
+
+def _time_limit(asked: float, took: float) -> LimitFacts:
+    """Return a person's time beside what all but the writing of the report took."""
+    text = duration(asked).removesuffix(" 00 s").removesuffix(" 00 min")
+    over = f" ({duration(took - asked)} over)" if took > asked else ""
+    return LimitFacts(f"{text} of time", duration(took) + over, took <= asked)
 
 
 def tried(planned: Planned) -> tuple[TrialRun, ...]:

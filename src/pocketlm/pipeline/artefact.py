@@ -126,6 +126,7 @@ class Run:
     notes: tuple[str, ...]
     trials: tuple[content.TrialRun, ...] = ()
     sensitivity: content.Sensitivity | None = None
+    seconds: float | None = None
 
 
 def make_report(
@@ -176,6 +177,7 @@ def make_report(
         waterfall=_waterfall(proof),
         sensitivity=run.sensitivity,
         tasks=tuple(task_score(result) for result in proof.tasks),
+        seconds=run.seconds,
     )
 
 

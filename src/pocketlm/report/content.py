@@ -263,6 +263,7 @@ class Report:
     waterfall: Waterfall | None = None
     sensitivity: Sensitivity | None = None
     tasks: tuple[TaskScore, ...] = ()
+    seconds: float | None = None  # of the run since it began or went on, with all that was tried and measured
 
     def file(self, role: Role) -> MeasuredFile | None:
         """Return the measured file that plays `role`, None where there is none."""

@@ -50,7 +50,7 @@ def judge(report: Report) -> dict[str, Finding]:
 
 
 def check_budgets_met(reports: Mapping[str, Report]) -> None:
-    """Tell whoever calls the program that what was measured is not what was asked for.
+    """Tell whoever calls the program that what was measured, of the file or of the time, is not what was asked for.
 
     Args:
         reports: By the name of the folder that they are of.
@@ -61,7 +61,7 @@ def check_budgets_met(reports: Mapping[str, Report]) -> None:
     missed = [f"{name}: {_budget(report).aside}" for name, report in reports.items() if not report.budget.met]
     if missed:
         raise VerificationError(
-            f"The file is kept, but measured it misses its budget ({'; '.join(missed)}). Ask for more than you need"
+            f"The file is kept, but measured it misses its budget ({'; '.join(missed)}). Ask with room to spare"
         )
 
 

@@ -1,0 +1,77 @@
+"""What a run says of itself besides its figures."""
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tests.conftest import Tiny
+from tests.test_report import report as invented_report
+
+from pocketlm.errors import VerificationError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.model.language_model import LanguageModel
+from pocketlm.pipeline.account import run_facts
+from pocketlm.pipeline.artefact import Run
+from pocketlm.pipeline.planning import Fit, Planned
+from pocketlm.plan.budget import Budget
+from pocketlm.plan.recipe import Recipe
+from pocketlm.plan.sizes import sizes_of
+from pocketlm.report.pages import html_page, markdown_page
+from pocketlm.report.verdict import check_budgets_met, judge
+from pocketlm.steps.quantize import Quantize
+
+report = invented_report  # the fixture of a whole report
+RECIPE = Recipe(steps=(Quantize(formats={}),))
+
+
+def facts_of(model: LanguageModel, folder: Path, job: Fit, took: float = 60.0) -> Run:
+    """Account for a run that began some seconds ago and made the model's own F16 file."""
+    file = folder / "model.gguf"
+    write_gguf(model, {}, file)
+    planned = Planned(RECIPE, Budget("60MB", 60_000_000), file.stat().st_size, sizes_of(model), None)
+    quality = SimpleNamespace(qualities={"compressed": SimpleNamespace(kl=None)})
+    proof = SimpleNamespace(quality=quality, files={"original": file}, tasks=())
+    return run_facts(job, planned, file, proof, time.monotonic() - took)
+
+
+@pytest.mark.parametrize(
+    ("asked", "took", "text", "measured", "met"),
+    [
+        (1200.0, 1130.0, "20 min of time", "18 min 50 s", True),
+        (1200.0, 1265.0, "20 min of time", "21 min 05 s (1 min 05 s over)", False),
+        (3600.0, 3610.0, "1 h of time", "1 h 00 min (10 s over)", False),
+    ],
+)
+def test_a_time_that_was_given_is_a_limit_like_others(asked, took, text, measured, met, tiny_model: Tiny, tmp_path):
+    budget = facts_of(tiny_model("llama"), tmp_path, Fit(model="m", size="60MB", time=asked), took).budget
+    (limit,) = budget.limits
+    assert (limit.text, limit.measured, limit.met, budget.met) == (text, measured, met, met)
+    assert budget.text == f"60MB, {text}"
+
+
+def test_a_run_without_a_time_has_no_such_limit_and_its_seconds_all_the_same(tiny_model: Tiny, tmp_path):
+    facts = facts_of(tiny_model("llama"), tmp_path, Fit(model="m", size="60MB"), took=60.0)
+    assert (facts.budget.text, facts.budget.limits) == ("60MB", ())
+    assert 60 <= facts.seconds < 90
+
+
+def test_a_time_that_was_overrun_is_a_budget_missed(report, tiny_model: Tiny, tmp_path):
+    facts = facts_of(tiny_model("llama"), tmp_path, Fit(model="m", size="60MB", time=1200.0), took=1265.0)
+    overrun = replace(report, budget=facts.budget, seconds=facts.seconds)
+    finding = judge(overrun)["budget"]
+    assert (finding.word, finding.aside) == ("budget missed", "21 min 05 s (1 min 05 s over), not 20 min of time")
+    with pytest.raises(VerificationError, match=r"The file is kept, .*1 min 05 s over\), not 20 min of time"):
+        check_budgets_met({"out": overrun})
+
+
+def test_the_time_of_the_recipes_steps_is_not_taken_for_that_of_the_run(report):
+    short = " ".join(re.sub(r"<[^>]+>", "", html_page(report)).split())
+    assert "6 stages: 29 min 32 s of the recipe's steps in this run." in short
+    whole = replace(report, seconds=4000.0)
+    said = "of the recipe's steps in this run, which took 1 h 07 min in all, with what was tried and measured."
+    assert said in " ".join(html_page(whole).split())
+    assert "The run took 1 h 07 min in all" in markdown_page(whole)
+    assert "in all" not in markdown_page(report)
