@@ -16,12 +16,18 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.account import run_facts
 from pocketlm.pipeline.artefact import Run
 from pocketlm.pipeline.planning import Fit, Planned
+from pocketlm.pipeline.trials import Search, Trial
 from pocketlm.plan.budget import Budget
-from pocketlm.plan.recipe import Recipe
-from pocketlm.plan.sizes import sizes_of
+from pocketlm.plan.recipe import Recipe, learnt_tokens
+from pocketlm.plan.search import Plan
+from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.report.content import Report
+from pocketlm.report.frontier import frontier_markdown
 from pocketlm.report.pages import html_page, markdown_page
 from pocketlm.report.verdict import check_budgets_met, judge
+from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize
+from pocketlm.steps.tune import Tune
 
 report = invented_report  # the fixture of a whole report
 RECIPE = Recipe(steps=(Quantize(formats={}),))
@@ -75,3 +81,41 @@ def test_the_time_of_the_recipes_steps_is_not_taken_for_that_of_the_run(report):
     assert said in " ".join(html_page(whole).split())
     assert "The run took 1 h 07 min in all" in markdown_page(whole)
     assert "in all" not in markdown_page(report)
+
+
+def test_what_each_file_has_learnt_from_is_counted(tiny_model: Tiny, tmp_path):
+    """Formats alone learnt as a candidate; a training that the clock ended learnt from no more than it saw."""
+    model, file = tiny_model("llama"), tmp_path / "model.gguf"
+    write_gguf(model, {}, file)
+    trained = Recipe(steps=(Distil(tokens=100_000, stop=10), Quantize(formats={}), Tune(tokens=3_000)))
+    narrow, whole = (Plan(Shape(3, 96), (), {}, 1, 0.0, {}, narrower=prunes) for prunes in (True, False))
+    tuned = replace(RECIPE, steps=(*RECIPE.steps, Tune(tokens=2_048)))
+    interval = (1.0, 1.1)
+    won, alone = (
+        Trial(plan, recipe, file, interval, interval, None, learnt_tokens(recipe), {}, 0.0, 0.0, 0.0, 0.0)
+        for plan, recipe in ((narrow, trained), (whole, tuned))
+    )
+    planned = Planned(trained, Budget("60MB", 60_000_000), file.stat().st_size, sizes_of(model), narrow)
+    searched = replace(planned, search=Search((alone, won), won, trained, 0))
+    assert searched.alone is alone
+    assert planned.alone is None
+    quality = SimpleNamespace(qualities={"compressed": SimpleNamespace(kl=None)})
+    proof = SimpleNamespace(quality=quality, files={"original": file}, tasks=())
+    learnt = [run_facts(Fit(model="m"), each, file, proof, time.monotonic()).learnt for each in (searched, planned)]
+    assert learnt == [{"plain": 2_048, "compressed": 10 * 4 * 512 + 3_000}, {"plain": 0, "compressed": 23_480}]
+
+
+def test_what_is_compared_says_how_much_each_has_learnt_from(report, tmp_path):
+    def taught(plain: int | None, product: int | None) -> Report:
+        tokens = {"original": None, "plain": plain, "compressed": product}
+        return replace(report, files=tuple(replace(file, tokens=tokens[file.role]) for file in report.files))
+
+    unequal = taught(12_288, 332_000)
+    said = "; learnt from 12,288 tokens, the compressed file from 332,000 tokens): perplexity ratio"
+    assert said in judge(unequal)["plain"].sentence
+    assert "learnt from no tokens, the compressed file from 5 tokens" in judge(taught(0, 5))["plain"].sentence
+    assert "| Learnt from, tokens | - | 12,288 | 332,000 |" in markdown_page(unequal)
+    assert "learnt from 12,288 tokens" in frontier_markdown({"70MB": unequal}, {})
+    for alike in (taught(5, 5), report):
+        assert "learnt from" not in judge(alike)["plain"].sentence
+    assert "Learnt from" not in markdown_page(report), "an older report does not say"

@@ -61,6 +61,7 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: f
         trials=tried(planned),
         sensitivity=parts,
         seconds=seconds,
+        learnt={"plain": planned.alone.tokens if planned.alone else 0, "compressed": learnt_tokens(planned.recipe)},
     )
 
 

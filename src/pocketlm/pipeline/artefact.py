@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,7 @@ class Run:
     trials: tuple[content.TrialRun, ...] = ()
     sensitivity: content.Sensitivity | None = None
     seconds: float | None = None
+    learnt: dict[str, int] = field(default_factory=dict)  # tokens, by role of the file
 
 
 def make_report(
@@ -164,7 +165,7 @@ def make_report(
         budget=run.budget,
         parts=_parts(proof.files["original"], proof.files["compressed"]),
         stages=tuple(_stage_run(finished) for finished in compressed.stages),
-        files=tuple(_measured_file(role, path, proof) for role, path in proof.files.items()),
+        files=tuple(_measured_file(role, path, proof, run.learnt.get(role)) for role, path in proof.files.items()),
         measured_text=facts_of_text(texts.test, held_out=True),
         calibration_text=facts_of_text(texts.calibration, held_out=False),
         answers=proof.answers,
@@ -282,7 +283,7 @@ def _stage_run(finished: Finished) -> content.StageRun:
     )
 
 
-def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
+def _measured_file(role: str, path: Path, proof: Proof, learnt: int | None) -> content.MeasuredFile:
     quality = proof.quality.qualities[role]
     speed = dict(zip(TIMED, proof.speeds.files, strict=True)).get(role)
     labels = {"original": "original", "plain": path.stem.replace("-", " "), "compressed": "pocketlm"}
@@ -297,6 +298,7 @@ def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
         agreement=quality.agreement,
         bits_per_byte=quality.bits_per_byte,
         speed=None if speed is None else _speed(speed, role),
+        tokens=learnt,
     )
 
 

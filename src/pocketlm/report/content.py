@@ -133,6 +133,7 @@ class MeasuredFile:
     agreement: Interval | None  # fraction of tokens with the original's first choice; None for the original
     speed: Speed | None
     bits_per_byte: Interval | None = None  # where the vocabularies differ; divergence and agreement are None then
+    tokens: int | None = None  # that it learnt from to become what it is; None for the original
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
             "perplexity_ratio": _plain_data(report.product.perplexity_ratio),
             "kl": _plain_data(report.product.divergence),
             "decode_tokens_per_second": report.product.speed and report.product.speed.decode_tokens_per_second.mean,
+            "tokens": report.product.tokens,
             "plain_bytes": report.file("plain") and report.file("plain").bytes,
+            "plain_tokens": report.file("plain") and report.file("plain").tokens,
             "plain_perplexity_ratio": report.file("plain") and _plain_data(report.file("plain").perplexity_ratio),
             "ratio_to_plain": _plain_data(report.perplexity_ratio_to_plain),
             "recipe_seconds": sum(stage.seconds for stage in report.stages),
@@ -121,7 +123,8 @@ def _beside(plain: MeasuredFile | None) -> str:
     if plain is None or plain.perplexity_ratio is None:
         return "not measured"
     ratio = plain.perplexity_ratio
-    return f"{middle(ratio)} ({interval(ratio)}, {plain.label}, {size(plain.bytes)})"
+    learnt = f", learnt from {plain.tokens:,} tokens" if plain.tokens else ""
+    return f"{middle(ratio)} ({interval(ratio)}, {plain.label}{learnt}, {size(plain.bytes)})"
 
 
 def _plain_data(item: Interval | None) -> dict[str, float] | None:

@@ -182,8 +182,15 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
         if abs(extra) <= SAME_SIZE
         else f"{size(abs(plain.bytes - product.bytes))} {'smaller' if extra > 0 else 'larger'}"
     )
-    sentence = f"Against {plain.label} ({size(plain.bytes)}, {heft}): {values}. {ending}"
+    learnt = ""
+    if plain.tokens != product.tokens and None not in (plain.tokens, product.tokens):
+        learnt = f"; learnt from {_tokens(plain.tokens)}, the compressed file from {_tokens(product.tokens)}"
+    sentence = f"Against {plain.label} ({size(plain.bytes)}, {heft}{learnt}): {values}. {ending}"
     return Finding("plain", tone, heft, word, plain.label, sentence)
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "no tokens"
 
 
 def _plain_fits(budget: BudgetFacts, plain: MeasuredFile) -> bool | None:
