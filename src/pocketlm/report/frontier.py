@@ -43,13 +43,11 @@ def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
 
 def smallest_within(reports: Mapping[str, Report]) -> dict[str, str | None]:
     """Return the smallest result whose perplexity ratio, all of its interval, is within each of BOUNDS."""
+    ratios = {name: report.product.perplexity_ratio for name, report in reports.items()}
+    known = {name: ratio for name, ratio in ratios.items() if ratio and ratio.known}
     chosen = {}
     for bound in BOUNDS:
-        within = [
-            (report.product.bytes, name)
-            for name, report in reports.items()
-            if report.product.perplexity_ratio and report.product.perplexity_ratio.high <= bound
-        ]
+        within = [(reports[name].product.bytes, name) for name, ratio in known.items() if ratio.high <= bound]
         chosen[f"{bound:g}"] = min(within)[1] if within else None
     return chosen
 
