@@ -4,6 +4,7 @@ Bytes are bytes, times are seconds unless the name says otherwise, and an `Inter
 interval. What was not measured is None and is shown as such.
 """
 
+import json
 import math
 import types
 import typing
@@ -283,6 +284,14 @@ class Report:
                 "The report has no measured file with the role `compressed`. Measure the exported file first"
             )
         return product
+
+
+def to_json(data: Any, ascii_only: bool = False) -> str:
+    """Return data as JSON that every program reads: it has no word for numbers that are not finite, which become null.
+
+    What it does not know, such as a path, becomes its text.
+    """
+    return json.dumps(_plain(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def to_dict(report: Report) -> dict[str, Any]:
