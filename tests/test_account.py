@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tests.conftest import Tiny
 from tests.test_report import report as invented_report
 
@@ -28,15 +29,18 @@ from pocketlm.report.verdict import check_budgets_met, judge
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.tune import Tune
+from pocketlm.tensors.formats import FORMATS, Packed, pack, round_to_nearest
 
 report = invented_report  # the fixture of a whole report
 RECIPE = Recipe(steps=(Quantize(formats={}),))
 
 
-def facts_of(model: LanguageModel, folder: Path, job: Fit, took: float = 60.0) -> Run:
-    """Account for a run that began some seconds ago and made the model's own F16 file."""
+def facts_of(
+    model: LanguageModel, folder: Path, job: Fit, took: float = 60.0, packed: dict[str, Packed] | None = None
+) -> Run:
+    """Account for a run that began some seconds ago and made the model's own file: F16 but for what is packed."""
     file = folder / "model.gguf"
-    write_gguf(model, {}, file)
+    write_gguf(model, packed or {}, file)
     planned = Planned(RECIPE, Budget("60MB", 60_000_000), file.stat().st_size, sizes_of(model), None)
     quality = SimpleNamespace(qualities={"compressed": SimpleNamespace(kl=None)})
     proof = SimpleNamespace(quality=quality, files={"original": file}, tasks=())
@@ -119,3 +123,19 @@ def test_what_is_compared_says_how_much_each_has_learnt_from(report, tmp_path):
     for alike in (taught(5, 5), report):
         assert "learnt from" not in judge(alike)["plain"].sentence
     assert "Learnt from" not in markdown_page(report), "an older report does not say"
+
+
+def test_a_quantized_original_is_named_as_what_all_is_compared_with(tiny_model: Tiny, tmp_path):
+    """A file in F16 is none, and nor is one with BF16 in it."""
+    model, job = tiny_model("llama"), Fit(model="m", size="60MB")
+    with torch.no_grad():
+        model.network.model.layers[2].mlp.down_proj.weight[3, 5] = 1e6
+    assert not any("quantized" in note for note in facts_of(model, tmp_path, job).notes)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = model.network.get_parameter(name).detach()
+    packed = {
+        name: pack(round_to_nearest(weight, FORMATS["Q4_1"])),
+        name.replace("0", "1"): pack(round_to_nearest(weight, FORMATS["Q8_0"])),
+    }
+    (note,) = (note for note in facts_of(model, tmp_path, job, packed=packed).notes if "quantized" in note)
+    assert note.startswith("The original is itself a quantized file (Q4_1, Q8_0): losses and ratios are to that file")

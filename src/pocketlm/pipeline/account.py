@@ -4,6 +4,7 @@ import math
 import time
 from pathlib import Path
 
+from pocketlm.model.gguf_file import TYPES, read_gguf
 from pocketlm.pipeline.artefact import Run, sensitivity_of
 from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.proof import Proof
@@ -28,7 +29,8 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: f
         text += f", {limits[-1].text}"
     budget = BudgetFacts(text, asked, planned.predicted_bytes, actual, limits)
     kept = [group for group in planned.sizes.group_names if planned.sizes.allowed(group) == ["F16"]]
-    notes = [f"{group} stays F16: its rows do not divide by 32" for group in kept]
+    notes = _about_original(proof.files["original"])
+    notes += [f"{group} stays F16: its rows do not divide by 32" for group in kept]
     if not planned.sizes.anatomy.uniform_blocks:
         notes.append("no blocks were dropped: this family's blocks alternate in kind")
     if planned.engine:
@@ -63,6 +65,18 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: f
         seconds=seconds,
         learnt={"plain": planned.alone.tokens if planned.alone else 0, "compressed": learnt_tokens(planned.recipe)},
     )
+
+
+def _about_original(file: Path) -> list[str]:
+    """Say what the file is that all is compared with, where it is a quantized one."""
+    types = {tensor.type for tensor in read_gguf(file).tensors.values()}
+    quantized = sorted(kind for kind in types if TYPES[kind].block > 1)
+    if not quantized:
+        return []
+    return [
+        f"The original is itself a quantized file ({', '.join(quantized)}): losses and ratios are to that file, "
+        "and come on top of what it lost to the model that it was made from"
+    ]
 
 
 def _limits(job: Fit, budget: Budget, proof: Proof, running: Footprint | None) -> tuple[LimitFacts, ...]:
