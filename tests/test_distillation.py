@@ -1,6 +1,7 @@
 """The command `distill`: students of every kind, folders that are whole or not there, a way out of every mistake."""
 
 import json
+import math
 import signal
 import subprocess
 from dataclasses import replace
@@ -18,6 +19,8 @@ from pocketlm.commands import distillation
 from pocketlm.commands.distillation import Distillation, Distilled, distil_settings, distill
 from pocketlm.commands.students import read_shape
 from pocketlm.errors import BadInputError
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.quality import Quality
 from pocketlm.model.files import file_sha256
 from pocketlm.report.content import TextUsed
 from pocketlm.report.distilled import distilled_page
@@ -112,6 +115,17 @@ def test_a_page_says_what_it_was_made_of_and_cannot_be_broken_out_of():
     assert (
         "Text: 4 windows of 512 tokens, a\\|b.txt, sha256 5b2c. Seed 7; the teacher's weights: SHA-256\n0f3a." in page
     )
+
+
+def test_a_student_that_broke_leaves_json_that_every_program_reads(folders, tmp_path: Path, monkeypatch):
+    broken = Interval(math.inf, math.nan, math.inf)
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(distillation, "measure_as_f16", lambda *_: [Quality(broken, broken, broken, broken)] * 2)
+    how, data = distil_settings("depth=4", tokens=1024), (folders["text"],)
+    job = Distillation(teacher=str(folders["teacher"]), student="depth=4", how=how, out=tmp_path / "out", data=data)
+    distill(job)
+    found = json.loads((tmp_path / "out" / "distillation.json").read_text(), parse_constant=pytest.fail)
+    assert found["qualities"]["student"]["kl"] == {"value": None, "low": None, "high": None}
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from pocketlm.cli.terminal import Screen
-from pocketlm.errors import BadInputError
+from pocketlm.errors import BadInputError, OutOfResourcesError
+from pocketlm.pipeline import proof
+from pocketlm.pipeline.proof import measure_cache
 from pocketlm.run import chat
 from pocketlm.run.chat import complete, has_chat_template, serving, stream
 from pocketlm.run.engine import Engine
@@ -133,6 +135,27 @@ def test_keys_and_values_may_be_cached_in_fewer_bits(cache, most, tmp_path):
     exact, coarse = logits("f16"), logits(cache)
     divergence = (exact.exp() * (exact - coarse)).sum(-1).mean()
     assert 1e-7 < divergence < most, "near, but not the same"
+
+
+def test_a_cache_whose_blocks_do_not_divide_the_heads_is_refused_by_name(tiny_file):
+    with pytest.raises(BadInputError, match=r"as q8_0: a block of that does not divide the width of a head\. Take f16"):
+        Engine(tiny_file, cache="q8_0")
+
+
+def test_caches_that_do_not_fit_the_heads_are_left_out_and_a_lack_of_memory_is_told(tiny_file, tmp_path, monkeypatch):
+    wide = written(random_network(32), tmp_path / "wide.gguf")
+    windows = torch.tensor([random_tokens(32), random_tokens(32)[::-1]])
+    assert measure_cache(tiny_file, windows) == {}
+    assert list(measure_cache(wide, windows)) == ["q8_0", "q4_0"]
+
+    def short_of_memory(path, context, cache):
+        if cache == "q4_0":
+            raise OutOfResourcesError("no room")
+        return Engine(path, context=context, cache=cache)
+
+    monkeypatch.setattr(proof, "Engine", short_of_memory)
+    with pytest.raises(OutOfResourcesError, match="no room"):
+        measure_cache(wide, windows)
 
 
 def test_the_cache_types_of_the_parameters_are_found():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.cli.options import print_result
 from pocketlm.cli.terminal import evaluation_lines
 from pocketlm.commands.inspection import Evaluation
 from pocketlm.errors import BadInputError, VerificationError
@@ -107,6 +110,11 @@ def test_the_folder_is_whole(uninterrupted):
     report = json.loads((out / "report.json").read_text())
     product = next(file for file in report["files"] if file["role"] == "compressed")
     assert product["perplexity"]["low"] <= product["perplexity"]["value"] <= product["perplexity"]["high"]
+    original = next(file for file in report["files"] if file["role"] == "original")
+    assert original["speed"]["decode_ratio"] is None
+    ratio, rate = (product["speed"][name] for name in ("decode_ratio", "decode_tokens_per_second"))
+    assert 0 < ratio["low"] < ratio["value"] < ratio["high"]
+    assert rate["runs"] == 3
     assert report["model"]["blocks"] == {"before": 3, "after": 2}
     assert report["model"]["ffn_width"]["after"] == 96
     assert not {"method", "preset", "pruning allowed"} & report["settings"].keys(), "the recipe says all that is done"
@@ -371,6 +379,12 @@ run(lambda **_: {printed})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=latin)
     assert done.returncode == 0, done.stderr
     assert done.stdout == said if said else json.loads(done.stdout) == "\u2013 \U0001f600"
+
+
+def test_what_is_printed_is_json_that_every_program_reads(capsys):
+    print_result([], {"kl": math.nan, "high": [math.inf], "at": Path("file"), 3: True}, json_output=True)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"kl": None, "high": [None], "at": "file", "3": True}
 
 
 def test_a_recipe_that_misses_the_budget_is_refused(llama, recipe, text, tmp_path):

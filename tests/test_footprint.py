@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from tests.conftest import Tiny
 from tests.tiny import FAMILIES, tiny_folder
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.export.gguf import write_gguf
+from pocketlm.measure.device import figure
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.text import Tokens
 from pocketlm.pipeline.plan_stages import costs_here
 from pocketlm.pipeline.stages import silent
+from pocketlm.plan import footprint
 from pocketlm.plan.allocation import unit_options
 from pocketlm.plan.budget import Budget, parse_quality, parse_speed
 from pocketlm.plan.decide import Wanted, decide
-from pocketlm.plan.footprint import Costs, write_hollow
+from pocketlm.plan.footprint import Costs, Footprint, measure_costs, measure_file, measure_layout, write_hollow
 from pocketlm.plan.search import Damages, Plan, check_running, choose
 from pocketlm.plan.sizes import Shape, budget_range, sizes_of
 from pocketlm.run.engine import Engine
@@ -156,6 +160,31 @@ def test_qualities_are_read_as_people_write_them():
     for wrong in ("1", "0", "95", "good", "-0.5"):
         with pytest.raises(BadInputError, match="quality"):
             parse_quality(wrong)
+
+
+def test_a_file_is_measured_within_the_positions_that_it_has(tiny_model: Tiny, tmp_path):
+    """GPT-2 learns each position, and the engine ends the process beyond the last; this one has 256."""
+    path = tmp_path / "gpt2.gguf"
+    write_gguf(tiny_model("gpt2"), {}, path)
+    assert measure_file(path, 2048, rounds=1).speed > 0
+
+
+def test_what_is_promised_is_the_usual_speed_and_formats_are_compared_at_their_best(
+    tiny_model: Tiny, tmp_path, monkeypatch
+):
+    def timed(files, worker, **_):
+        found = SimpleNamespace(memory_bytes=figure([9, 7, 8]), decode=figure([50.0, 10.0, 20.0]))
+        return SimpleNamespace(files=[found])
+
+    monkeypatch.setattr(footprint, "measure_speed", timed)
+    monkeypatch.setattr("pocketlm.plan.sizes.FORMATS", {"Q4_0": FORMATS["Q4_0"]})
+    model = tiny_model("llama")
+    sizes, path = sizes_of(model), tmp_path / "model.gguf"
+    write_gguf(model, {}, path)
+    formats = dict.fromkeys(sizes.group_names, "Q4_0")
+    assert measure_file(path, 128) == measure_layout(model, sizes.original, formats, 128) == Footprint(8, 20.0)
+    costs = measure_costs(model, sizes, 128, silent)
+    assert costs.of(sizes, sizes.original, formats)[1] == pytest.approx(1 / 50, rel=0.01)
 
 
 @pytest.mark.slow

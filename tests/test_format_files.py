@@ -5,6 +5,10 @@ import torch
 
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import check_choices, check_weights
+from pocketlm.model.gguf_file import read_gguf
+from pocketlm.model.text import as_tokens
+from pocketlm.pipeline.proof import verify
+from pocketlm.pipeline.stages import Compressed, Texts
 from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import decode_row
 from pocketlm.steps.quantize import Quantize, quantize
@@ -40,4 +44,22 @@ def test_norms_near_zero_lose_bits_in_the_file_and_are_expected_to(tiny_model, t
     assert check_weights(path, model, {}, decode_row).passed
     with torch.no_grad():
         model.network.model.norm.weight[0] += 1e-3
+    assert not check_weights(path, model, {}, decode_row).passed
+
+
+def test_a_matrix_that_f16_cannot_hold_passes_verification_in_bf16(tiny_model, tmp_path):
+    """Of the file as a run verifies it; the channel that the large weight reads is always 0, so nothing overflows."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        mlp = model.network.model.layers[2].mlp
+        mlp.gate_proj.weight[5] = 0
+        mlp.down_proj.weight[3, 5] = 1e6
+    path = tmp_path / "model.gguf"
+    write_gguf(model, {}, path)
+    assert read_gguf(path).tensors["blk.2.ffn_down.weight"].type == "BF16"
+    text = as_tokens("text", torch.randint(4, 380, (2, 64), generator=torch.Generator().manual_seed(0)))
+    texts = Texts(text, text, text, {})
+    assert all(check.passed for check in verify(Compressed(model, {}, tmp_path, (), texts), path, texts, {}))
+    with torch.no_grad():
+        mlp.down_proj.weight[3, 6] += 1
     assert not check_weights(path, model, {}, decode_row).passed

@@ -1,6 +1,7 @@
 """Several sizes in one run, and two results side by side, as a person calls them."""
 
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -12,9 +13,9 @@ from tests.tiny import tiny_folder
 
 from pocketlm.measure.interval import Interval
 from pocketlm.report.charts import scatter
-from pocketlm.report.content import Report
+from pocketlm.report.content import Report, from_dict, to_dict
 from pocketlm.report.difference import cautions, differences
-from pocketlm.report.frontier import frontier_data, frontier_page, smallest_within
+from pocketlm.report.frontier import frontier_data, frontier_lines, frontier_markdown, frontier_page, smallest_within
 
 report = invented_report  # the fixture of a whole report
 
@@ -91,6 +92,20 @@ def test_the_smallest_within_a_bound_is_named_with_its_whole_interval(report):
     assert "<b>" not in page
     assert "formats alone where pruning won" in page, "what is beside a result is not always plain"
     assert "cannot &amp; will not" in page
+
+
+def test_a_broken_size_of_an_earlier_sweep_stops_no_frontier(report):
+    """What is not finite comes back from report.json as None."""
+    broken = Interval(math.inf, math.nan, math.inf)
+    product = replace(report.product, perplexity=broken, perplexity_ratio=broken, divergence=broken, agreement=broken)
+    others = tuple(each for each in report.files if each is not report.product)
+    made = replace(report, files=(*others, product), perplexity_ratio_to_plain=broken)
+    kept = {"40MB": from_dict(json.loads(json.dumps(to_dict(made)))), "70MB": report}
+    assert smallest_within(kept) == smallest_within({"70MB": report})
+    assert frontier_data(kept)["points"][0]["perplexity_ratio"] is None
+    assert "not finite" in frontier_page(kept, {})
+    assert "not finite" in frontier_markdown(kept, {})
+    assert any("not finite" in line for line in frontier_lines(kept, {}))
 
 
 def test_a_kl_that_cannot_be_is_told_from_one_that_was_not_measured(report):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 import re
 import tempfile
 import weakref
@@ -533,6 +534,16 @@ def test_one_step_at_a_time_is_in_memory_and_its_file_on_disk(tmp_path: Path, mo
     assert files == [1, 1, 1]
     assert len(networks) == 4
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_model_that_broke_leaves_json_that_every_program_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = Interval(math.inf, math.nan, math.inf)
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pruning, "measure_as_f16", lambda *_: [Quality(broken, broken, broken, broken)] * 2)
+    source = tiny_folder("llama", tmp_path / "tiny")
+    prune(Prune(model=str(source), ffn=96, out=tmp_path / "out", data=(_text(tmp_path),)))
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text(), parse_constant=pytest.fail)
+    assert found["cuts"][1]["quality"]["perplexity"] == {"value": None, "low": None, "high": None}
 
 
 def test_room_is_asked_for_every_step_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,10 +1,17 @@
 """`pocketlm quantize` as a person calls it: what cannot be done is refused in one line, and plans are exact."""
 
 import json
+import math
 
 import pytest
 from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
+
+from pocketlm.commands import integers
+from pocketlm.commands.integers import quantize_integers
+from pocketlm.measure.interval import Interval
+from pocketlm.measure.quality import Quality
+from pocketlm.pipeline.planning import Fit
 
 
 def run(*arguments, cache):
@@ -187,3 +194,12 @@ def test_a_time_to_tune_is_turned_into_tokens_once(llama, text, tmp_path):
     first, second = (json.loads(done.stdout)["recipe"] for done in runs)
     assert first == second
     assert [step["step"] for step in first["steps"]] == ["quantize", "tune"]
+
+
+def test_a_quality_that_is_not_finite_is_json_all_the_same(llama, text, tmp_path, monkeypatch):
+    broken = Interval(math.inf, math.nan, math.inf)
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(integers, "measure_as_f16", lambda *_: [Quality(broken, broken, broken, broken)] * 2)
+    quantize_integers(Fit(model=str(llama), format="int4-g32", prune=False, data=(text,), out=tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "quality.json").read_text(), parse_constant=pytest.fail)
+    assert found["compressed"]["perplexity"] == {"value": None, "low": None, "high": None}

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pocketlm.errors import BadInputError, VerificationError
-from pocketlm.measure.interval import Interval
+from pocketlm.measure.interval import Interval, mean_ratio
 from pocketlm.pipeline.artefact import sensitivity_of
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape
@@ -617,6 +617,29 @@ def test_comparison_with_the_plain_file(report, ratio, divergence, own_bytes, bu
     assert "round-to-nearest Q2_0 (70.3 MB" in finding.sentence
 
 
+FLOOR = LimitFacts("quality 0.95", "0.957 (0.941 to 0.968)", met=True)
+LARGER, LOSES, UNFIT = "plain is better, but larger", "loses to plain", "plain is better, but does not fit"
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "own_bytes", "tone", "word", "ending"),
+    [
+        (None, (FLOOR,), 55_000_000, "even", LARGER, "and takes more bytes for it."),
+        (None, (FLOOR,), 69_911_808, "bad", LOSES, "the better choice here."),
+        (80_000_000, (FLOOR,), 69_911_808, "bad", LOSES, "the better choice here."),
+        (60_000_000, (FLOOR,), 55_000_000, "even", UNFIT, "does not fit the budget."),
+        (80_000_000, (), 55_000_000, "bad", LOSES, "the better choice here, and it fits the budget."),
+    ],
+)
+def test_the_plain_file_is_not_said_to_fit_what_was_not_measured_of_it(
+    report, size, limits, own_bytes, tone, word, ending
+):
+    losing = with_product(report, bytes=own_bytes, perplexity_ratio=Interval(1.6, 1.59, 1.61), divergence=None)
+    finding = judge(replace(losing, budget=BudgetFacts("asked", size, 1, own_bytes, limits)))["plain"]
+    assert (finding.tone, finding.word) == (tone, word)
+    assert finding.sentence.endswith(ending)
+
+
 def test_loss_to_the_plain_file_is_said_on_every_page(report, tmp_path):
     losing = with_product(report, perplexity_ratio=Interval(1.6, 1.59, 1.61), divergence=Interval(0.6, 0.59, 0.61))
     write_reports(replace(losing, budget=PLAIN_FITS), tmp_path)
@@ -639,6 +662,27 @@ def test_speed_counts_only_beyond_its_noise(report):
     assert judge(slow)["speed"].word == "slower decoding"
     same = with_product(report, speed=speed(500, 121, 1))
     assert judge(same)["speed"].word == "speed within noise"
+
+
+def test_speeds_are_judged_by_their_ratio_in_rounds_else_by_the_error_of_their_means(report):
+    original, slow = Rate(59.1, 21.1, runs=4), Rate(25.8, 4.5, runs=4)
+    assert faster(slow, original) == "worse", "a busy moment of one run hides no factor of 2.3"
+    assert faster(slow, original, Interval(0.44, 0.15, 1.3)) == "within noise"
+    assert faster(original, slow, Interval(2.3, 1.9, 2.7)) == "better"
+    assert faster(slow, original, Interval(math.nan, math.nan, math.nan)) == "worse"
+    paired = replace(speed(500, 121, 1), decode_ratio=Interval(0.93, 0.91, 0.95))
+    finding = judge(with_product(report, speed=paired))["speed"]
+    assert (finding.word, finding.figure) == ("slower decoding", "×0.930")
+    assert finding.sentence.endswith("the original writes 121.9: slower, 0.930 times the speed (0.910–0.950).")
+
+
+def test_a_mean_of_ratios_is_that_of_their_logarithms_with_students_interval():
+    found = mean_ratio([math.exp(each) for each in (-0.1, 0.0, 0.1)])
+    assert found.value == pytest.approx(1)
+    assert math.log(found.high) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert found.low == pytest.approx(1 / found.high), "neither file is the one that counts"
+    assert mean_ratio([2.0, 2.0]) == Interval(*[pytest.approx(2)] * 3)
+    assert mean_ratio([2.0]) is None, "one round says nothing of the next"
 
 
 def test_overlapping_intervals_are_noise_and_a_broken_file_is_worse():

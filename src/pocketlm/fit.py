@@ -21,7 +21,7 @@ from pocketlm.pipeline.planning import Fit, Planned, check_job, load_for, prepar
 from pocketlm.pipeline.proof import plain_file, prove, simpler_choice
 from pocketlm.pipeline.scoring import check_items
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
-from pocketlm.pipeline.trials import alone_of, as_learnt, search
+from pocketlm.pipeline.trials import as_learnt, search
 from pocketlm.plan.recipe import to_yaml
 from pocketlm.report.content import Report
 from pocketlm.report.write import write_manifest, write_reports
@@ -59,7 +59,7 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
         hashes |= {str(path): file_sha256(path) for path in job.tasks}
-        report = make_report(run_facts(job, planned, exported, proof), model, compressed, proof, texts, hashes)
+        report = make_report(run_facts(job, planned, exported, proof, began), model, compressed, proof, texts, hashes)
         write_reports(report, folder)
         write_manifest(folder)
     return report
@@ -83,8 +83,7 @@ def try_candidates(model: LanguageModel, planned: Planned, texts: Texts, progres
 
 def _plain(job: Fit, model: LanguageModel, planned: Planned, texts: Texts, progress: Progress) -> Path:
     """Return the file of the obvious simpler choice: the best mix of formats where pruning won, else plain rounding."""
-    alone = alone_of(planned.search.trials) if planned.search and planned.plan.prunes else None
-    if alone:
-        return alone.file
+    if planned.alone:
+        return planned.alone.file
     choice = simpler_choice(planned.sizes, planned.budget.bytes if job.size else planned.predicted_bytes)
     return plain_file(model, choice, texts, progress)

@@ -1,6 +1,5 @@
 """What commands share: options, names of files, and how a result is printed."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketlm.errors import BadInputError
+from pocketlm.report.content import to_json
 
 MOST_THREADS = 512  # of llama.cpp (GGML_MAX_N_THREADS), which ends the process beyond
 
@@ -61,4 +61,4 @@ def fixed_formats(texts: list[str]) -> tuple[tuple[str, str], ...]:
 def print_result(lines: list[str], data: dict[str, Any], json_output: bool) -> None:
     """Print a result for a person, or as one JSON object, which in an encoding of less than Unicode is all ASCII."""
     plain = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"
-    print(json.dumps(data, indent=2, default=str, ensure_ascii=plain) if json_output else "\n".join(lines))
+    print(to_json(data, ascii_only=plain) if json_output else "\n".join(lines))

@@ -1,6 +1,5 @@
 """The commands of serving; `pocketlm.cli.main` has the others."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -106,6 +105,7 @@ def calibrate(
 
     check_installed()
     from pocketlm.cli.terminal import Screen
+    from pocketlm.report.content import to_json
     from pocketlm.report.write import replace_text
     from pocketlm.run.server.calibration import calibrate as run
     from pocketlm.run.server.calibration import is_calibration, lines
@@ -123,7 +123,7 @@ def calibrate(
     with Screen() as screen:
         kept = out.with_name(f".{out.name}.answers")
         found = run(settings, data, target_accuracy, larger, kept, screen.progress)
-    replace_text(out, json.dumps(asdict(found), indent=1) + "\n")
+    replace_text(out, to_json(asdict(found)) + "\n")
     kept.unlink()
     print_result([*lines(found), "", f"wrote {out}"], asdict(found), json_output)
 

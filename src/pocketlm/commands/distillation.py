@@ -31,9 +31,9 @@ from pocketlm.pipeline.preflight import COPIES, check_disk, check_learning, chec
 from pocketlm.pipeline.proof import measure_as_f16
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts, silent
 from pocketlm.plan.pace import tokens_in
-from pocketlm.report.content import TextUsed
+from pocketlm.report.content import TextUsed, to_json
 from pocketlm.report.distilled import distilled_page
-from pocketlm.report.write import write_manifest
+from pocketlm.report.write import replace_text, write_manifest
 from pocketlm.run.remote import Answer, ask, read_answers, served_model
 from pocketlm.steps.distil import Distil, distil
 
@@ -157,7 +157,7 @@ def distill(job: Distillation, progress: Progress = silent) -> Distilled:
         (folder / "report.md").write_text(
             distilled_page(teacher.origin.base_model, job.student, made), encoding="utf-8"
         )
-        (folder / "distillation.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
+        replace_text(folder / "distillation.json", to_json(asdict(made)) + "\n")
         write_manifest(folder)
     return made
 

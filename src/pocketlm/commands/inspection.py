@@ -25,6 +25,7 @@ from pocketlm.pipeline.scoring import check_items, score_tasks
 from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.sizes import budget_range, sizes_of
 from pocketlm.report.content import TextUsed
+from pocketlm.run.header import check_positions
 from pocketlm.run.speed import WORKER
 
 
@@ -186,7 +187,12 @@ def bench(
 
     Returns:
         One result per count of threads and length of prompt, in that order.
+
+    Raises:
+        BadInputError: A file cannot be used, has fewer positions than are asked for, or the cache does not fit it.
     """
+    for file in files:
+        check_positions(file, max(prompts), generate)
     worker = (*WORKER, f"--cache={cache}")
     return [
         measure_speed(files, worker, threads=count, prompt=prompt, generate=generate, repeat=repeat)

@@ -3,7 +3,6 @@
 model ─> text ─> quantize ─> compressed-tensors folder ─> measure the decoded weights
 """
 
-import json
 from dataclasses import asdict, dataclass
 
 from pocketlm.errors import BadInputError
@@ -19,7 +18,8 @@ from pocketlm.pipeline.stages import Progress, gather_texts, run_recipe, silent
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe, to_yaml
 from pocketlm.plan.sizes import sizes_of
-from pocketlm.report.write import write_manifest
+from pocketlm.report.content import to_json
+from pocketlm.report.write import replace_text, write_manifest
 from pocketlm.steps.quantize import Quantize, check_formats, format_name, with_fixed
 
 
@@ -59,9 +59,7 @@ def quantize_integers(job: Fit, progress: Progress = silent) -> IntegerFolder:
         measured = measure_as_f16(model, compressed.model, texts.test.windows, progress)
         quality = dict(zip(("original", "compressed"), measured, strict=True))
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
-        (folder / "quality.json").write_text(
-            json.dumps({name: asdict(each) for name, each in quality.items()}), encoding="utf-8"
-        )
+        replace_text(folder / "quality.json", to_json({name: asdict(each) for name, each in quality.items()}) + "\n")
         actual = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         write_manifest(folder)
     return IntegerFolder(planned.predicted_bytes, actual, quality)

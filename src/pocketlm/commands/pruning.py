@@ -4,7 +4,6 @@ model ─> text ─> damage of dropping blocks ─> [trim_vocabulary ─> prune_
       ─> GGUF of each step ─> measure
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,8 +30,8 @@ from pocketlm.plan.recipe import Recipe, from_dict, to_dict, to_yaml
 from pocketlm.plan.sensitivity import depth_damage
 from pocketlm.plan.sizes import MULTIPLE, recipe_bytes
 from pocketlm.report.choices import choices_page
-from pocketlm.report.content import TextUsed
-from pocketlm.report.write import write_manifest
+from pocketlm.report.content import TextUsed, to_json
+from pocketlm.report.write import replace_text, write_manifest
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import WIDTHS, PruneWidth, checked, present_widths
@@ -152,7 +151,7 @@ def prune(job: Prune, progress: Progress = silent) -> Pruned:
         actual, text = (folder / "model.gguf").stat().st_size, facts_of_text(texts.test, held_out=True)
         made = Pruned(tuple(cuts), predicted, actual, tokens, text, bitmasks)
         (folder / "choices.html").write_text(choices_page(model.origin.base_model, made, damage), encoding="utf-8")
-        (folder / "pruning.json").write_text(json.dumps(asdict(made), indent=1, default=str), encoding="utf-8")
+        replace_text(folder / "pruning.json", to_json(asdict(made)) + "\n")
         write_manifest(folder)
     return made
 

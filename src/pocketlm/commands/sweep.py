@@ -11,7 +11,7 @@ from pocketlm.pipeline.artefact import check_replaceable
 from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.stages import Progress, silent
 from pocketlm.plan.budget import parse_size
-from pocketlm.report.content import Report
+from pocketlm.report.content import Report, to_json
 from pocketlm.report.frontier import frontier_data, frontier_markdown, frontier_page
 from pocketlm.report.write import is_whole, read_report, replace_text
 
@@ -80,7 +80,7 @@ def sweep(
 
 def _write(job: Fit, reports: dict[str, Report], refused: dict[str, str]) -> None:
     data = frontier_data(reports) | {"refused": refused, "command": job.command}
-    replace_text(job.out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    replace_text(job.out / DATA, to_json(data) + "\n")
     for name, text in zip(OTHERS, (frontier_markdown, frontier_page), strict=True):
         replace_text(job.out / name, text(reports, refused))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pocketlm.errors import VerificationError
 from pocketlm.model.anatomy import is_transposed
+from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.gguf_layout import from_gguf, gguf_part, to_gguf
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import read_tensors
@@ -22,6 +23,7 @@ LARGEST_NOISE = 0.1
 # Where torch prefers its own token by less than so many times the noise at that position, the engine may prefer
 # another: a near-tie.
 NEAR_TIE = 5
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}  # the writer takes the second where F16 cannot hold a weight
 TEXTS = (
     "The quick brown fox didn't jump over 1,234 lazy dogs.\n\n\tIt said: “naïve café” – Straße, 漢字, 😀!",
     "def area(r):\n    return 3.14159 * r**2  # in m²",
@@ -63,11 +65,11 @@ def check_weights(
 
     Args:
         path: The exported file.
-        model: The model as it was exported; what is not packed is expected as float16 or float32.
+        model: The model as it was exported; what is not packed is expected in the plain type that it has in the file.
         packed: The quantized tensors by parameter name.
         engine_decode: From a type name, bytes and a count of weights to the engine's decoded weights.
     """
-    found = read_tensors(path)
+    found, stored = read_tensors(path), read_gguf(path).tensors
     wrong = []
     for name, parameter in model.network.named_parameters():
         if name in packed:
@@ -78,18 +80,19 @@ def check_weights(
             module = model.network.get_submodule(name.rpartition(".")[0])
             expected = expected.T if is_transposed(module) else expected
         else:
-            expected = _through_file(model, name, parameter.detach().float())
+            info = stored.get(gguf_part(model.family, name)[0])
+            expected = _through_file(model, name, parameter.detach().float(), info.type if info else "F32")
         if name not in found or not torch.equal(found[name], expected):
             wrong.append(name)
     detail = f"{len(packed)} quantized tensors bit-equal" if not wrong else f"differ: {', '.join(wrong[:5])}"
     return Check("decoded weights are the predicted ones", not wrong, detail)
 
 
-def _through_file(model: LanguageModel, name: str, parameter: Tensor) -> Tensor:
-    """Return what is read back of a plain parameter: Gemma's norms lose last bits where the file adds 1 to them."""
+def _through_file(model: LanguageModel, name: str, parameter: Tensor, kind: str) -> Tensor:
+    """Return what is read back of a parameter in a plain type: Gemma's norms, to which 1 is added, lose last bits."""
     config, (_, change) = model.network.config, gguf_part(model.family, name)
     stored = to_gguf(parameter, change, config)
-    return from_gguf(stored.half().float() if stored.dim() > 1 else stored, change, config)
+    return from_gguf(stored.to(_PLAIN.get(kind, torch.float32)).float(), change, config)
 
 
 @torch.no_grad()

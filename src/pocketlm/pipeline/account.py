@@ -1,28 +1,36 @@
 """What a run says of itself besides its figures: settings, budget, candidates, and notes."""
 
 import math
+import time
 from pathlib import Path
 
+from pocketlm.model.gguf_file import TYPES, read_gguf
 from pocketlm.pipeline.artefact import Run, sensitivity_of
 from pocketlm.pipeline.planning import Fit, Planned
 from pocketlm.pipeline.proof import Proof
 from pocketlm.pipeline.trials import Search, alone_of
 from pocketlm.plan.budget import Budget, parse_accuracy, parse_quality, say_bytes
 from pocketlm.plan.effort import PRESET
-from pocketlm.plan.footprint import Footprint, measure_file
+from pocketlm.plan.footprint import ROUNDS, Footprint, measure_file
 from pocketlm.plan.recipe import Recipe, learnt_tokens, to_yaml
 from pocketlm.report.content import BudgetFacts, LimitFacts, TrialRun
+from pocketlm.report.wording import duration
 
 
-def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
-    """Return what a report needs to know of a run besides its figures."""
+def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: float) -> Run:
+    """Return what a report needs to know of a run besides its figures; it `began` at a time of the monotonic clock."""
     actual = exported.stat().st_size
     running = measure_file(exported, planned.budget.context) if planned.footprint else None
     asked = planned.budget.bytes if planned.budget.sized else None
-    limits = _limits(job, planned.budget, proof, running)
-    budget = BudgetFacts(planned.budget.text, asked, planned.predicted_bytes, actual, limits)
+    limits, seconds = _limits(job, planned.budget, proof, running), time.monotonic() - began
+    text = planned.budget.text
+    if job.time:
+        limits = (*limits, _time_limit(job.time, seconds))
+        text += f", {limits[-1].text}"
+    budget = BudgetFacts(text, asked, planned.predicted_bytes, actual, limits)
     kept = [group for group in planned.sizes.group_names if planned.sizes.allowed(group) == ["F16"]]
-    notes = [f"{group} stays F16: its rows do not divide by 32" for group in kept]
+    notes = _about_original(proof.files["original"])
+    notes += [f"{group} stays F16: its rows do not divide by 32" for group in kept]
     if not planned.sizes.anatomy.uniform_blocks:
         notes.append("no blocks were dropped: this family's blocks alternate in kind")
     if planned.engine:
@@ -46,8 +54,29 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof) -> Run:
         settings |= {"method": job.method, "pruning allowed": job.prune, "preset": job.preset or PRESET}
     parts = sensitivity_of(planned.plan, planned.decision.damages) if planned.decision else None
     return Run(
-        job.command, settings, planned.recipe.seed, budget, to_yaml(planned.recipe), tuple(notes), tried(planned), parts
+        command=job.command,
+        settings=settings,
+        seed=planned.recipe.seed,
+        budget=budget,
+        recipe=to_yaml(planned.recipe),
+        notes=tuple(notes),
+        trials=tried(planned),
+        sensitivity=parts,
+        seconds=seconds,
+        learnt={"plain": planned.alone.tokens if planned.alone else 0, "compressed": learnt_tokens(planned.recipe)},
     )
+
+
+def _about_original(file: Path) -> list[str]:
+    """Say what the file is that all is compared with, where it is a quantized one."""
+    types = {tensor.type for tensor in read_gguf(file).tensors.values()}
+    quantized = sorted(kind for kind in types if TYPES[kind].block > 1)
+    if not quantized:
+        return []
+    return [
+        f"The original is itself a quantized file ({', '.join(quantized)}): losses and ratios are to that file, "
+        "and come on top of what it lost to the model that it was made from"
+    ]
 
 
 def _limits(job: Fit, budget: Budget, proof: Proof, running: Footprint | None) -> tuple[LimitFacts, ...]:
@@ -69,6 +98,13 @@ def _limits(job: Fit, budget: Budget, proof: Proof, running: Footprint | None) -
         measured = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
         limits.append(LimitFacts(f"accuracy {floor:g} on {result.task}", measured, found.value >= floor))
     return tuple(limits)
+
+
+def _time_limit(asked: float, took: float) -> LimitFacts:
+    """Return a person's time beside what all but the writing of the report took."""
+    text = duration(asked).removesuffix(" 00 s").removesuffix(" 00 min")
+    over = f" ({duration(took - asked)} over)" if took > asked else ""
+    return LimitFacts(f"{text} of time", duration(took) + over, took <= asked)
 
 
 def tried(planned: Planned) -> tuple[TrialRun, ...]:
@@ -112,5 +148,5 @@ def _running_note(planned: Planned, found: Footprint) -> str:
     return (
         f"Of {budget.text}, {planned.binding}. Memory of the model at {budget.context:,} tokens of context: "
         f"{say_bytes(expected.memory)} expected, {say_bytes(found.memory)} measured on the file; generating: "
-        f"{expected.speed:.1f} tokens/s expected, {found.speed:.1f} measured"
+        f"{expected.speed:.1f} tokens/s expected, {found.speed:.1f} measured, each the middle of {ROUNDS} runs"
     )

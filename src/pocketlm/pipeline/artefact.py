@@ -6,13 +6,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError
-from pocketlm.measure.device import FileSpeed, Machine, Speeds, machine, versions
+from pocketlm.measure.device import Figure, FileSpeed, Machine, Speeds, machine, versions
+from pocketlm.measure.interval import mean_ratio
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf
@@ -125,6 +126,8 @@ class Run:
     notes: tuple[str, ...]
     trials: tuple[content.TrialRun, ...] = ()
     sensitivity: content.Sensitivity | None = None
+    seconds: float | None = None
+    learnt: dict[str, int] = field(default_factory=dict)  # tokens, by role of the file
 
 
 def make_report(
@@ -162,7 +165,7 @@ def make_report(
         budget=run.budget,
         parts=_parts(proof.files["original"], proof.files["compressed"]),
         stages=tuple(_stage_run(finished) for finished in compressed.stages),
-        files=tuple(_measured_file(role, path, proof) for role, path in proof.files.items()),
+        files=tuple(_measured_file(role, path, proof, run.learnt.get(role)) for role, path in proof.files.items()),
         measured_text=facts_of_text(texts.test, held_out=True),
         calibration_text=facts_of_text(texts.calibration, held_out=False),
         answers=proof.answers,
@@ -175,6 +178,7 @@ def make_report(
         waterfall=_waterfall(proof),
         sensitivity=run.sensitivity,
         tasks=tuple(task_score(result) for result in proof.tasks),
+        seconds=run.seconds,
     )
 
 
@@ -279,7 +283,7 @@ def _stage_run(finished: Finished) -> content.StageRun:
     )
 
 
-def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
+def _measured_file(role: str, path: Path, proof: Proof, learnt: int | None) -> content.MeasuredFile:
     quality = proof.quality.qualities[role]
     speed = dict(zip(TIMED, proof.speeds.files, strict=True)).get(role)
     labels = {"original": "original", "plain": path.stem.replace("-", " "), "compressed": "pocketlm"}
@@ -293,19 +297,25 @@ def _measured_file(role: str, path: Path, proof: Proof) -> content.MeasuredFile:
         divergence=quality.kl,
         agreement=quality.agreement,
         bits_per_byte=quality.bits_per_byte,
-        speed=None if speed is None else _speed(speed),
+        speed=None if speed is None else _speed(speed, role),
+        tokens=learnt,
     )
 
 
-def _speed(speed: FileSpeed) -> content.Speed:
+def _speed(speed: FileSpeed, role: str) -> content.Speed:
     return content.Speed(
-        prefill_tokens_per_second=content.Rate(speed.prefill.mean, speed.prefill.deviation),
-        decode_tokens_per_second=content.Rate(speed.decode.mean, speed.decode.deviation),
+        prefill_tokens_per_second=_rate(speed.prefill),
+        decode_tokens_per_second=_rate(speed.decode),
         time_to_first_token_milliseconds=1000 * speed.first_token.mean,
         load_seconds=speed.load_seconds.mean,
         peak_memory_bytes=int(speed.memory_bytes.mean),
         joules_per_token=None if speed.joules_per_token is None else speed.joules_per_token.mean,
+        decode_ratio=None if role == "original" else mean_ratio(speed.decode_ratio.values),
     )
+
+
+def _rate(figure: Figure) -> content.Rate:
+    return content.Rate(figure.mean, figure.deviation, len(figure.values))
 
 
 def facts_of_text(tokens: Tokens, held_out: bool) -> content.TextUsed:

@@ -20,7 +20,7 @@ from pocketlm.pipeline.preflight import CODES_COPIES, check_memory, check_resour
 from pocketlm.pipeline.proof import engine_damage
 from pocketlm.pipeline.stages import Progress, Texts, gather_texts
 from pocketlm.pipeline.timing import Limit, effort_within, scoring_seconds, seconds_expected
-from pocketlm.pipeline.trials import Search
+from pocketlm.pipeline.trials import Search, Trial, alone_of
 from pocketlm.plan.budget import (
     Budget,
     highest_quality,
@@ -97,6 +97,11 @@ class Planned:
     def footprint(self) -> Footprint | None:
         """Memory and speed of the plan's layout, measured, where the budget is about them."""
         return self.plan and self.plan.footprint
+
+    @property
+    def alone(self) -> Trial | None:
+        """Formats alone, as a candidate, where what prunes won: the file is measured beside it."""
+        return alone_of(self.search.trials) if self.search and self.plan.prunes else None
 
     @property
     def binding(self) -> str:

@@ -2,14 +2,14 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from pocketlm.errors import OutOfResourcesError, VerificationError
+from pocketlm.errors import VerificationError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import Check, check_choices, check_tokens, check_turn_ends, check_weights
 from pocketlm.measure.device import Speeds, measure_speed
@@ -28,7 +28,8 @@ from pocketlm.report.answers import compare as compare_answers
 from pocketlm.report.content import Answer
 from pocketlm.run.chat import complete, has_chat_template, serving
 from pocketlm.run.engine import Engine
-from pocketlm.run.llamacpp import CACHE_TYPES, decode_row
+from pocketlm.run.header import cache_types
+from pocketlm.run.llamacpp import decode_row
 from pocketlm.run.speed import WORKER
 from pocketlm.steps.quantize import Quantize, quantize
 
@@ -329,17 +330,15 @@ def measure_cache(path: Path, windows: Tensor) -> dict[str, float]:
 
     Types whose blocks do not divide the heads' width are left out: the engine refuses them.
     """
+    context = windows.shape[1]
     with ExitStack() as stack:
-        engines = {}
-        for name in CACHE_TYPES:
-            with suppress(OutOfResourcesError):
-                engines[name] = stack.enter_context(Engine(path, context=windows.shape[1], cache=name))
+        engines = {name: stack.enter_context(Engine(path, context=context, cache=name)) for name in cache_types(path)}
         found = compare({name: engine.logits for name, engine in engines.items()}, windows)
     return {name: quality.kl.value for name, quality in found.qualities.items() if quality.kl}
 
 
 def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> Speeds:
-    """Time original and exported file in turns."""
+    """Time original and exported file in turns: rounds, each with a ratio, tell more than repeats in one process."""
     progress("measuring speed in llama.cpp", 0, 1)
     prompt = texts.test.windows.shape[1] // 2
     speeds = measure_speed(
@@ -347,8 +346,8 @@ def measure_speeds(files: dict[str, Path], texts: Texts, progress: Progress) -> 
         WORKER,
         prompt=prompt,
         generate=min(48, prompt),
-        repeat=2,
-        rounds=2,
+        repeat=1,
+        rounds=3,
     )
     progress("measuring speed in llama.cpp", 1, 1)
     return speeds

@@ -11,6 +11,7 @@ from torch import nn
 
 from pocketlm.errors import BadInputError
 from pocketlm.model.anatomy import blocks_of
+from pocketlm.model.text import WINDOW
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth, blocks_to_drop
@@ -162,5 +163,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def learnt_tokens(recipe: Recipe) -> int:
-    """Return from how many tokens the steps of a recipe learn."""
-    return sum(step.tokens for step in recipe.steps if isinstance(step, Distil | Tune))
+    """Return from how many tokens the steps of a recipe learn: at most, where one stops early in windows of fewer."""
+    return sum(
+        min(step.tokens, step.stop * step.windows_per_step * WINDOW) if step.stop else step.tokens
+        for step in recipe.steps
+        if isinstance(step, Distil | Tune)
+    )

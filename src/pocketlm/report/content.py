@@ -4,6 +4,7 @@ Bytes are bytes, times are seconds unless the name says otherwise, and an `Inter
 interval. What was not measured is None and is shown as such.
 """
 
+import json
 import math
 import types
 import typing
@@ -24,6 +25,7 @@ class Rate:
 
     mean: float
     deviation: float
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Speed:
     load_seconds: float | None
     peak_memory_bytes: int | None
     joules_per_token: float | None  # None where the machine has no meter
+    decode_ratio: Interval | None = None  # of decoding, to the original in the same round; None for the original
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class MeasuredFile:
     agreement: Interval | None  # fraction of tokens with the original's first choice; None for the original
     speed: Speed | None
     bits_per_byte: Interval | None = None  # where the vocabularies differ; divergence and agreement are None then
+    tokens: int | None = None  # that it learnt from to become what it is; None for the original
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,7 @@ class Report:
     waterfall: Waterfall | None = None
     sensitivity: Sensitivity | None = None
     tasks: tuple[TaskScore, ...] = ()
+    seconds: float | None = None  # of the run since it began or went on, with all that was tried and measured
 
     def file(self, role: Role) -> MeasuredFile | None:
         """Return the measured file that plays `role`, None where there is none."""
@@ -279,6 +284,14 @@ class Report:
                 "The report has no measured file with the role `compressed`. Measure the exported file first"
             )
         return product
+
+
+def to_json(data: Any, ascii_only: bool = False) -> str:
+    """Return data as JSON that every program reads: it has no word for numbers that are not finite, which become null.
+
+    What it does not know, such as a path, becomes its text.
+    """
+    return json.dumps(_plain(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def to_dict(report: Report) -> dict[str, Any]:

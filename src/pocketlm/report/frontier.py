@@ -28,7 +28,9 @@ def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
             "perplexity_ratio": _plain_data(report.product.perplexity_ratio),
             "kl": _plain_data(report.product.divergence),
             "decode_tokens_per_second": report.product.speed and report.product.speed.decode_tokens_per_second.mean,
+            "tokens": report.product.tokens,
             "plain_bytes": report.file("plain") and report.file("plain").bytes,
+            "plain_tokens": report.file("plain") and report.file("plain").tokens,
             "plain_perplexity_ratio": report.file("plain") and _plain_data(report.file("plain").perplexity_ratio),
             "ratio_to_plain": _plain_data(report.perplexity_ratio_to_plain),
             "recipe_seconds": sum(stage.seconds for stage in report.stages),
@@ -41,13 +43,11 @@ def frontier_data(reports: Mapping[str, Report]) -> dict[str, Any]:
 
 def smallest_within(reports: Mapping[str, Report]) -> dict[str, str | None]:
     """Return the smallest result whose perplexity ratio, all of its interval, is within each of BOUNDS."""
+    ratios = {name: report.product.perplexity_ratio for name, report in reports.items()}
+    known = {name: ratio for name, ratio in ratios.items() if ratio and ratio.known}
     chosen = {}
     for bound in BOUNDS:
-        within = [
-            (report.product.bytes, name)
-            for name, report in reports.items()
-            if report.product.perplexity_ratio and report.product.perplexity_ratio.high <= bound
-        ]
+        within = [(reports[name].product.bytes, name) for name, ratio in known.items() if ratio.high <= bound]
         chosen[f"{bound:g}"] = min(within)[1] if within else None
     return chosen
 
@@ -121,7 +121,8 @@ def _beside(plain: MeasuredFile | None) -> str:
     if plain is None or plain.perplexity_ratio is None:
         return "not measured"
     ratio = plain.perplexity_ratio
-    return f"{middle(ratio)} ({interval(ratio)}, {plain.label}, {size(plain.bytes)})"
+    learnt = f", learnt from {plain.tokens:,} tokens" if plain.tokens else ""
+    return f"{middle(ratio)} ({interval(ratio)}, {plain.label}{learnt}, {size(plain.bytes)})"
 
 
 def _plain_data(item: Interval | None) -> dict[str, float] | None:

@@ -54,8 +54,10 @@ def measures(report: Report) -> list[Row]:
         return Row(name, unit, tuple(cells))
 
     per_byte = any(file.bits_per_byte is not None for file in files)
+    taught = [Cell("-" if file.tokens is None else f"{file.tokens:,}") for file in files]
     return [
         row("Size", "", [Cell(size(file.bytes), f"{file.bytes:,} bytes") for file in files]),
+        *([row("Learnt from", "tokens", taught)] if any(file.tokens for file in files) else []),
         *(
             [row("Bits per byte", "lower is better", [_estimate(file.bits_per_byte) for file in files])]
             if per_byte

@@ -1,8 +1,8 @@
 """What the numbers say, in words.
 
 A difference counts only where it is larger than its noise: a ratio whose interval holds 1, two intervals
-that overlap, or two speeds closer than twice their joint deviation are called "within noise". Overlap is a
-strict test, which may hide a real difference; a paired ratio, where the report has one, is used instead.
+that overlap, or two speeds closer than twice the joint error of their means are called "within noise". Overlap is
+a strict test, which may hide a real difference; a paired ratio, where the report has one, is used instead.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Literal
 
 from pocketlm.errors import VerificationError
 from pocketlm.measure.interval import Interval
-from pocketlm.report.content import MeasuredFile, Rate, Report
+from pocketlm.report.content import BudgetFacts, MeasuredFile, Rate, Report
 from pocketlm.report.wording import interval, middle, number, percent, size
 
 Outcome = Literal["better", "worse", "within noise"]
@@ -50,7 +50,7 @@ def judge(report: Report) -> dict[str, Finding]:
 
 
 def check_budgets_met(reports: Mapping[str, Report]) -> None:
-    """Tell whoever calls the program that what was measured is not what was asked for.
+    """Tell whoever calls the program that what was measured, of the file or of the time, is not what was asked for.
 
     Args:
         reports: By the name of the folder that they are of.
@@ -61,7 +61,7 @@ def check_budgets_met(reports: Mapping[str, Report]) -> None:
     missed = [f"{name}: {_budget(report).aside}" for name, report in reports.items() if not report.budget.met]
     if missed:
         raise VerificationError(
-            f"The file is kept, but measured it misses its budget ({'; '.join(missed)}). Ask for more than you need"
+            f"The file is kept, but measured it misses its budget ({'; '.join(missed)}). Ask with room to spare"
         )
 
 
@@ -83,9 +83,11 @@ def lower(ours: Interval, other: Interval) -> Outcome:
     return "better" if ours.value < other.value else "worse"
 
 
-def faster(ours: Rate, other: Rate) -> Outcome:
-    """Return whether `ours` is the higher rate, by more than twice the joint standard deviation."""
-    noise = 2 * math.hypot(ours.deviation, other.deviation)
+def faster(ours: Rate, other: Rate, paired: Interval | None = None) -> Outcome:
+    """Return whether `ours` is the higher rate: by the ratio in rounds, else twice the joint error of the means."""
+    if paired and paired.known:
+        return "within noise" if paired.low <= 1 <= paired.high else "better" if paired.value > 1 else "worse"
+    noise = 2 * math.hypot(*(rate.deviation / math.sqrt(rate.runs) for rate in (ours, other)))
     if abs(ours.mean - other.mean) <= noise:
         return "within noise"
     return "better" if ours.mean > other.mean else "worse"
@@ -143,17 +145,19 @@ def _speed(original: MeasuredFile, product: MeasuredFile) -> Finding | None:
     if original.speed is None or product.speed is None:
         return None
     old, new = original.speed.decode_tokens_per_second, product.speed.decode_tokens_per_second
-    outcome = faster(new, old)
+    paired = product.speed.decode_ratio
+    outcome = faster(new, old, paired)
     aside = f"{number(old.mean, 1)} to {number(new.mean, 1)} tokens/s"
-    figure = f"×{number(new.mean / old.mean)}"
+    known = paired is not None and paired.known
+    times, between = (middle(paired), f" ({interval(paired)})") if known else (number(new.mean / old.mean), "")
     word = {"better": "faster decoding", "worse": "slower decoding", "within noise": "speed within noise"}[outcome]
     measured = f"It writes {number(new.mean, 1)} tokens/s where the original writes {number(old.mean, 1)}"
     ending = {
-        "better": f"{number(new.mean / old.mean)} times as fast",
-        "worse": f"slower, {number(new.mean / old.mean)} times the speed",
-        "within noise": "a difference within noise",
+        "better": f"{times} times as fast{between}",
+        "worse": f"slower, {times} times the speed{between}",
+        "within noise": f"a difference within noise, {times} times the speed{between}",
     }[outcome]
-    return Finding("speed", TONES[outcome], figure, word, aside, f"{measured}: {ending}.")
+    return Finding("speed", TONES[outcome], f"×{times}", word, aside, f"{measured}: {ending}.")
 
 
 def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Finding | None:
@@ -168,8 +172,8 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
     if not compared:
         return None
     extra = product.bytes / plain.bytes - 1
-    fits = report.budget.bytes is None or plain.bytes <= report.budget.bytes
-    tone, word, ending = _weigh({outcome for _, outcome, _, _ in compared}, extra, fits)
+    outcomes = {outcome for _, outcome, _, _ in compared}
+    tone, word, ending = _weigh(outcomes, extra, _plain_fits(report.budget, plain))
     values = ", ".join(
         f"{what} {middle(ours)} against {middle(theirs)} ({outcome})" for what, outcome, ours, theirs in compared
     )
@@ -178,11 +182,25 @@ def _plain(report: Report, plain: MeasuredFile, product: MeasuredFile) -> Findin
         if abs(extra) <= SAME_SIZE
         else f"{size(abs(plain.bytes - product.bytes))} {'smaller' if extra > 0 else 'larger'}"
     )
-    sentence = f"Against {plain.label} ({size(plain.bytes)}, {heft}): {values}. {ending}"
+    learnt = ""
+    if plain.tokens != product.tokens and None not in (plain.tokens, product.tokens):
+        learnt = f"; learnt from {_tokens(plain.tokens)}, the compressed file from {_tokens(product.tokens)}"
+    sentence = f"Against {plain.label} ({size(plain.bytes)}, {heft}{learnt}): {values}. {ending}"
     return Finding("plain", tone, heft, word, plain.label, sentence)
 
 
-def _weigh(outcomes: set[Outcome], extra: float, plain_fits: bool) -> tuple[Tone, str, str]:
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "no tokens"
+
+
+def _plain_fits(budget: BudgetFacts, plain: MeasuredFile) -> bool | None:
+    """Return whether the plain file keeps to the budget: None where that is of more than bytes, not measured of it."""
+    if budget.bytes is not None and plain.bytes > budget.bytes:
+        return False
+    return None if budget.bytes is None or budget.limits else True
+
+
+def _weigh(outcomes: set[Outcome], extra: float, plain_fits: bool | None) -> tuple[Tone, str, str]:
     """Return tone, word and sentence for the outcomes against the plain file, ours being `extra` larger."""
     if outcomes >= {"better", "worse"}:
         return (
@@ -191,17 +209,16 @@ def _weigh(outcomes: set[Outcome], extra: float, plain_fits: bool) -> tuple[Tone
             "The measures disagree, so neither is the better file on these numbers.",
         )
     if "worse" in outcomes:
-        if plain_fits:
+        if plain_fits is False:
             return (
-                "bad",
-                "loses to plain",
-                "The plain file is the better choice here, and it fits the budget.",
+                "even",
+                "plain is better, but does not fit",
+                "The plain file is better but does not fit the budget.",
             )
-        return (
-            "even",
-            "plain is better, but does not fit",
-            "The plain file is better but does not fit the budget.",
-        )
+        if plain_fits is None and extra < -SAME_SIZE:
+            return "even", "plain is better, but larger", "The plain file is better, and takes more bytes for it."
+        fits = ", and it fits the budget" if plain_fits else ""
+        return "bad", "loses to plain", f"The plain file is the better choice here{fits}."
     if "better" in outcomes:
         if extra > SAME_SIZE:
             return (

@@ -6,7 +6,7 @@ from pathlib import Path
 from pocketlm.errors import BadInputError
 from pocketlm.model.files import file_sha256, written_whole
 from pocketlm.report.card import model_card
-from pocketlm.report.content import Report, from_dict, to_dict
+from pocketlm.report.content import Report, from_dict, to_dict, to_json
 from pocketlm.report.pages import html_page, markdown_page
 
 MANIFEST = "manifest.json"
@@ -25,7 +25,7 @@ def write_reports(report: Report, folder: Path) -> None:
     texts = {
         "report.html": html_page(report),
         "report.md": markdown_page(report),
-        "report.json": json.dumps(to_dict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": to_json(to_dict(report)) + "\n",
         "README.md": model_card(report),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write_manifest(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
             entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
-    replace_text(folder / MANIFEST, json.dumps({"schema": 1, "files": entries}, indent=2) + "\n")
+    replace_text(folder / MANIFEST, to_json({"schema": 1, "files": entries}, ascii_only=True) + "\n")
 
 
 def strangers(folder: Path) -> list[str] | None:

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pocketlm.errors import BadInputError
-from pocketlm.run.engine import check_is_gguf
-from pocketlm.run.header import read_header
+from pocketlm.run.header import check_is_gguf, read_header
 
 if TYPE_CHECKING:
     from xllamacpp import Server

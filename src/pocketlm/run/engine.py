@@ -10,27 +10,13 @@ import numpy as np
 
 from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 from pocketlm.run import llamacpp
+from pocketlm.run.header import check_cache, check_is_gguf
 
 if TYPE_CHECKING:  # importing torch takes longer than timing a small model
     from torch import Tensor
 
 # The engine keeps the logits of one batch: 512 of them take 100 MB at 49,152 words, 540 MB at 262,144.
 _LARGEST_BATCH = 512
-
-
-def check_is_gguf(path: Path) -> None:
-    """Look at the first bytes before the engine does, whose messages are about its own code.
-
-    Raises:
-        BadInputError: `path` cannot be read or is no GGUF file.
-    """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise BadInputError(f"Cannot read {path}: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise BadInputError(f"{path} is not a GGUF file: it does not begin with `GGUF`")
 
 
 class Engine:
@@ -51,7 +37,8 @@ class Engine:
             cache: How keys and values are cached: f16, q8_0 or q4_0.
 
         Raises:
-            BadInputError: The file is missing, damaged, or of an architecture that the engine does not know.
+            BadInputError: The file is missing, damaged, or of an architecture that the engine does not know, or `cache`
+                has blocks that do not divide its heads.
             OutOfResourcesError: The context does not fit into memory.
         """
         self._llama = llamacpp.library()
@@ -60,6 +47,8 @@ class Engine:
         self.path = Path(path)
         self.version = llamacpp.version()
         check_is_gguf(self.path)
+        if cache != "f16":
+            check_cache(self.path, cache)
         # An empty list of devices keeps every layer on the CPU in builds that know a GPU too.
         no_devices = (ctypes.c_void_p * 1)(None)
         model_parameters = self._llama.llama_model_default_params()

@@ -134,11 +134,11 @@ def _incompatible(what: str) -> PocketlmError:
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """Load llama.cpp, declare its functions, prove the struct layouts, and silence its log.
+def binary() -> ctypes.CDLL:
+    """Load the extension module, which nothing is declared of yet.
 
     Raises:
-        PocketlmError: xllamacpp is missing, or its C interface is another one.
+        PocketlmError: xllamacpp is missing, or brings none.
     """
     package = util.find_spec("xllamacpp")
     if package is None or package.origin is None:
@@ -148,7 +148,17 @@ def library() -> ctypes.CDLL:
     )
     if not binaries:
         raise _incompatible("it brings no extension module")
-    loaded = ctypes.CDLL(str(binaries[0]))
+    return ctypes.CDLL(str(binaries[0]))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Return llama.cpp with its functions declared, once the struct layouts are proven; its log is silenced.
+
+    Raises:
+        PocketlmError: xllamacpp is missing, or its C interface is another one.
+    """
+    loaded = binary()
     for name, (returns, takes) in _PROTOTYPES.items():
         try:
             function = getattr(loaded, name)
