@@ -19,7 +19,7 @@ from pocketlm.pipeline.artefact import make_report, new_folder
 from pocketlm.pipeline.cache import remove_leftovers
 from pocketlm.pipeline.planning import Fit, Planned, check_job, load_for, prepare
 from pocketlm.pipeline.proof import plain_file, prove, simpler_choice
-from pocketlm.pipeline.scoring import check_items
+from pocketlm.pipeline.scoring import check_items, seen_items
 from pocketlm.pipeline.stages import Progress, Texts, run_recipe, silent
 from pocketlm.pipeline.trials import as_learnt, search
 from pocketlm.plan.recipe import to_yaml
@@ -59,7 +59,9 @@ def fit(job: Fit, progress: Progress = silent, announce: Callable[[Planned], Non
         (folder / "recipe.yaml").write_text(to_yaml(planned.recipe), encoding="utf-8")
         hashes = {"original": model.origin.sha256, "model.gguf": file_sha256(exported)}
         hashes |= {str(path): file_sha256(path) for path in job.tasks}
-        report = make_report(run_facts(job, planned, exported, proof, began), model, compressed, proof, texts, hashes)
+        seen = seen_items(tasks, texts.documents["calibration"])
+        facts = run_facts(job, planned, exported, proof, began, seen)
+        report = make_report(facts, model, compressed, proof, texts, hashes)
         write_reports(report, folder)
         write_manifest(folder)
     return report

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pocketlm.model.gguf_file import TYPES, read_gguf
@@ -17,8 +18,17 @@ from pocketlm.report.content import BudgetFacts, LimitFacts, TrialRun
 from pocketlm.report.wording import duration
 
 
-def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: float) -> Run:
-    """Return what a report needs to know of a run besides its figures; it `began` at a time of the monotonic clock."""
+def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: float, seen: Sequence[str] = ()) -> Run:
+    """Return what a report needs to know of a run besides its figures.
+
+    Args:
+        job: What was asked for.
+        planned: What was done about it.
+        exported: The file.
+        proof: Its figures.
+        began: When the run did, by the monotonic clock.
+        seen: What there is to say of tasks whose items were learnt from.
+    """
     actual = exported.stat().st_size
     running = measure_file(exported, planned.budget.context) if planned.footprint else None
     asked = planned.budget.bytes if planned.budget.sized else None
@@ -46,6 +56,7 @@ def run_facts(job: Fit, planned: Planned, exported: Path, proof: Proof, began: f
         notes.append(_search_note(planned.search, planned.recipe, floor))
     if running:
         notes.append(_running_note(planned, running))
+    notes += seen
     settings = {"data": [str(path) for path in job.data], "heal seconds": job.heal, "size": job.size}
     settings |= {"tune seconds": job.tune, "time": job.time, "tasks": [str(path) for path in job.tasks]}
     limits_and_formats = ("ram", "context", "speed", "quality", "accuracy", "bits", "format", "fixed")
