@@ -286,9 +286,3 @@ def test_tasks_of_every_kind_as_a_person_scores_them(tmp_path, tiny_model):
     assert results[0]["scores"]["model"]["count"] == 1
     assert results[2]["scores"]["model"]["acc"]["value"] == 0
     assert results[2]["scores"]["model"]["acc_norm"] is None
-
-
-def test_evaluate_without_reference_and_task_says_what_to_give(tmp_path):
-    done = pocketlm("evaluate", "demo", cache=tmp_path)
-    assert done.returncode != 0
-    assert "--task FILE" in done.stderr
