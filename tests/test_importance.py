@@ -44,7 +44,9 @@ def test_uneven_weights_keep_half_of_the_tokens_worth(spread: float, seed: int):
     if before >= EFFECTIVE:
         assert torch.allclose(found, weights / weights.mean())
     else:
-        assert EFFECTIVE <= worth < EFFECTIVE + 0.01
+        assert EFFECTIVE - 1e-6 <= worth < EFFECTIVE + 0.01, (
+            "but for the rounding of float32, in which it is summed anew"
+        )
 
 
 def gradients_of(network: nn.Module, window: Tensor, generator: torch.Generator) -> dict[tuple[int, str], Tensor]:
