@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from subprocess import PIPE
@@ -604,6 +604,34 @@ def test_told_twice_to_end_the_server_does_not_wait(folder, model):
                 server.process.wait(1)
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(40) == 0  # seconds; the engine takes 5 of them before it is killed
+
+
+@looks_into_proc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_while_a_model_loads_the_server_does(folder, model, number):
+    server = subprocess.Popen(
+        command("serve", model, "--port", 0), env=environment(folder), stdout=PIPE, stderr=PIPE, text=True
+    )
+    engines = []
+
+    def an_engine_is_there():
+        programs = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(server)}
+        engines.extend(pid for pid, program in programs.items() if b"engine_process" in program)
+        return engines
+
+    try:
+        wait_until(an_engine_is_there)
+        os.kill(engines[0], signal.SIGSTOP)  # it would never have loaded
+        server.send_signal(number)
+        assert server.wait(40) == 0  # seconds; the engine takes 5 of them before it is killed
+        assert server.communicate() == ("", "")
+        wait_until(lambda: not Path(f"/proc/{engines[0]}/exe").exists())
+    finally:
+        server.kill()
+        for engine in engines:
+            with suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+        server.communicate()
 
 
 def ends(server):

@@ -15,6 +15,7 @@ from pocketlm.run.server.engine_process import EngineSettings
 if TYPE_CHECKING:
     from pocketlm.run.server.app import Service
     from pocketlm.run.server.escalation import Escalation
+    from pocketlm.run.server.local import LocalModel
 
 _LAST_WORDS = 2.0  # seconds to send what is written when all answers are done, or were cut off by a second signal
 
@@ -91,8 +92,8 @@ async def _serve(job: Serve) -> None:
     service = Service(models, job.api_key, job.host in LOOPBACK, job.escalation)
     stop, hurry = _signals()
     try:
-        for model in models:  # one after the other: where one fails, none is left half started
-            await model.start()
+        if not await _loaded(models, stop):
+            return
         app = application(service)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS)
         await runner.setup()
@@ -113,6 +114,24 @@ async def _serve(job: Serve) -> None:
     finally:
         await asyncio.gather(*(model.stop() for model in models))
         listener.close()
+
+
+async def _loaded(models: list["LocalModel"], stop: asyncio.Event) -> bool:
+    """Load the models; return whether they were there before the server was told to end."""
+
+    async def load() -> None:
+        for model in models:  # one after the other: where one fails, none is left half started
+            await model.start()
+
+    loading, told = asyncio.ensure_future(load()), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([loading, told], return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if loading.done():
+        loading.result()  # raises what went wrong
+        return True
+    loading.cancel()
+    await asyncio.gather(loading, return_exceptions=True)
+    return False
 
 
 def _engines(job: Serve) -> list[EngineSettings]:
