@@ -32,7 +32,7 @@ from tests.tiny import tiny_folder
 from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
-from pocketlm.run.server import app
+from pocketlm.run.server import app, tuning
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
@@ -871,6 +871,18 @@ def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monke
     for measuring in (tuned(settings, print), drafted(settings, model, print)):
         with pytest.raises(PocketlmError, match=r"Measuring .*small\.gguf failed: the engine died"):
             asyncio.run(measuring)
+
+
+@pytest.mark.parametrize(("together", "used"), [(98.0, False), (102.0, False), (104.0, True)])
+def test_a_draft_is_used_only_where_it_is_faster_by_more_than_a_measurement_varies(model, monkeypatch, together, used):
+    async def answering(engine):
+        return together if engine.draft else 100.0
+
+    monkeypatch.setattr(tuning, "_answering", answering)
+    said = []
+    chosen = asyncio.run(drafted(EngineSettings(str(model), "small"), model, said.append))
+    assert chosen.draft == (str(model) if used else None)
+    assert said[0].endswith("it drafts" if used else "it is not used")
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ async def tuned(settings: EngineSettings, say: Say) -> EngineSettings:
 
 
 async def drafted(settings: EngineSettings, draft: Path, say: Say) -> EngineSettings:
-    """Return settings with a small model that drafts, if that is faster here; else without.
+    """Return settings with a small model that drafts, if that is clearly faster here; else without.
 
     Raises:
         BadInputError: The draft's vocabulary is another.
@@ -66,7 +66,7 @@ async def drafted(settings: EngineSettings, draft: Path, say: Say) -> EngineSett
         )
     with_draft = replace(settings, draft=str(draft))
     alone, together = await _answering(settings), await _answering(with_draft)
-    better = together > alone
+    better = alone < WITHIN * together  # else it would take memory for what another measurement may not show
     say(
         f"draft    {alone:.1f} tokens/s alone, {together:.1f} with {draft.name} drafting: "
         + ("it drafts" if better else "it is not used")
