@@ -184,11 +184,11 @@ def test_a_comparison_asks_both_and_each_remembers_its_own_answers(visit, addres
     someone.setting("Longest answer", 12)
     someone.ask("Name a fruit.")
     someone.setting("Seed", 2)
-    someone.page.get_by_role("button", name="Compare").click()  # the original catches up
+    someone.page.get_by_role("button", name="Compare").click()  # the other one catches up
     someone.rest()
     someone.ask("Name another.")
 
-    small, large = someone.said("optimised"), someone.said("original")
+    small, large = someone.said("optimised"), someone.said("large")
     assert [body["model"] for body in someone.bodies()] == ["small", "large", "small", "large"]
     assert letters(small[0]) != letters(large[0])
     for body, said in zip(someone.bodies()[2:], (small, large), strict=True):
@@ -196,7 +196,10 @@ def test_a_comparison_asks_both_and_each_remembers_its_own_answers(visit, addres
         assert letters(body["messages"][1]["content"]) == letters(said[0])
         assert body["seed"] == 2
     assert f"small, {DEMO.stat().st_size / 1e6:.3g} MB" in someone.page.locator(".named").first.text_content()
-    ours, original = (someone.answers(role).nth(1).bounding_box() for role in ("optimised", "original"))
+    heads = someone.page.locator("#heads .named").all_text_contents()
+    assert "original" not in "".join(heads)  # which nobody has said that it is
+    assert heads[1].startswith("large")
+    ours, original = (someone.answers(role).nth(1).bounding_box() for role in ("optimised", "large"))
     assert ours["y"] == original["y"]
     assert ours["x"] + ours["width"] < original["x"]
     assert someone.complaints == []
@@ -207,7 +210,7 @@ def test_on_a_phone_the_answers_stand_one_below_the_other_and_nothing_is_wider_t
     someone = visit(address, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     someone.setting("Longest answer", 40)
     someone.ask("Write a Python function that adds two numbers, with comments.")
-    ours, original = (someone.answers(role).bounding_box() for role in ("optimised", "original"))
+    ours, original = (someone.answers(role).bounding_box() for role in ("optimised", "large"))
     assert ours["y"] + ours["height"] <= original["y"]
     for box in (ours, original):
         assert box["x"] >= 0

@@ -37,7 +37,7 @@ from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
 from pocketlm.run.server.requests import Chat, Completion, Embedding, parse
-from pocketlm.run.server.serve import model_name
+from pocketlm.run.server.serve import Serve, _engines, model_name
 from pocketlm.run.server.tuning import drafted, tuned
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -829,6 +829,11 @@ def test_a_file_of_a_run_is_named_after_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "p70" / "inside")
     names = [model_name(Path(path)) for path in ("../model.gguf", "model.gguf", "../other.gguf")]
     assert names == ["p70", "inside", "other"]
+
+
+def test_of_two_files_of_one_name_neither_is_called_the_original(tmp_path):
+    names = [settings.name for settings in _engines(Serve(tmp_path / "one.gguf", tmp_path / "b" / "one.gguf"))]
+    assert names == ["one", "one-compared"]
 
 
 def test_a_missing_package_names_the_line_that_installs_it(folder, model):

@@ -45,7 +45,7 @@ class Service:
     """What the routes work with.
 
     Attributes:
-        models: The optimised model and, where there is one, the original it is compared with.
+        models: The optimised model and, where there is one, the model it is compared with.
         key: What clients must know; None if nothing.
         local_only: Whether the server listens to this machine alone.
         escalation: When to ask a larger model; None for never.

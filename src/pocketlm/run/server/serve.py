@@ -138,7 +138,7 @@ def _engines(job: Serve) -> list[EngineSettings]:
     names = [model_name(job.path)]
     if job.compare:
         name = model_name(job.compare)
-        names.append(f"{name}-original" if name == names[0] else name)
+        names.append(f"{name}-compared" if name == names[0] else name)
     paths = filter(None, (job.path, job.compare))
     return [
         EngineSettings(str(path), name, slots=job.slots, context=job.context, threads=job.threads)
