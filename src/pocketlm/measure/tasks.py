@@ -1,7 +1,5 @@
 """Scores on tasks: by likelihood or by what a model writes, with margins of error, paired against an original."""
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +10,7 @@ from pocketlm.errors import BadInputError
 from pocketlm.measure.interval import Interval, wilson
 from pocketlm.measure.quality import bootstrap
 from pocketlm.measure.task_files import Item, Kind
-
-LEADING_POINT = re.compile(r"^\.(?=\d)")
-MARKS = " \t.,;:!?\"'`*()[]{}"  # around an answer, which do not make it another one
+from pocketlm.model.bare import bare
 
 
 @dataclass(frozen=True)
@@ -146,13 +142,7 @@ def chosen(item: Item, sums: Sequence[float]) -> Outcome:
 def matches(said: str, answer: str) -> bool:
     """Whether a model wrote the answer: its first lines, as many as the answer has, but for case, spaces and marks."""
     count = len(answer.strip().splitlines())
-    return _bare("\n".join(said.strip().splitlines()[:count])) == _bare(answer)
-
-
-def _bare(text: str) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    bare = LEADING_POINT.sub("0.", text.lstrip(MARKS.replace(".", ""))).strip(MARKS)
-    return bare or text  # an answer of marks alone is no empty one
+    return bare("\n".join(said.strip().splitlines()[:count])) == bare(answer)
 
 
 def score(outcomes: Sequence[Outcome]) -> Score:

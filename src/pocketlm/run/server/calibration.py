@@ -12,6 +12,7 @@ from typing import Any, Literal
 import aiohttp
 
 from pocketlm.errors import BadInputError
+from pocketlm.model.bare import bare
 from pocketlm.model.files import file_sha256, json_lines, json_values
 from pocketlm.run.server.answers import Answer, confidence
 from pocketlm.run.server.engine_process import EngineSettings
@@ -225,29 +226,29 @@ def _said(answer: Answer) -> str:
 
 
 def is_right(said: str, answers: Sequence[str]) -> bool:
-    """Whether what was said is one of the answers: as JSON where both are, else without case, blanks and full stops."""
+    """Whether what was said is one of the answers: as JSON where both are, else but for case, spaces and marks."""
     return any(_same(said, answer) for answer in answers)
 
 
-def _same(one: str, other: str) -> bool:
-    try:
-        return _canonical(one) == _canonical(other)
-    except ValueError:
-        return _plain(one) == _plain(other)
+def _same(said: str, answer: str) -> bool:
+    given, wanted = _canonical(said), _canonical(answer)
+    # An object or a list is itself only where it is whole: to leave out brackets as marks would mend one cut off.
+    if wanted and (given or wanted[0] in "{["):
+        return given == wanted
+    return bare(said) == bare(answer)
 
 
-def _canonical(text: str) -> str:
-    """Return JSON in one spelling, in which `1` is not `true`, and `1.0` is `1`."""
+def _canonical(text: str) -> str | None:
+    """Return JSON in one spelling, in which `1` is not `true`, and `1.0` is `1`; None of what is none."""
 
     def number(digits: str) -> float:
         value = float(digits)
         return int(value) if value.is_integer() else value
 
-    return json.dumps(json.loads(text, parse_float=number), sort_keys=True)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .!\"'")
+    try:
+        return json.dumps(json.loads(text, parse_float=number), sort_keys=True)
+    except ValueError:
+        return None
 
 
 def choose(judged: Sequence[Judged], target: float) -> Calibration:
