@@ -7,6 +7,9 @@ import pytest
 from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.measure.interval import wilson
+from pocketlm.pipeline.harness import _scores
+
 TASK = """
 task: {name}
 dataset_path: json
@@ -75,6 +78,15 @@ def test_the_harness_and_our_own_scores_agree(tmp_path):
     for metric, value in (("exact_match (said)", 0), ("exact_match (found)", 1)):
         score = theirs["pocketlm_filtered", metric]
         assert (score["items"], score["scores"]["model"]["value"]) == (len(prompts), value)
+
+
+def test_a_share_has_wilsons_interval_and_another_mean_the_normal_one():
+    samples = [{"acc": 0.0, "chrf": value} for value in (10.0, 20.0) * 50]
+    acc, chrf = _scores("t", {"model": {"samples": {"t": [{"metrics": ["acc", "chrf"]} | each for each in samples]}}})
+    assert acc.scores["model"] == wilson(0, 100)
+    assert acc.scores["model"].high > 0.03  # 0 of 100 is not certainly none
+    mean = chrf.scores["model"]
+    assert (mean.value, mean.low, mean.high) == pytest.approx((15, 14.015, 15.985), abs=1e-3)
 
 
 @pytest.mark.skipif(bool(find_spec("lm_eval")), reason="lm-eval is installed")

@@ -257,7 +257,8 @@ def harness_lines(scores: list[HarnessScore]) -> list[str]:
         for role, share in rows.items():
             value = f"{share.value:.4f} ({share.low:.4f} to {share.high:.4f})"
             lines.append(f"{score.task:<24}{score.metric:<16}{role:<12}{score.items:>6}  {value}")
-    return [*lines, "in brackets: 95 % intervals (normal; the difference is paired, bootstrap over items)"]
+    how = "Wilson of shares, normal of other means; the difference is paired, bootstrap over items"
+    return [*lines, f"in brackets: 95 % intervals ({how})"]
 
 
 def _percent(share: Interval, form: str = ".1f") -> str:

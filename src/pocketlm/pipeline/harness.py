@@ -8,7 +8,7 @@ from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import BadInputError, MissingExtraError
-from pocketlm.measure.interval import Interval
+from pocketlm.measure.interval import Interval, wilson
 from pocketlm.measure.tasks import Pair, joined, likelihoods, pair
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.scoring import reading
@@ -89,7 +89,9 @@ def _scores(task: str, found: Mapping[str, Any]) -> list[HarnessScore]:
 
 
 def _mean(values: Sequence[float]) -> Interval:
-    """Return a mean with its normal 95 % interval, as the harness gives its standard error."""
+    """Return a mean with its 95 % interval: Wilson's of a share, else the normal one, from the standard error."""
+    if all(value in (0, 1) for value in values):  # where all are equal, the normal one would be certain
+        return wilson(int(sum(values)), len(values))
     mean = fmean(values)
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     half = NormalDist().inv_cdf(0.975) * error
