@@ -7,8 +7,11 @@ import pytest
 from tests.command_line import pocketlm
 from tests.tiny import tiny_folder
 
+from pocketlm.errors import BadInputError
+from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.interval import wilson
-from pocketlm.pipeline.harness import _scores
+from pocketlm.pipeline.harness import _check_room, _scores, _until
+from pocketlm.run.engine import Engine
 
 TASK = """
 task: {name}
@@ -87,6 +90,23 @@ def test_a_share_has_wilsons_interval_and_another_mean_the_normal_one():
     assert acc.scores["model"].high > 0.03  # 0 of 100 is not certainly none
     mean = chrf.scores["model"]
     assert (mean.value, mean.low, mean.high) == pytest.approx((15, 14.015, 15.985), abs=1e-3)
+
+
+def test_a_task_that_allows_more_tokens_than_the_context_has_cuts_no_question(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    write_gguf(model, {}, tmp_path / "tiny.gguf")
+    questions = [model.tokenizer(text).input_ids for text in ("The names of the language are", "All words of it are")]
+    with Engine(tmp_path / "tiny.gguf", context=128) as engine:
+        for question in questions:
+            short, long = (_until(engine, model.tokenizer, question, {"max_gen_toks": most}) for most in (8, 2048))
+            assert short
+            assert long.startswith(short.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may be cut in two
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_refused():
+    _check_room("arc", 127, 128)
+    with pytest.raises(BadInputError, match="A question of arc has 128 tokens, where it and its answer have 128"):
+        _check_room("arc", 128, 128)
 
 
 @pytest.mark.skipif(bool(find_spec("lm_eval")), reason="lm-eval is installed")

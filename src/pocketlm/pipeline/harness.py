@@ -45,7 +45,7 @@ def score_harness(
 
     Raises:
         MissingExtraError: The harness is not installed.
-        BadInputError: It does not know a task.
+        BadInputError: It does not know a task, or a question does not fit the context.
     """
     if not find_spec("lm_eval"):
         raise MissingExtraError(
@@ -128,15 +128,33 @@ def _adapter(engine: Engine, tokenizer: Any) -> "LM":
             )
 
         def generate_until(self, requests: list) -> list[str]:
-            return [
-                _until(engine, tokenizer, encode(prompt), settings) for prompt, settings in (r.args for r in requests)
-            ]
+            asked = [(encode(prompt), settings) for prompt, settings in (request.args for request in requests)]
+            for request, (prompt, _) in zip(requests, asked, strict=True):  # all of them before the first answer
+                _check_room(request.task_name, len(prompt), engine.context)
+            return [_until(engine, tokenizer, prompt, settings) for prompt, settings in asked]
 
     return OverEngine()
 
 
+def _check_room(task: str, tokens: int, context: int) -> None:
+    """Refuse a question that the context has no room for: cut, it would be another question.
+
+    Raises:
+        BadInputError: It leaves no token for an answer.
+    """
+    if tokens >= context:
+        raise BadInputError(
+            f"A question of {task} has {tokens:,} tokens, where it and its answer have {context:,} together. "
+            "Give a YAML file of the task with fewer examples in front (num_fewshot), or leave it out"
+        )
+
+
 def _until(engine: Engine, tokenizer: Any, prompt: list[int], settings: Mapping[str, Any]) -> str:
-    """Return what the model goes on with, greedily, up to the first of a task's stop texts."""
+    """Return what the model goes on with, greedily, up to the first of a task's stop texts.
+
+    A task may allow more tokens than the context has: the answer then ends where the context does, and the question
+    stays whole.
+    """
     stops = settings.get("until") or []
     stops = [stops] if isinstance(stops, str) else stops
     most = settings.get("max_gen_toks", WRITTEN)
@@ -144,7 +162,6 @@ def _until(engine: Engine, tokenizer: Any, prompt: list[int], settings: Mapping[
     def text(said: list[int]) -> str:
         return tokenizer.decode(said, skip_special_tokens=True)
 
-    prompt = prompt[-max(1, engine.context - most) :]
     said = text(engine.generate(prompt, most, lambda said: any(stop in text(said) for stop in stops)))
     for stop in stops:
         said = said.split(stop)[0]
