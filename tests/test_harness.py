@@ -10,6 +10,7 @@ from tests.tiny import tiny_folder
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.measure.interval import wilson
+from pocketlm.model.source import load
 from pocketlm.pipeline.harness import _check_room, _scores, _until
 from pocketlm.run.engine import Engine
 
@@ -107,6 +108,42 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_refused():
     _check_room("arc", 127, 128)
     with pytest.raises(BadInputError, match="A question of arc has 128 tokens, where it and its answer have 128"):
         _check_room("arc", 128, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval is not installed")
+def test_questions_are_put_as_a_chat_where_that_is_asked_for(tmp_path):
+    """The right answers are what the model says to questions in its template."""
+    folder, rows = tiny_folder("llama", tmp_path / "tiny"), []
+    model = load(str(folder))
+    write_gguf(model, {}, tmp_path / "tiny.gguf")
+    with Engine(tmp_path / "tiny.gguf", context=128) as engine:
+        for prompt in ("The names", "All words", "A rule", "Some more"):
+            turns = [{"role": "user", "content": prompt}]
+            text = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            said = _until(
+                engine, model.tokenizer, model.tokenizer(text).input_ids, {"until": ["\n"], "max_gen_toks": 8}
+            )
+            rows.append({"prompt": prompt, "answer": said})
+    assert all(row["answer"] for row in rows)
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tmp_path / "pocketlm_chat.yaml"
+    task.write_text(TASK.format(name=task.stem, data=tmp_path / "chat.jsonl", kind="generate_until") + WRITTEN)
+    shares = []
+    for options in ((), ("--chat-template",)):
+        done = pocketlm("evaluate", folder, "--harness", task, "--json", *options, cache=tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        (score,) = json.loads(done.stdout)["tasks"]
+        shares.append(score["scores"]["model"]["value"])
+    assert shares[0] < shares[1] == 1
+    plain = tiny_folder("gpt2", tmp_path / "plain")
+    done = pocketlm("evaluate", plain, "--harness", task, "--chat-template", cache=tmp_path / "cache")
+    assert (done.returncode, "The model has no chat template" in done.stderr) == (2, True)
+
+
+def test_only_the_harness_is_told_of_chat_templates(tmp_path):
+    done = pocketlm("evaluate", tmp_path, "--reference", tmp_path, "--chat-template", cache=tmp_path / "cache")
+    assert (done.returncode, "--chat-template is for --harness" in done.stderr) == (2, True)
 
 
 @pytest.mark.skipif(bool(find_spec("lm_eval")), reason="lm-eval is installed")

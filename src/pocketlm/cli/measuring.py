@@ -34,6 +34,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A task of lm-evaluation-harness, or a YAML file of one; repeatable."),
     ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the questions of --harness as a chat, as instruct models want.")
+    ] = False,
     limit: Annotated[int, typer.Option(help="Items to take of each task.", min=1)] = 500,
     json_output: Json = False,
     debug: Debug = False,
@@ -44,6 +47,8 @@ def evaluate(
 
     if bool(task) + bool(harness) + bool(data) > 1:
         raise BadInputError("Give one of --task, --harness and --data: they are measured apart")
+    if chat_template and not harness:
+        raise BadInputError("--chat-template is for --harness: give one of its tasks, or leave it out")
     if not task and not harness and reference is None:
         raise BadInputError("Give the original with --reference MODEL, or tasks with --task FILE")
     with Screen() as screen:
@@ -51,7 +56,7 @@ def evaluate(
             results = api.evaluate_tasks(model, reference, task, limit, screen.progress)
             lines, found = task_lines(results), {"tasks": [asdict(result) for result in results]}
         elif harness:
-            scores = api.evaluate_harness(model, reference, harness, limit)
+            scores = api.evaluate_harness(model, reference, harness, limit, chat_template)
             lines, found = harness_lines(scores), {"tasks": [asdict(score) for score in scores]}
         else:
             made = api.evaluate(model, reference, list(data or []), windows, screen.progress)

@@ -138,7 +138,9 @@ def evaluate_tasks(
     return score_tasks(subjects, read, progress)
 
 
-def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit: int) -> list[HarnessScore]:
+def evaluate_harness(
+    source: str, reference: str | None, tasks: list[str], limit: int, as_chat: bool = False
+) -> list[HarnessScore]:
     """Score a model in the engine on tasks of lm-evaluation-harness, and compare it with a reference.
 
     Args:
@@ -146,12 +148,13 @@ def evaluate_harness(source: str, reference: str | None, tasks: list[str], limit
         reference: The original to compare with, if any.
         tasks: Names as the harness knows them, or YAML files named after their task.
         limit: Items to take of each.
+        as_chat: Whether questions are put in each model's chat template.
 
     Raises:
         MissingExtraError: The harness is not installed.
         BadInputError: A task or a model cannot be used.
     """
-    return score_harness(_subjects(source, reference), tasks, limit)
+    return score_harness(_subjects(source, reference), tasks, limit, as_chat)
 
 
 def _subjects(source: str, reference: str | None) -> dict[str, tuple[Path, LanguageModel]]:

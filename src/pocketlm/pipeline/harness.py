@@ -33,7 +33,7 @@ class HarnessScore:
 
 
 def score_harness(
-    subjects: Mapping[str, tuple[Path, LanguageModel]], tasks: Sequence[str], limit: int
+    subjects: Mapping[str, tuple[Path, LanguageModel]], tasks: Sequence[str], limit: int, as_chat: bool = False
 ) -> list[HarnessScore]:
     """Score files on tasks of the harness, at most `limit` items each.
 
@@ -42,10 +42,11 @@ def score_harness(
             is not needed.
         tasks: Names as the harness knows them, or YAML files named after their task.
         limit: Items of each task.
+        as_chat: Whether questions are put in each model's chat template, with examples as earlier turns.
 
     Raises:
         MissingExtraError: The harness is not installed.
-        BadInputError: It does not know a task, or a question does not fit the context.
+        BadInputError: It does not know a task, a question does not fit the context, or a model has no chat template.
     """
     if not find_spec("lm_eval"):
         raise MissingExtraError(
@@ -60,11 +61,22 @@ def score_harness(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise BadInputError(f"The harness has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them")
+    for role, (_, subject) in subjects.items():
+        if as_chat and not subject.tokenizer.chat_template:
+            raise BadInputError(f"The {role} has no chat template. Leave --chat-template out")
     found = {}
     for role, (path, subject) in subjects.items():
         with reading(path, subject) as engine:
             model = _adapter(engine, subject.tokenizer)
-            found[role] = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0)
+            found[role] = simple_evaluate(
+                model,
+                tasks=names,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=0,
+                apply_chat_template=as_chat,
+                fewshot_as_multiturn=as_chat,
+            )
     return [score for task in found["model"]["samples"] for score in _scores(task, found)]
 
 
@@ -99,20 +111,35 @@ def _mean(values: Sequence[float]) -> Interval:
 
 
 def _adapter(engine: Engine, tokenizer: Any) -> "LM":
+    from jinja2 import TemplateError
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text, verbose=False).input_ids
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as a chat template may begin it
+        return tokenizer(text, add_special_tokens=not begun, verbose=False).input_ids
 
     def split(prompt: str, ending: str) -> Pair:
         before, after = joined(prompt, ending, encode)
         return (before, after) if before else (start, tokenizer(ending, add_special_tokens=False).input_ids)
 
     class OverEngine(LM):
-        """The three questions that the harness asks, put to llama.cpp."""
+        """The three questions that the harness asks, put to llama.cpp, and how it writes them as a chat."""
+
+        tokenizer_name = tokenizer.name_or_path
+
+        def apply_chat_template(self, chat_history: list, add_generation_prompt: bool = True) -> str:
+            try:
+                return tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            except TemplateError as error:
+                raise BadInputError(f"A chat template refuses: {error}. Leave --chat-template out") from error
 
         def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
             return likelihoods([split(*request.args) for request in requests], engine.continuations, engine.context)
