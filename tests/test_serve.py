@@ -628,10 +628,10 @@ def test_told_to_end_while_a_model_loads_the_server_does(folder, model, number):
         wait_until(lambda: not Path(f"/proc/{engines[0]}/exe").exists())
     finally:
         server.kill()
-        server.communicate()
         for engine in engines:
             with suppress(ProcessLookupError):
                 os.kill(engine, signal.SIGKILL)
+        server.communicate()
 
 
 def ends(server):
