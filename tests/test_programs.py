@@ -30,7 +30,7 @@ def _names_in(program: Path) -> set[str]:
     """Return what a program defines or imports at its top level; it may need packages that are not installed."""
     names = set()
     for node in ast.parse(program.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {each.asname or each.name for each in node.names}

@@ -165,8 +165,8 @@ def bootstrap(
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     counts = torch.ones_like(values) if weights is None else torch.tensor(weights, dtype=values.dtype)
-    means = then((values * counts)[draws].sum(1) / counts[draws].sum(1))
-    low, high = means.quantile(torch.tensor(_tails(len(values)), dtype=means.dtype)).tolist()
+    means = (values * counts)[draws].sum(1) / counts[draws].sum(1)
+    low, high = then(means.quantile(torch.tensor(_tails(len(values)), dtype=means.dtype))).tolist()
     return Interval(then((values * counts).sum() / counts.sum()).item(), low, high)
 
 
