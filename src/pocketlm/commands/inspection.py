@@ -110,12 +110,12 @@ def evaluate(
     Raises:
         BadInputError: A text cannot be used.
     """
-    subjects = _subjects(source, reference)
-    files, models = ({role: each[part] for role, each in subjects.items()} for part in (0, 1))
+    models = _models(source, reference)
     length = min(WINDOW, *(model.network.config.max_position_embeddings for model in models.values()))
     tokenizer = models.get("reference", models["model"]).tokenizer
     corpus = read_corpus(data, tokenizer) if data else python_topics()
     tokens = corpus.tokens("test", tokenizer, count, length)
+    files = {role: original_file(model) for role, model in models.items()}
     qualities = measure_models(files, models, tokens.windows, progress).qualities
     return Evaluation(qualities, facts_of_text(tokens, held_out=True))
 
@@ -161,10 +161,13 @@ def evaluate_harness(
     return score_harness(_subjects(source, reference), tasks, limit, as_chat)
 
 
-def _subjects(source: str, reference: str | None) -> dict[str, tuple[Path, LanguageModel]]:
+def _models(source: str, reference: str | None) -> dict[str, LanguageModel]:
     sources = ({} if reference is None else {"reference": reference}) | {"model": source}
-    models = {role: load_if_room(name) for role, name in sources.items()}
-    return {role: (original_file(model), model) for role, model in models.items()}
+    return {role: load_if_room(name) for role, name in sources.items()}
+
+
+def _subjects(source: str, reference: str | None) -> dict[str, tuple[Path, LanguageModel]]:
+    return {role: (original_file(model), model) for role, model in _models(source, reference).items()}
 
 
 def bench(

@@ -227,7 +227,11 @@ def _check_tuning(model: LanguageModel, recipe: Recipe) -> None:
 
 
 def _check_memory_for_codes(model: LanguageModel) -> None:
-    check_memory(model, CODES_COPIES, "let it learn less, as with `--preset balanced`")
+    check_memory(
+        model,
+        CODES_COPIES,
+        "let scales alone learn: `train: scales` in a recipe, a shorter time, or `--preset balanced`",
+    )
 
 
 def _most_damage(floor: float, engine: float) -> float:

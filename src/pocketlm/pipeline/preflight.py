@@ -14,9 +14,9 @@ from pocketlm.model.source import load, weights_of
 from pocketlm.pipeline.cache import cache_folder
 from pocketlm.plan.budget import say_bytes
 
-TRAINING_COPIES = 6  # float32 copies while distilling: teacher, student, gradient, two moments, best checkpoint
-CODES_COPIES = 8  # where codes learn too: latent weights and their gradient besides
-LEARNING_COPIES = 4  # of those, besides the student and who teaches it
+LEARNING_COPIES = 4  # float32 copies that learning keeps of a student: gradient, two moments, best checkpoint
+TRAINING_COPIES = 2 + LEARNING_COPIES  # while distilling: teacher and student too
+CODES_COPIES = TRAINING_COPIES + 2  # where codes learn too: latent weights and their gradient
 COPIES = 3  # where nothing is trained: the original, what is made of it, and what is stored
 # 16-bit copies on disk: three stages, hf/, the file, the file to compare with; a training's checkpoint, four copies in
 # float32; and of each candidate its stages.

@@ -48,7 +48,7 @@ def score_tasks(
 
 def seen_items(tasks: Sequence[Task], documents: Sequence[str]) -> list[str]:
     """Return what to say of tasks whose items a model has learnt from: their prompts stand in documents as they are."""
-    text, found = _one_line(" ".join(documents)), []
+    text, found = _one_line(" ".join(documents)) if tasks else "", []
     for task in tasks:
         prompts = [_one_line(item.prompt) for item in task.items]
         seen = sum(len(prompt) >= LEAST_SEEN and prompt in text for prompt in prompts)
