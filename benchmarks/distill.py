@@ -31,8 +31,8 @@ from torch import Tensor
 
 from pocketlm.cli.terminal import Screen
 from pocketlm.export.gguf import write_gguf
+from pocketlm.interval import Interval
 from pocketlm.measure.device import machine, versions
-from pocketlm.measure.interval import Interval
 from pocketlm.measure.quality import LEVEL, RESAMPLES, Comparison, compare
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel, save

@@ -27,8 +27,8 @@ from torch import Tensor
 from pocketlm.cli.terminal import Screen
 from pocketlm.commands.distillation import Distillation, distill
 from pocketlm.export.gguf import write_gguf
+from pocketlm.interval import wilson
 from pocketlm.measure.device import machine, versions
-from pocketlm.measure.interval import wilson
 from pocketlm.model.compute import fast_forward
 from pocketlm.model.examples import Example, encode_prompt, pack_examples, read_examples
 from pocketlm.model.files import file_sha256

@@ -24,8 +24,8 @@ from common import command_line, write_results
 from pocketlm.api import Fit, evaluate, load, sweep
 from pocketlm.cli.terminal import Screen
 from pocketlm.errors import ImpossibleBudgetError
+from pocketlm.interval import Interval
 from pocketlm.measure.device import machine, versions
-from pocketlm.measure.interval import Interval
 from pocketlm.measure.task_files import Task, read_task
 from pocketlm.measure.tasks import Outcome, pair
 from pocketlm.model.files import file_sha256

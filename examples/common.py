@@ -18,7 +18,7 @@ import httpx
 
 from pocketlm.api import Distil, Distillation, distill, load
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.interval import wilson
+from pocketlm.interval import wilson
 from pocketlm.model.examples import Example, pack_examples
 from pocketlm.pipeline.cache import stage
 from pocketlm.pipeline.stages import gather_texts, silent

@@ -19,7 +19,7 @@ from pocketlm.commands import distillation
 from pocketlm.commands.distillation import Distillation, Distilled, distil_settings, distill
 from pocketlm.commands.students import read_shape
 from pocketlm.errors import BadInputError
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.measure.quality import Quality
 from pocketlm.model.files import file_sha256
 from pocketlm.report.content import TextUsed

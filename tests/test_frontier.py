@@ -11,7 +11,7 @@ from tests.command_line import pocketlm
 from tests.test_report import report as invented_report
 from tests.tiny import tiny_folder
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report.charts import scatter
 from pocketlm.report.content import Report, from_dict, to_dict
 from pocketlm.report.difference import cautions, differences

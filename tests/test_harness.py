@@ -9,7 +9,7 @@ from tests.tiny import tiny_folder
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.interval import wilson
+from pocketlm.interval import wilson
 from pocketlm.model.source import load
 from pocketlm.pipeline.harness import _check_room, _scores, _until
 from pocketlm.run.engine import Engine

@@ -15,7 +15,7 @@ from pocketlm import errors
 ROOT = Path(pocketlm.__file__).parent
 # From the ground up. A module may import from lower rows and from its own room, never from its neighbours.
 ROWS = (
-    ("errors",),
+    ("errors", "interval"),
     ("tensors",),
     ("model",),
     ("steps", "measure", "export", "run"),

@@ -25,7 +25,7 @@ from pocketlm.commands.pruning import Cut, Prune, Pruned, healing_tokens, prune
 from pocketlm.errors import BadInputError, OutOfResourcesError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.export.sparse_bitmask import read_sparse_bitmask
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.measure.quality import Quality
 from pocketlm.model import abreast as abreast_module
 from pocketlm.model.abreast import DAMPINGS, abreast

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.measure.quality import bootstrap, compare
 from pocketlm.tensors.divergence import kl_divergence
 

@@ -9,7 +9,7 @@ from tests.tiny import tiny_folder
 
 from pocketlm.commands import integers
 from pocketlm.commands.integers import quantize_integers
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.measure.quality import Quality
 from pocketlm.pipeline.planning import Fit
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pocketlm.errors import BadInputError, VerificationError
-from pocketlm.measure.interval import Interval, mean_ratio
+from pocketlm.interval import Interval, mean_ratio
 from pocketlm.pipeline.artefact import sensitivity_of
 from pocketlm.plan.search import Damages, Plan
 from pocketlm.plan.sizes import Shape

@@ -7,7 +7,7 @@ import pytest
 from tests.browser import CHROMIUM, chromium
 from tests.test_report import report_of_smollm2, with_product
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report.frontier import frontier_page
 from pocketlm.report.pages import html_page
 

@@ -12,7 +12,7 @@ from tests.tiny import tiny_folder
 
 from pocketlm.errors import BadInputError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.interval import wilson
+from pocketlm.interval import wilson
 from pocketlm.measure.task_files import Item, Task, read_task
 from pocketlm.measure.tasks import Outcome, chosen, joined, likelihoods, matches, pair, result
 from pocketlm.model.examples import encode_answer, encode_prompt

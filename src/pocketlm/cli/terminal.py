@@ -12,8 +12,8 @@ from pocketlm.commands.distillation import Distilled
 from pocketlm.commands.inspection import Evaluation, Inspection
 from pocketlm.commands.integers import IntegerFolder
 from pocketlm.commands.pruning import Pruned
+from pocketlm.interval import Interval
 from pocketlm.measure.device import Figure, Speeds
-from pocketlm.measure.interval import Interval
 from pocketlm.measure.quality import Quality
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.training import LOSSES

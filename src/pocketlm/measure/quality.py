@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.tensors.divergence import kl_divergence
 
 Logits = Callable[[list[int]], Tensor]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.errors import BadInputError
-from pocketlm.measure.interval import Interval, wilson
+from pocketlm.interval import Interval, wilson
 from pocketlm.measure.quality import bootstrap
 from pocketlm.measure.task_files import Item, Kind
 from pocketlm.model.bare import bare

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pocketlm
 from pocketlm.errors import BadInputError
+from pocketlm.interval import mean_ratio
 from pocketlm.measure.device import Figure, FileSpeed, Machine, Speeds, machine, versions
-from pocketlm.measure.interval import mean_ratio
 from pocketlm.measure.tasks import TaskResult
 from pocketlm.model.anatomy import ffn_width
 from pocketlm.model.gguf_file import read_gguf

@@ -8,7 +8,7 @@ from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import BadInputError, MissingExtraError
-from pocketlm.measure.interval import Interval, wilson
+from pocketlm.interval import Interval, wilson
 from pocketlm.measure.tasks import Pair, joined, likelihoods, pair
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.pipeline.scoring import reading

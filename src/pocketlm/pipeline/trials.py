@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.export.gguf import write_gguf
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.measure.quality import Comparison, compare
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.sweep import logits_of

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 
 LEAST_SPAN = 0.1  # of a scatter's x, as a share of the largest
 NARROWEST = 320  # pixels that a chart is wide on a small phone

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pocketlm.errors import BadInputError
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 
 SCHEMA = 1
 

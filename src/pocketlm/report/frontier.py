@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report import charts
 from pocketlm.report.content import MeasuredFile, Report
 from pocketlm.report.pages import cell, page

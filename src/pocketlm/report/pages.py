@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report import charts, tables, wording
 from pocketlm.report.answers import folded, is_fault
 from pocketlm.report.content import Report, UnitCost

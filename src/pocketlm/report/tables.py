@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report.content import MeasuredFile, Report, Speed, UnitCost
 from pocketlm.report.wording import MISSING, count, duration, interval, middle, number, percent, rate, size
 

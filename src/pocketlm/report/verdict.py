@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pocketlm.errors import VerificationError
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report.content import BudgetFacts, MeasuredFile, Rate, Report
 from pocketlm.report.wording import interval, middle, number, percent, size
 

@@ -2,7 +2,7 @@
 
 import math
 
-from pocketlm.measure.interval import Interval
+from pocketlm.interval import Interval
 from pocketlm.report.content import Change, Rate, TextUsed
 
 MISSING = "not measured"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import aiohttp
 
 from pocketlm.errors import BadInputError
+from pocketlm.interval import wilson
 from pocketlm.model.bare import bare
 from pocketlm.model.files import file_sha256, json_lines, json_values
 from pocketlm.run.server.answers import Answer, confidence
@@ -298,9 +299,9 @@ def _point(judged: Sequence[Judged], measure: Measure, threshold: float) -> Poin
         threshold=threshold,
         escalated=len(passed_on) / count,
         accuracy=right / count,
-        accuracy_interval=_wilson(right, count),
+        accuracy_interval=_ends_of_share(right, count),
         kept_accuracy=sum(kept) / len(kept) if kept else None,
-        kept_interval=_wilson(sum(kept), len(kept)) if kept else None,
+        kept_interval=_ends_of_share(sum(kept), len(kept)) if kept else None,
     )
 
 
@@ -312,12 +313,9 @@ def is_calibration(path: Path) -> bool:
         return False
 
 
-def _wilson(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share (Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    ends = binomtest(right, count).proportion_ci(0.95, "wilson")
-    return float(ends.low), float(ends.high)
+def _ends_of_share(right: int, count: int) -> tuple[float, float]:
+    share = wilson(right, count)
+    return share.low, share.high
 
 
 def _ranking(judged: Sequence[Judged], measure: Measure) -> float | None:
