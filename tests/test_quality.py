@@ -140,6 +140,13 @@ def test_intervals_of_few_windows_are_as_wide_as_they_must_be(count: int):
     assert sum(interval.low <= 0 <= interval.high for interval in intervals) / 2000 == pytest.approx(0.95, abs=0.02)
 
 
+def test_intervals_of_six_windows_fall_a_little_short_of_what_they_say():
+    """92 % instead of 95: six values resampled seldom lie farther out. Plain percentiles hold the truth in 86 %."""
+    generator = torch.Generator().manual_seed(6)
+    intervals = [bootstrap(torch.randn(6, generator=generator, dtype=torch.float64)) for _ in range(2000)]
+    assert 0.91 <= sum(interval.low <= 0 <= interval.high for interval in intervals) / 2000 <= 0.95
+
+
 def test_weights_make_the_mean_that_of_all_together():
     """Bits over bytes of two texts, not the mean of both shares: as if each byte was one value of its own."""
     bits, sizes = torch.tensor([800.0, 100.0], dtype=torch.float64), [400, 100]
