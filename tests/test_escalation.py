@@ -300,6 +300,15 @@ def test_lines_that_are_no_examples_are_named(tmp_path, line):
         read_examples(path)
 
 
+def test_objects_are_right_answers_too(tmp_path):
+    path, lamp = tmp_path / "data.jsonl", {"on": True, "room": "bath"}
+    path.write_text("\n".join(json.dumps({"prompt": "lamp on", "answer": answer}) for answer in (lamp, [lamp, "no"])))
+    for example in read_examples(path):
+        assert is_right('{"room": "bath", "on": true}', example.answers)
+        assert not is_right('{"room": "bath", "on": false}', example.answers)
+        assert not is_right("room", example.answers)
+
+
 def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, small, large, larger, tmp_path):
     """Right is what the larger model says; the small one is told it now and then by a schema that leaves no choice."""
     examples, words = [], ["yes", "no", "perhaps", "never"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from subprocess import PIPE
 from urllib.parse import urlsplit
 
+import aiohttp
 import httpx
 import openai
 import pytest
@@ -189,6 +190,10 @@ def test_tokens_have_no_alternatives_that_nobody_asked_for(client, options):
     assert asked.for_engine()["top_logprobs"] == 1  # 20 for nothing cost time
     judged = parse(Chat, json.dumps(VALID | {"logprobs": False}).encode()).for_engine(judged=True)
     assert (judged["logprobs"], judged["top_logprobs"]) == (True, 1)
+    assert judged["temperature"] == 0, "the threshold was calibrated on the likeliest tokens"
+    warm = parse(Chat, json.dumps(VALID | {"temperature": 0.7}).encode()).for_engine(judged=True)
+    assert warm["temperature"] == 0.7
+    assert "temperature" not in parse(Chat, json.dumps(VALID).encode()).for_engine()
 
 
 def test_texts_have_probabilities_without_alternatives_too(client):
@@ -301,10 +306,10 @@ def test_what_does_not_fit_the_context_is_refused_by_its_name(client):
         ask(client, messages=[{"role": "user", "content": words}], stream=True)
     with pytest.raises(openai.BadRequestError) as text:
         client.completions.create(model="small", prompt=words)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError, match="at most 512 tokens here") as embedding:
         client.embeddings.create(model="small", input=words)
-    assert {caught.value.code for caught in (chat, stream, text)} == {"context_length_exceeded"}
-    assert [caught.value.param for caught in (chat, text)] == ["messages", "prompt"]
+    assert {caught.value.code for caught in (chat, stream, text, embedding)} == {"context_length_exceeded"}
+    assert [caught.value.param for caught in (chat, text, embedding)] == ["messages", "prompt", "input"]
 
 
 # Malformed requests
@@ -796,6 +801,26 @@ def connected_to(pid):
                 raw = bytes.fromhex(address)
                 last = raw[-4:][::-1]
                 yield socket.inet_ntoa(last)
+
+
+def test_half_an_event_of_an_engine_that_died_is_not_passed_on():
+    class Client:
+        read = b""
+
+        async def write(self, data):
+            self.read += data
+
+    async def pieces():
+        yield b'data: {"a": 1}\n\ndata: {"cho'
+        yield b'ices": 2}\n'
+        yield b'\ndata: {"choi'
+        raise aiohttp.ClientPayloadError
+
+    client = Client()
+    asyncio.run(app._pass_on(pieces(), client))
+    first, second, last = client.read.removesuffix(b"\n\n").split(b"\n\n")
+    assert (first, second) == (b'data: {"a": 1}', b'data: {"choices": 2}')
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_down"
 
 
 # Before it serves

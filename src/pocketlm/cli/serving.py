@@ -48,7 +48,8 @@ def serve(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Ask the larger model below this confidence, of 0 to 1; above 1 always (`pocketlm calibrate`).",
+            help="Ask the larger model below this confidence, of 0 to 1; above 1 always (`pocketlm calibrate`). "
+            "The temperature is then 0 where a request gives none.",
             min=0,
             max=2,
         ),
@@ -98,6 +99,8 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Find the confidence below which `serve --escalate-to` should ask the larger model, on your own examples.
+
+    They are answered at temperature 0 in at most 64 tokens, unless a line gives `temperature` or `max_tokens`.
 
     Example: pocketlm calibrate p70 questions.jsonl --target-accuracy 0.95
     """

@@ -293,11 +293,13 @@ async def _respond(
 
 async def _pass_on(pieces: AsyncIterator[bytes], response: web.StreamResponse) -> bytes:
     """Pass a stream on as it comes; return its last bytes, which have the counts."""
-    last = b""
+    last = rest = b""
     try:
         async for piece in pieces:
-            await _write(response, piece)
-            last = (last + piece)[-2048:]
+            whole, end, rest = (rest + piece).rpartition(b"\n\n")  # half an event would spoil the one that says why
+            if end:
+                await _write(response, whole + end)
+                last = (last + whole + end)[-2048:]
     except aiohttp.ClientError:
         pass
     if b"data: [DONE]" not in last:

@@ -114,8 +114,8 @@ def calibrate(
 
     Args:
         settings: The local model.
-        data: JSON lines: a chat request, or `prompt` for one message of the user, and `answer`, a text or a list of
-            texts of which any is right.
+        data: JSON lines: a chat request, or `prompt` for one message of the user, and `answer`: a text, an
+            object (read as JSON), or a list of these of which any is right.
         target: Accuracy to reach, 0 to 1.
         larger: The larger model, to be measured too; where None, it is taken to be always right.
         kept: A file that every answer is added to as a line of JSON, to be deleted when the result is safe.
@@ -162,12 +162,17 @@ def read_examples(path: Path) -> list[Example]:
 
 def _example(line: dict[str, Any], place: str) -> Example:
     answer = line.pop("answer")
-    answers = (answer,) if isinstance(answer, str) else tuple(answer)
+    # An object is what the model is to write; as a list it would be its names.
+    answers = tuple(json.dumps(each) if isinstance(each, dict) else each for each in _alternatives(answer))
     if not answers or not all(isinstance(text, str) for text in answers):
-        raise TypeError("`answer` is neither a text nor a list of texts")
+        raise TypeError("`answer` is neither a text, nor an object, nor a list of these")
     if "prompt" in line:
         line["messages"] = [{"role": "user", "content": line.pop("prompt")}]
     return Example(parse(Chat, json.dumps({"temperature": 0, "max_tokens": 64} | line).encode()), answers, place)
+
+
+def _alternatives(answer: Any) -> list[Any]:
+    return answer if isinstance(answer, list) else [answer]
 
 
 async def _judge(

@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class RefusalError(Exception):
         }
 
 
+# An embedding is read in one batch of the engine's.
+_TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*current batch size: (\d+)")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -57,6 +60,13 @@ def from_engine(status: int, answer: Any, context: int, param: str = "messages")
             code="context_length_exceeded",
             param=param,
         )
+    if too_large := _TOO_LARGE.search(message):
+        return RefusalError(
+            400,
+            f"An embedding takes at most {too_large[2]} tokens here, but the text has {too_large[1]}. Cut it",
+            code="context_length_exceeded",
+            param=param,
+        )
     # The engine calls some bad input an error of its own; a dead or broken engine has no such message.
-    bad_input = any(words in message for words in ("Failed to parse", "too large to process", "json.exception"))
+    bad_input = any(words in message for words in ("Failed to parse", "json.exception"))
     return RefusalError(400 if bad_input or status < 500 else 500, message, code=None if status < 500 else "engine")

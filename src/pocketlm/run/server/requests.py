@@ -221,12 +221,16 @@ class Chat(Request):
 
         Args:
             wraps_tools: Whether the model is told of tools in pocketlm's words (`tools.jinja`).
-            judged: Whether the probabilities of the answer's tokens are wanted even if the client wants none.
+            judged: Whether the answer's confidence is to be read: then the probabilities of its tokens are wanted even
+                if the client wants none, and its tokens are the likeliest unless the client says a temperature, as
+                when the threshold was calibrated. Drawn ones are less likely.
         """
         asked = super().for_engine() | {"messages": [message.for_engine() for message in self.messages]}
         if self.logprobs or judged:
             # For no number the engine looks up 20 alternatives to each token, for 0 it says no probability at all.
             asked |= {"logprobs": True, "top_logprobs": self.top_logprobs or 1}
+        if judged:
+            asked.setdefault("temperature", 0)
         if self.max_completion_tokens is not None:
             asked["max_tokens"] = self.max_completion_tokens
         if self.response_format:

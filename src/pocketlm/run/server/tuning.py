@@ -16,7 +16,7 @@ from pocketlm.run.server.refusals import RefusalError
 READ, WRITTEN = 512, 32  # tokens of the prompt and of the answer that are timed
 TIMES = 2  # that each is timed, of which the best counts: other work on the machine only slows it
 WITHIN = 0.97  # of the best speed is as good: then what takes fewer threads or less memory is chosen
-BATCHES = (128, 512, 2048)
+BATCHES = (512, 2048)  # from the engine's own on: an embedding must fit into one
 QUESTIONS = (
     "What is the capital of France?",
     "Write two sentences about the sea.",
