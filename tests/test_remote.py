@@ -119,12 +119,16 @@ def test_what_a_server_says_of_its_tokens_is_what_its_model_says(server: str, tm
         assert distance < 0.15, "the engine rounds activations to 8 bits"
 
 
-def test_a_server_that_gives_no_probabilities_is_asked_for_words(tmp_path: Path):
+def test_a_server_that_gives_no_probabilities_is_asked_for_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bodies: list[dict] = []
+    keys: set[str | None] = set()
+    monkeypatch.setenv("OPENAI_API_KEY", "for OpenAI alone")
+    monkeypatch.setenv("POCKETLM_REMOTE_KEY", "for this server")
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            keys.add(self.headers["Authorization"])
             self.send_response(400 if "logprobs" in bodies[-1] else 200)
             self.end_headers()
             self.wfile.write(reply("Yes.", "stop"))
@@ -138,6 +142,7 @@ def test_a_server_that_gives_no_probabilities_is_asked_for_words(tmp_path: Path)
         http.shutdown()
     assert [(answer.answer, answer.opinion) for answer in asked] == [("Yes.", None)] * 2
     assert ["logprobs" in body for body in bodies] == [True, False, False], "it is asked for them once"
+    assert keys == {"Bearer for this server"}
 
 
 def test_opinions_stand_in_front_of_their_tokens(tiny_model: Tiny, tmp_path: Path):

@@ -247,7 +247,10 @@ def distill(
     adapters: Annotated[int, typer.Option(help="Train adapters (LoRA) of this rank, not the weights.", min=0)] = 0,
     targets: Annotated[str, typer.Option(help="live, or from disk: sampled or top, under 64 bytes a token.")] = "live",
     task: Annotated[Path | None, typer.Option(help="Learn this .jsonl of `prompt` and `answer`, not text.")] = None,
-    remote: Annotated[str | None, typer.Option(help="Learn a server's answers: http://localhost:8080/v1.")] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(help="Learn a server's answers: http://localhost:8080/v1. Its key: POCKETLM_REMOTE_KEY."),
+    ] = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf in F16 too.")] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("pocketlm-out"),
     data: Data = None,

@@ -14,7 +14,7 @@ from typing import Any
 from pocketlm.errors import BadInputError, PocketlmError
 from pocketlm.model.files import json_lines
 
-KEY = "OPENAI_API_KEY"  # of the environment; sent where it is set
+KEY = "POCKETLM_REMOTE_KEY"  # of the environment: one for other servers must not reach this one
 TIMEOUT = 600  # seconds for one answer
 ANSWER_TOKENS = 256
 SHOWN, REASON = 60, 300  # characters of a prompt and of a server's words in a message
@@ -102,7 +102,7 @@ def _answer(url: str, model: str | None, prompt: str, probabilities: bool) -> tu
             return _answer(url, model, prompt, probabilities=False)
         raise BadInputError(
             f"The server at {url} refused the prompt `{shorten(prompt, SHOWN)}` ({error.code} {_reason(error)}). "
-            f"Check the address, and {KEY} if it wants a key"
+            f"Check the address, and the variable {KEY} if it wants a key"
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, json.JSONDecodeError):
@@ -123,11 +123,11 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _request(url: str, path: str, body: dict[str, Any] | None = None) -> urllib.request.Request:
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
     data = None if body is None else json.dumps(body).encode()
-    return urllib.request.Request(f"{url.rstrip('/')}/{path}", data, headers)
+    request = urllib.request.Request(f"{url.rstrip('/')}/{path}", data, {"Content-Type": "application/json"})
+    if os.environ.get(KEY):
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")
+    return request
 
 
 def _read(prompt: str, choice: dict[str, Any]) -> Answer:
