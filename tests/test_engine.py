@@ -317,19 +317,25 @@ def test_piped_questions_give_nothing_but_answers():
     assert result.stderr == ""
 
 
-def test_names_of_emoji_are_printed_as_they_were_said(monkeypatch, capsys):
+def test_names_of_emoji_and_tabs_are_printed_as_they_were_said(monkeypatch, capsys):
     def answer(*_: object, **__: object):
-        yield "a :key: b"
-        return chat.Reply("a :key: b", "stop", 1, 1.0)
+        yield "a :key:\tb"
+        return chat.Reply("a :key:\tb", "stop", 1, 1.0)
 
     monkeypatch.setattr(chat, "serving", lambda *_: nullcontext())
     monkeypatch.setattr(chat, "has_chat_template", bool)
     monkeypatch.setattr(chat, "stream", answer)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff\nHi\n"))
     chat.chat_loop("a.gguf")
     with Screen() as screen:
         screen.say(["c :key: d"])
-    assert capsys.readouterr() == ("a :key: b\n", "c :key: d\n")
+    assert capsys.readouterr() == ("a :key:\tb\n", "c :key: d\n")
+
+
+def test_questions_that_are_not_utf_8_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(BadInputError, match="not UTF-8"):
+        chat.chat_loop("a.gguf")
 
 
 @needs_demo

@@ -262,7 +262,8 @@ def _answer(console: Console, pieces: Generator[str, None, Reply], interactive: 
 
     def show(piece: str) -> None:
         said.append(piece)
-        console.print(piece, end="", markup=False, soft_wrap=True)
+        sys.stdout.write(piece)  # rich would make spaces of tabs
+        sys.stdout.flush()
 
     finish_reason = "stopped"
     try:
@@ -287,10 +288,12 @@ def _questions(console: Console, interactive: bool) -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"The questions are not UTF-8 ({error.reason}). Save them as UTF-8") from error
         if not line and not interactive:
             return
-        if line.strip():
-            yield line.strip()
+        if question := line.removeprefix("\ufeff").strip():  # some editors put a mark before the first
+            yield question
 
 
 def _print_speed(console: Console, replies: list[Reply]) -> None:
