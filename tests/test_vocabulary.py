@@ -380,6 +380,7 @@ def test_a_recipe_trims_first_and_is_judged_by_bits_per_byte(family, tmp_path):
     # What the text costs beyond what it costs the original: the engine reads what torch reads from the same weights.
     assert damages[-1] == pytest.approx(damages[-2], abs=0.05)
     page = (out / "report.md").read_text()
+    assert "The text's cost beyond what it costs the original behind each stage" in page
     assert "Bits per byte" in page
     assert "not available (another vocabulary)" in page
     assert any("vocabulary was trimmed" in note for note in report["notes"])

@@ -60,6 +60,7 @@ def render(template: str, **values: Any) -> str:
         tasks=tables.tasks(report),
         costs=tables.costs(report),
         failed=[check for check in report.verification if not check.passed],
+        stage_measure=wording.stage_measure(report.model.vocabulary),
         **values,
     )
 
@@ -124,10 +125,7 @@ def _damage(report: Report) -> list[tuple[str, Markup]]:
         title = "Perplexity ratio over megabytes, lower and further left is better"
         drawings.append((title, charts.scatter(points, title)))
     if report.waterfall:
-        vocabulary = report.model.vocabulary
-        trimmed = vocabulary.before != vocabulary.after
-        measure = "The text's nats per token of the original's beyond the original's own" if trimmed else "KL"
-        title = f"{measure} behind each stage, in brackets its change"
+        title = f"{wording.stage_measure(report.model.vocabulary)} behind each stage, in brackets its change"
         rows = [(stage.name.replace("_", " "), stage.divergence) for stage in report.waterfall.stages]
         drawings.append((title, charts.waterfall(rows, title)))
     return drawings

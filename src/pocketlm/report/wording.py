@@ -36,6 +36,13 @@ def change(counts: Change) -> str:
     return before if before == after else f"{before} to {after}"
 
 
+def stage_measure(vocabulary: Change) -> str:
+    """Return what the damage behind each stage is measured in: tokens of two vocabularies have no divergence."""
+    if vocabulary.before == vocabulary.after:
+        return "KL to the original"
+    return "The text's cost beyond what it costs the original"
+
+
 def setting(value: object) -> str:
     """Return a setting as people write it: lists by commas, truth as yes or no."""
     if isinstance(value, bool):
