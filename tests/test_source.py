@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, tiny_folder
 from transformers import AutoTokenizer
 
+from pocketlm.cli.options import gguf_file
 from pocketlm.errors import BadInputError, MissingExtraError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.gguf_file import read_gguf
@@ -296,6 +297,22 @@ def test_weights_that_are_not_numbers(original: Path, folder: Path, tmp_path: Pa
         model.network.model.layers[0].input_layernorm.weight[7] = float("nan")
     write_gguf(model, {}, tmp_path / "nan.gguf")
     assert "NaN or infinite weights in `blk.0.attn_norm.weight`" in refused(tmp_path / "nan.gguf")
+
+
+def test_weights_beside_the_models_own_are_not_counted(folder: Path):
+    count = weights_of(str(folder))
+    assert count > 0
+    save_file({"lora": torch.zeros(1000)}, folder / "adapter_model.safetensors")
+    assert weights_of(str(folder)) == count
+
+
+def test_a_folder_of_pocketlms_own_is_told_where_its_model_is(tmp_path: Path):
+    (tmp_path / "hf").mkdir()
+    assert f"Did you mean {tmp_path / 'hf'}?" in refused(tmp_path)
+    with pytest.raises(BadInputError, match=f"pocketlm quantize {tmp_path / 'hf'} --format"):
+        gguf_file(str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    assert f"Did you mean {tmp_path / 'model.gguf'}?" in refused(tmp_path)
 
 
 def _cut(folder: Path, name: str) -> None:

@@ -209,6 +209,14 @@ def test_chats_are_read_as_the_model_meets_them(tiny_model: Tiny, tmp_path: Path
     assert read_corpus([path], tokenizer).documents == ("Hi\n\nHello",)
 
 
+def test_a_chat_without_words_is_no_text_whatever_the_template_thinks_of_it(tiny_model: Tiny, tmp_path: Path):
+    tokenizer = copy.deepcopy(tiny_model("llama").tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    chats = [[], [{"role": "assistant", "content": None}], [{"role": "user", "content": "Hi"}]]
+    path = written(tmp_path, "a.jsonl", "\n".join(json.dumps({"messages": said}) for said in chats))
+    assert read_corpus([path], tokenizer).documents == ("Hi",)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

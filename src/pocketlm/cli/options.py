@@ -33,7 +33,8 @@ def gguf_file(name: str) -> Path:
     if path.is_dir():
         inside = path / "model.gguf"
         if not inside.is_file():
-            raise BadInputError(f"There is no model.gguf in {path}. Make one: pocketlm quantize {path} --format q8_0")
+            model = path / "hf" if (path / "hf").is_dir() else path
+            raise BadInputError(f"There is no model.gguf in {path}. Make one: pocketlm quantize {model} --format q8_0")
         return inside
     if path.suffix == ".gguf":
         return path

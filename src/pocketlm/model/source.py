@@ -94,7 +94,11 @@ def weights_of(source: str) -> int:
     path = _download(source) if _on_hub(source) else local_path(source)
     if path.is_file():
         return sum(prod(info.shape) for info in read_gguf(path).tensors.values())
-    return sum(prod(shape) for file in path.glob("*.safetensors") for shape in _shapes_in(file))
+    try:
+        files = _weight_files(path)  # other *.safetensors, such as an adapter's, are not loaded
+    except BadInputError:
+        return 0  # loading says what is wrong with it
+    return sum(prod(shape) for file in files for shape in _shapes_in(file))
 
 
 def _shapes_in(file: Path) -> list[list[int]]:
@@ -243,7 +247,9 @@ def _load_folder(source: str, folder: Path, dtype: torch.dtype, kind: str = "fol
 def _folder_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise BadInputError(f"{folder} is not a model folder: it has no config.json")
+        inside = [name for name in ("model.gguf", "hf") if (folder / name).exists()]
+        hint = f". Did you mean {folder / inside[0]}?" if inside else ""
+        raise BadInputError(f"{folder} is not a model folder: it has no config.json{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         family, quantized = str(config["model_type"]), config.get("quantization_config")

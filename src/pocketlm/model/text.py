@@ -212,7 +212,7 @@ def _text_of_chat(messages: list[dict], place: str, tokenizer: "PreTrainedTokeni
     """Return a chat as the model meets it: what has no words, such as a tool call, is left out."""
     said = [{"role": str(each.get("role", "user")), "content": _words_of(each.get("content"))} for each in messages]
     said = [each for each in said if each["content"]]
-    if tokenizer is None or not tokenizer.chat_template:
+    if not said or tokenizer is None or not tokenizer.chat_template:
         return "\n\n".join(each["content"] for each in said)
     try:
         return tokenizer.apply_chat_template(said, tokenize=False)
