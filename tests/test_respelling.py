@@ -78,7 +78,7 @@ def test_every_token_is_spelled_with_what_it_is_made_of(pair):
 def test_a_respelled_window_says_the_same(pair):
     teacher, student, spelling = pair
     windows = windows_of(teacher)
-    text = respell(windows, spelling)
+    text = respell(windows, spelling, 256)
     for row, ids in zip(windows, text.ids, strict=True):
         pieces = [piece for token in row.tolist() for piece in spelling[token]]
         assert ids[: len(pieces)].tolist() == pieces
@@ -90,6 +90,21 @@ def test_a_respelled_window_says_the_same(pair):
     following = windows.flatten()[text.heard[heard] + 1]
     assert [spelling[token][0] for token in following.tolist()] == text.labels[heard].tolist()
     assert len(text.labels) == sum(len(spelling[token]) for token in windows.flatten().tolist()) - len(windows)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_context_that_the_teachers_tokens_fill_holds_the_beginning_in_the_students(tiny_model: Tiny):
+    """A GPT-2 has no position behind its last one."""
+    teacher = tiny_model("gpt2", n_positions=POSITIONS)
+    student, _ = trim_vocabulary(tiny_model("gpt2", n_positions=POSITIONS), TrimVocabulary(size=SIZE), TEXT)
+    spelling, windows = spellings(teacher.tokenizer, student.tokenizer), windows_of(teacher)
+    whole, text = respell(windows, spelling, 256), respell(windows, spelling, POSITIONS)
+    assert whole.ids.shape[1] > POSITIONS
+    assert torch.equal(text.ids, whole.ids[:, :POSITIONS])
+    read = [ids[: POSITIONS - 1].tolist() for ids in whole.ids]  # what is behind the end is no prediction
+    assert len(text.labels) == sum(map(len, read))
+    before = respelled_divergence(teacher.network, student.network, windows, spelling)
+    assert respelled_step(teacher.network, student.network, windows, spelling) == pytest.approx(before, rel=1e-4)
 
 
 @pytest.mark.usefixtures("exact")

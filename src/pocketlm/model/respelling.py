@@ -58,16 +58,22 @@ class Respelled:
     heard: Tensor
 
 
-def respell(windows: Tensor, spelling: Spelling) -> Respelled:
-    """Spell windows of the teacher's ids, (windows, length), with the student's; all on the windows' device."""
+def respell(windows: Tensor, spelling: Spelling, room: int) -> Respelled:
+    """Spell windows of the teacher's ids, (windows, length), with the student's; all on the windows' device.
+
+    Args:
+        windows: What the teacher reads.
+        spelling: The student's ids for each of the teacher's.
+        room: Tokens of the student's longest context; of a window that is longer in its tokens the end is left out.
+    """
     spelled = [[spelling[index] for index in row] for row in windows.tolist()]
-    longest = max(sum(map(len, row)) for row in spelled)
+    longest = min(room, max(sum(map(len, row)) for row in spelled))
     ids = torch.zeros(len(windows), longest, dtype=torch.int64)
     places, labels, heard = [], [], []
     for line, row in enumerate(spelled):
         pieces = [
             (piece, token if first == 0 else 0) for token, word in enumerate(row) for first, piece in enumerate(word)
-        ]
+        ][:longest]
         ids[line, : len(pieces)] = torch.tensor([piece for piece, _ in pieces])
         for place, (piece, token) in enumerate(pieces[1:]):  # nothing predicts the first one
             places.append(line * longest + place)
@@ -129,7 +135,7 @@ def respelled_divergence(teacher: nn.Module, student: nn.Module, windows: Tensor
     """
     total, count = 0.0, 0
     for batch in windows.split(1):
-        text = respell(batch, spelling)
+        text = respell(batch, spelling, student.config.max_position_embeddings)
         hidden = final_hidden(student, text.ids).flatten(0, 1)
         total += _through_head(teacher, student, batch, hidden, text, spelling, 1)[0]
         count += len(text.labels)
@@ -139,7 +145,7 @@ def respelled_divergence(teacher: nn.Module, student: nn.Module, windows: Tensor
 def respelled_step(teacher: nn.Module, student: nn.Module, windows: Tensor, spelling: Spelling) -> float:
     """Add the gradient of `respelled_divergence` on one batch to the student; return the divergence."""
     parts = windows.split(windows_at_once(windows))
-    texts = [respell(part, spelling) for part in parts]
+    texts = [respell(part, spelling, student.config.max_position_embeddings) for part in parts]
     count, loss = sum(len(text.labels) for text in texts), 0.0
     for part, text in zip(parts, texts, strict=True):
         with recomputing(student), fast_forward(windows.device):

@@ -65,10 +65,12 @@ def _by_divergence(original: LanguageModel, windows: Tensor) -> Measures:
 
 
 def _by_loss(original: LanguageModel, compressed: Compressed, windows: Tensor) -> Measures:
+    room = original.network.config.max_position_embeddings
+    windows = windows[:, : room // 2]  # they are longer in other tokens
     count = windows.numel() - len(windows)
 
     def spelled(model: LanguageModel) -> Respelled:
-        return respell(windows, spellings(original.tokenizer, model.tokenizer))
+        return respell(windows, spellings(original.tokenizer, model.tokenizer), room)
 
     own = text_loss(original.network, spelled(original))
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pocketlm.errors import BadInputError
 from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
 from pocketlm.model.judge import Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
@@ -114,16 +115,21 @@ def vocabulary_damage(
         model: The original; unchanged afterwards.
         documents: Text to choose the tokens by.
         windows: (windows, length) of its ids to measure on; words that are gone are spelled with what is left.
-        counts: Tokens to keep.
+        counts: Tokens to keep; those that are too few, or that a tokenizer cannot be cut to, are left out.
         progress: Called with what is measured, how much of it is done and how much there is.
     """
+    room = model.network.config.max_position_embeddings
+    windows = windows[:, : room // 2]  # they are longer in other tokens
     labels = windows.numel() - len(windows)
-    own = text_loss(model.network, respell(windows, [(i,) for i in range(model.network.config.vocab_size)]))
+    own = text_loss(model.network, respell(windows, [(i,) for i in range(model.network.config.vocab_size)], room))
     damage = {}
     for done, count in enumerate(counts, 1):
         smaller = replace(model, network=copy.deepcopy(model.network))
-        trimmed, _ = trim_vocabulary(smaller, TrimVocabulary(size=count), documents)
-        text = respell(windows, spellings(model.tokenizer, trimmed.tokenizer))
+        try:
+            trimmed, _ = trim_vocabulary(smaller, TrimVocabulary(size=count), documents)
+        except BadInputError:
+            continue
+        text = respell(windows, spellings(model.tokenizer, trimmed.tokenizer), room)
         damage[count] = max(0.0, text_loss(trimmed.network, text) - own) / labels
         progress("damage of fewer tokens", done, len(counts))
     return damage
