@@ -89,6 +89,7 @@ def test_draws_are_as_likely_as_the_student_finds_them(tiny_model: Tiny):
 @pytest.mark.parametrize(("share", "counts"), [(0.25, [1, 1, 1, 1]), (0.1, [0, 0, 1, 0]), (1.0, [4, 4, 4, 4])])
 def test_the_share_is_kept_over_steps_from_wherever_it_goes_on(share: float, counts: list[int], tiny_model: Tiny):
     network, batch = tiny_model("llama").network, Lessons(WINDOWS[:4])
+    assert list(with_own_words(network, iter([batch]), share, 2**63 - 1, range(1))), "the largest seed draws too"
     whole = list(with_own_words(network, iter([batch] * 4), share, 5, range(4)))
     assert [0 if each.own is None else int(each.own.any(-1).sum()) for each in whole] == counts
     assert all(

@@ -35,9 +35,11 @@ from pocketlm.plan.search import Damages, Plan, candidate_shapes, check_budget, 
 from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
 from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_bytes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil
+from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
 from pocketlm.steps.prune_width import PruneWidth, prune_width
 from pocketlm.steps.quantize import DAMPING, Quantize, gram_of, quantize
+from pocketlm.steps.sparsify import Sparsify
 from pocketlm.steps.tune import Tune
 from pocketlm.tensors.elimination import gptq
 from pocketlm.tensors.formats import FORMATS
@@ -254,6 +256,12 @@ TUNE: dict[str, Any] = {"step": "tune", "tokens": 5}
         ({"steps": [DISTIL | {"learning_rate": -1}, LAST_STEP]}, "A learning rate of -1 teaches nothing"),
         ({"steps": [DISTIL | {"temperature": 0}, LAST_STEP]}, "`temperature` above 0, given: 0"),
         ({"steps": [LAST_STEP, TUNE | {"scale_rate": -1}]}, "above 0; given: -1, 0.002"),
+        ({"steps": [DISTIL | {"patience": -1}, LAST_STEP]}, "patience -1"),
+        ({"steps": [DISTIL | {"adapters": -4}, LAST_STEP]}, "adapters -4"),
+        (
+            {"steps": [{"step": "trim_vocabulary", "size": 9}, DISTIL | {"on_policy": 0.5}, LAST_STEP]},
+            "Across two vocabularies distil has forward KL",
+        ),
     ],
 )
 def test_what_is_not_a_recipe_is_refused_with_the_place(data: object, words: str):
@@ -417,8 +425,25 @@ def test_recipes_that_do_not_fit_a_model_are_refused_before_the_work(tiny_model:
         BadInputError, match=r"Q4_0 needs rows that divide by 32; those of \S+down_proj.weight have 100 weights"
     ):
         recipe_bytes(sizes, narrow)
+    prepared = Recipe(steps=(Prepare(formats={"ffn_in": "Q4_9"}), Quantize(formats=all_groups)))
+    with pytest.raises(BadInputError, match="Q4_9"):
+        recipe_bytes(sizes, prepared)
+    zeros = Recipe(steps=(Sparsify(sparsity=0.5), Quantize(formats=all_groups | {"value": "Q2_K"}, keep_zeros=True)))
+    with pytest.raises(BadInputError, match="Q2_K"):
+        recipe_bytes(sizes, zeros)
     with pytest.raises(BadInputError, match="The recipe gives no format for `value`"):
         recipe_bytes(sizes, Recipe(steps=(Quantize(formats={k: v for k, v in all_groups.items() if k != "value"}),)))
+
+
+def test_heads_follow_from_groups_step_by_step(tiny_model: Tiny, tmp_path: Path):
+    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
+    sizes, formats = sizes_of(model), dict.fromkeys(sizes_of(model).group_names, "F16")
+    steps = PruneWidth(heads=2), PruneWidth(kv_groups=1), Quantize(formats=formats)
+    for step in steps[:2]:
+        model, _ = prune_width(model, step, WINDOWS)
+    assert model.network.config.num_attention_heads == 1
+    write_gguf(model, {}, tmp_path / "model.gguf")
+    assert recipe_bytes(sizes, Recipe(steps=steps)) == (tmp_path / "model.gguf").stat().st_size
 
 
 # ---- the search ----

@@ -80,7 +80,7 @@ def _plan(job: Fit, model: LanguageModel) -> Planned:
         raise BadInputError(f"Tuning is for GGUF's formats, and {job.format} is none. Leave one of the two out")
     sizes = sizes_of(model)
     own = {group: "F16" if group in ("embedding", "head") else job.format for group in sizes.group_names}
-    step = Quantize(formats=with_fixed(own, dict(job.fixed)), method=job.method)
+    step = Quantize(formats=with_fixed(own, dict(job.fixed)), method=job.method, seed=job.seed)
     check_formats(sizes.tensors(sizes.original), step.formats)
     names = {name: format_name(step.formats, name, group) for name, group in sizes.groups.items()}
     quantized = {name: form for name, form in names.items() if form != "F16"}

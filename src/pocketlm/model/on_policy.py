@@ -47,7 +47,7 @@ def with_own_words(
     for number, batch in zip(numbers, batches, strict=False):
         count = _until(number + 1, share, len(batch)) - _until(number, share, len(batch))
         kept = len(batch) - count
-        drawn = in_own_words(student, batch[kept:], seed * 1_000_003 + number) if count else batch[:0]
+        drawn = in_own_words(student, batch[kept:], (seed * 1_000_003 + number) % 2**63) if count else batch[:0]
         yield joined(batch[:kept], drawn) if count else batch
 
 

@@ -184,7 +184,7 @@ def write_targets(
     for start in range(0, len(windows), SHARD):
         path = _shard(folder, start)
         if not path.exists():
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % 2**63)
             kept = opinion(teacher, windows[start : start + SHARD], sampling, generator)
             with written_whole(path) as partial:
                 save_file(kept, partial)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from pocketlm.errors import BadInputError, ImpossibleBudgetError
+from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.judge import judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.text import Tokens
@@ -244,8 +244,9 @@ def recipe_of(plan: Plan, wanted: Wanted, heal: int, tune: int, seed: int, windo
     if steps and heal:
         rate = healing_rate(heal, trimmed=plan.vocabulary is not None)
         steps.append(Distil(tokens=heal, learning_rate=rate, evaluations=_evaluations(heal), seed=seed))
-    steps.append(Quantize(formats=plan.formats, method=wanted.method, windows=windows))
-    if tune:
+    quantize = Quantize(formats=plan.formats, method=wanted.method, windows=windows, seed=seed)
+    steps.append(quantize)
+    if tune and not quantize.rounds_nothing:
         steps.append(tuning(tune, seed))
     return Recipe(steps=tuple(steps), seed=seed)
 
@@ -301,10 +302,7 @@ def _with_vocabularies(
     """Add what smaller vocabularies cost; nothing where the tokenizer is of a kind that cannot be trimmed."""
     whole = model.network.config.vocab_size
     counts = [int(whole * share) // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE for share in VOCABULARIES]
-    try:
-        return replace(damages, vocabulary=vocabulary_damage(model, documents, windows, counts, progress))
-    except BadInputError:
-        return damages
+    return replace(damages, vocabulary=vocabulary_damage(model, documents, windows, counts, progress))
 
 
 def _trimmed(model: LanguageModel, damages: Damages, wanted: Wanted, documents: Sequence[str]) -> list[Plan]:
@@ -374,7 +372,7 @@ def uniform_recipe(sizes: Sizes, form: str, fixed: dict[str, str], method: str, 
         BadInputError: The format is unknown or does not fit a tensor; other formats are never taken silently.
     """
     formats = with_fixed(dict.fromkeys(sizes.group_names, form.upper()), fixed)
-    recipe = Recipe(steps=(Quantize(formats=formats, method=method),), seed=seed)
+    recipe = Recipe(steps=(Quantize(formats=formats, method=method, seed=seed),), seed=seed)
     recipe_bytes(sizes, recipe)
     return recipe
 

@@ -93,16 +93,21 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
                 raise BadInputError(f"{where}: `trim_vocabulary` needs a `size` of at least 1; given: {size}")
             case Distil() | Tune():
                 _check_training(step, where)
+    if isinstance(recipe.steps[0], TrimVocabulary):
+        for step in recipe.steps:
+            if isinstance(step, Distil):
+                step.check_for_spellings()
 
 
 def _check_training(step: Distil | Tune, where: str) -> None:
     counts = {name: getattr(step, name) for name in ("tokens", "windows_per_step", "evaluations")}
-    others = {name: getattr(step, name) for name in ("warm_up", "stop", "seconds")}
+    more = ("patience", "adapters") if isinstance(step, Distil) else ()
+    others = {name: getattr(step, name) for name in ("warm_up", "stop", "seconds", *more)}
     if min(counts.values()) < 1 or not 0 <= step.warm_up <= 1 or min(others.values()) < 0:
         given = ", ".join(f"{name} {value:g}" for name, value in (counts | others).items())
         raise BadInputError(
             f"{where}: `{step.step}` needs `tokens`, `windows_per_step` and `evaluations` of at least 1 and `warm_up` "
-            f"from 0 to 1, `stop` and `seconds` of at least 0; given: {given}"
+            f"from 0 to 1, the others of at least 0; given: {given}"
         )
     if isinstance(step, Distil):
         step.check()

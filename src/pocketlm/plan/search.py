@@ -110,7 +110,8 @@ def check_running(sizes: Sizes, budget: Budget, costs: Costs, prune: bool = True
         most = math.floor(1 / seconds / second) * second
         raise ImpossibleBudgetError(
             f"{budget.speed:g} tokens/s cannot be met: on this machine this model reaches about {most:g} at most. "
-            f"The smallest change that fits: --speed {most:g}"
+            f"The smallest change that fits: --speed {most:g}. If other work ran while that was measured, "
+            "`pocketlm clean --yes` has it measured anew"
         )
 
 

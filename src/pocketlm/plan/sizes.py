@@ -13,9 +13,10 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.surgery import key_value_heads
 from pocketlm.plan.budget import Budget
 from pocketlm.plan.recipe import Recipe
+from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import SPACE, PruneWidth
-from pocketlm.steps.quantize import Quantize, check_formats, embedding_name, format_name, with_fixed
+from pocketlm.steps.quantize import Quantize, check_formats, check_zeros, embedding_name, format_name, with_fixed
 from pocketlm.tensors.formats import FORMATS
 from pocketlm.tensors.formats.integer import NAMES
 
@@ -191,7 +192,7 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
     """Return the exact bytes of the file that a recipe makes.
 
     Raises:
-        BadInputError: The recipe lacks a group's format or names one that does not fit.
+        BadInputError: The recipe lacks a group's format or names one that does not fit, or that cannot keep zeros.
     """
     shape, formats = sizes.original, {}
     for step in recipe.steps:
@@ -200,10 +201,17 @@ def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
                 shape = replace(shape, blocks=shape.blocks - len(set(step.drop)))
             case PruneWidth():
                 asked = {"ffn": step.ffn, "kv_groups": step.kv_groups, "hidden": step.hidden, "heads": step.heads}
+                if step.kv_groups and step.heads is None and shape.heads:  # as many of each group as there are now
+                    asked["heads"] = shape.heads * step.kv_groups // (shape.kv_groups or sizes.kv_groups)
                 shape = replace(shape, **{name: width for name, width in asked.items() if width is not None})
+            case Prepare():
+                check_formats(sizes.tensors(shape), step.formats, whole=False)
             case Quantize():
                 formats = step.formats
     check_formats(sizes.tensors(shape), formats)
+    for step in recipe.steps:
+        if isinstance(step, Quantize) and step.keep_zeros:
+            check_zeros(sizes.tensors(shape), step)
     return sizes.total(shape, formats)
 
 

@@ -112,6 +112,18 @@ class Distil:
                 "Leave them out, or the targets on disk"
             )
 
+    def check_for_spellings(self) -> None:
+        """Refuse what a teacher with other tokens than the student's cannot teach.
+
+        Raises:
+            BadInputError: There is such a setting.
+        """
+        if self.objective != Loss() or self.asks_more:
+            raise BadInputError(
+                "Across two vocabularies distil has forward KL at temperature 1 alone. "
+                "Leave out its `loss`, `hidden_states`, `relations` and `on_policy`"
+            )
+
     @property
     def asks_more(self) -> bool:
         """Whether more is asked of the teacher than its probabilities on the text."""
@@ -156,11 +168,8 @@ def distil(
             "probabilities cannot be compared. Take a student with the teacher's tokenizer, or train on the teacher's "
             "answers with `cross_entropy: 1`"
         )
-    if isinstance(teacher, Respeller) and (loss != Loss() or config.asks_more):
-        raise BadInputError(
-            "Across two vocabularies distil has forward KL at temperature 1 alone. "
-            "Leave out its `loss`, `hidden_states`, `relations` and `on_policy`"
-        )
+    if isinstance(teacher, Respeller):
+        config.check_for_spellings()
     if min(config.tokens, config.windows_per_step, config.evaluations, len(windows), len(held_out)) < 1:
         raise BadInputError("distil needs `tokens`, `windows_per_step` and `evaluations` of at least 1, and some text")
     if isinstance(windows, Lessons) and windows.targets is not None:

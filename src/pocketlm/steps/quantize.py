@@ -97,7 +97,7 @@ def quantize(
     if config.rounds_nothing:
         return model, {}, StepReport("quantize", "every matrix stays in 16 bits", {})
     if config.keep_zeros:
-        _check_zeros(tensors_of(model), config)
+        check_zeros(tensors_of(model), config)
     tied = model.network.config.tie_word_embeddings
     packed: dict[str, Packed] = {}
     errors: dict[str, list[float]] = {}
@@ -214,7 +214,7 @@ def check_formats(tensors: Mapping[str, tuple[str, int]], formats: Mapping[str, 
             )
 
 
-def _check_zeros(tensors: Mapping[str, tuple[str, int]], config: Quantize) -> None:
+def check_zeros(tensors: Mapping[str, tuple[str, int]], config: Quantize) -> None:
     """Refuse, before the work, what cannot keep zeros.
 
     Raises:
