@@ -14,8 +14,11 @@ from pocketlm.errors import OutOfResourcesError, PocketlmError
 from pocketlm.model.crew import together
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons
+from pocketlm.model.respelling import Respeller
+from pocketlm.model.vocabulary import spellings
 from pocketlm.steps.distil import Distil, distil
 from pocketlm.steps.quantize import Quantize, quantize
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
 from pocketlm.steps.tune import Tune, tune
 
 CPU = torch.device("cpu")
@@ -73,6 +76,23 @@ def test_two_processes_tune_what_one_does(tiny_model: Tiny, apart: Apart):
         return tune(tiny_model("llama"), tiny_model("llama"), rows, config, (WINDOWS, HELD_OUT))[0]
 
     assert difference(*apart(work), start) < 0.02
+
+
+def test_two_processes_learn_new_spellings_as_one_does(tiny_model: Tiny, apart: Apart):
+    """Half of the windows have far more tokens in the student's spelling than the others."""
+    teacher = tiny_model("llama")
+    student, _ = trim_vocabulary(tiny_model("llama"), TrimVocabulary(size=300), ["0 1 2"])
+    spelling = spellings(teacher.tokenizer, student.tokenizer)
+    length = torch.tensor([len(spelling[index]) for index in range(len(teacher.tokenizer))])
+    short, long = (length == 1).nonzero().flatten(), (length > 2).nonzero().flatten()
+    windows = torch.cat([tokens[torch.arange(128) % len(tokens)].view(4, 32) for tokens in (short, long)])
+    config = Distil(tokens=4 * 128, windows_per_step=4, learning_rate=1e-3, evaluations=1)
+
+    def work() -> LanguageModel:
+        smaller, _ = trim_vocabulary(tiny_model("llama"), TrimVocabulary(size=300), ["0 1 2"])
+        return distil(Respeller(teacher, spelling), smaller, config, windows, windows[:2])[0]
+
+    assert difference(*apart(work), student) < 0.02
 
 
 def test_two_processes_learn_from_own_words(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):

@@ -122,6 +122,13 @@ def taught_by(
     )
 
 
+def predictions(teacher: LanguageModel | Respeller, student: nn.Module, batch: Tensor) -> int:
+    """Return how many predictions the loss of a batch is a mean over; arguments as of `taught_by`."""
+    if isinstance(teacher, Respeller):
+        return len(respell(batch, teacher.spelling, student.config.max_position_embeddings).labels)
+    return batch.numel()
+
+
 def respelled_divergence(teacher: nn.Module, student: nn.Module, windows: Tensor, spelling: Spelling) -> float:
     """Return the mean divergence of a student from its teacher in nats per token of the student's.
 

@@ -18,7 +18,7 @@ from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Lessons, Updates, batches, distillation_step, held_out_loss, positions
 from pocketlm.model.matching import matching
 from pocketlm.model.on_policy import with_own_words
-from pocketlm.model.respelling import Respeller, original_of, taught_by
+from pocketlm.model.respelling import Respeller, original_of, predictions, taught_by
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.adapters import learning_parts
 from pocketlm.steps.report import StepReport
@@ -217,7 +217,9 @@ def _trained(
         update = Updates(groups, steps, config.warm_up)
 
         def learn(batch: Tensor | Lessons) -> float:
-            value = crew.average(update.parameters, step(batch), positions(batch, objective))
+            lessons = isinstance(batch, Lessons)
+            count = positions(batch, objective) if lessons else predictions(teacher, network, batch)
+            value = crew.average(update.parameters, step(batch), count)
             nn.utils.clip_grad_norm_(trained, 1.0)  # projections apart: they must not slow the student down
             update()
             return value

@@ -12,7 +12,7 @@ from pocketlm.model.compute import moved_to, training_devices
 from pocketlm.model.crew import Crew, together
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.learning import Updates, batches
-from pocketlm.model.respelling import Respeller, original_of, taught_by
+from pocketlm.model.respelling import Respeller, original_of, predictions, taught_by
 from pocketlm.model.training import Course, Training, train
 from pocketlm.steps.learner import Learner, learning_groups
 from pocketlm.steps.report import StepReport
@@ -128,7 +128,7 @@ def _tuned(
 
         def learn(batch: Tensor) -> float:
             show()
-            loss = crew.average(network.parameters(), step(batch), batch.numel())
+            loss = crew.average(network.parameters(), step(batch), predictions(teacher, network, batch))
             for learner in learners.values():
                 learner.take_gradient()
             update()
