@@ -30,9 +30,9 @@ from pocketlm.plan.decide import CODES_TIME, Decision, Wanted, decide, most_cand
 from pocketlm.plan.effort import PRESETS, Effort, expected_seconds, trial_tokens_within
 from pocketlm.plan.pace import Pace
 from pocketlm.plan.recipe import Recipe
-from pocketlm.plan.search import Damages, Plan
+from pocketlm.plan.search import Damages, Plan, check_budget
 from pocketlm.plan.sensitivity import vocabulary_damage
-from pocketlm.plan.sizes import Shape, sizes_of
+from pocketlm.plan.sizes import Shape, budget_range, sizes_of, with_fewest_tokens
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.quantize import Quantize
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, trim_vocabulary
@@ -281,6 +281,29 @@ def test_rivals_are_the_best_plans_of_each_kind(tiny_model: Tiny):
     assert nothing[0] == ["quantize"]
     assert nothing[1][-1] == "quantize"
     assert "distil" not in nothing[1]
+
+
+def test_a_budget_that_only_fewer_tokens_meet_is_met(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pocketlm.plan.sizes.VOCABULARIES", (0.9, 0.01))  # a hundredth is too few
+    model, documents = tiny_model("llama"), [WORDS]
+    sizes, text = sizes_of(model), as_tokens("text", pack_windows(documents, model.tokenizer, 8, 32))
+    formats = {unit: {"Q2_0": 0.1, "Q4_0": 0.05} for unit in sizes.units(sizes.original)}
+    damages = Damages(((1, 0.02),), {32: 0.3, 64: 0.2, 96: 0.01}, formats)
+    trimmed, (least, _) = with_fewest_tokens(model, documents), budget_range(sizes)
+    smallest = budget_range(trimmed)[0]
+    assert smallest < least
+    budget = Budget("b", (smallest + least) // 2)
+    with pytest.raises(ImpossibleBudgetError):
+        check_budget(sizes, budget)
+    check_budget(sizes, budget, trimmed=trimmed)
+    with pytest.raises(ImpossibleBudgetError, match=f"{smallest:,} bytes"):
+        check_budget(sizes, Budget("b", smallest - 1), trimmed=trimmed)
+    wanted = Wanted(budget=budget, effort=PRESETS["best"], vocabulary=True, heal_seconds=None)
+    found = decide(model, wanted, damages, (text, text), documents, 0, silent)
+    assert found.plan.vocabulary == trimmed.shapes[trimmed.embedding][0]
+    assert found.plan.bytes <= budget.bytes
+    with pytest.raises(ImpossibleBudgetError):
+        decide(model, replace(wanted, vocabulary=False), damages, (text, text), documents, 0, silent)
 
 
 def test_a_limit_counts_down():

@@ -35,7 +35,15 @@ from pocketlm.plan.effort import effort_of
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, check_shapes, read_recipe, to_dict
 from pocketlm.plan.search import Plan, check_budget, check_running
-from pocketlm.plan.sizes import Sizes, bits_budget, budget_range, check_fixed, recipe_bytes, sizes_of
+from pocketlm.plan.sizes import (
+    Sizes,
+    bits_budget,
+    budget_range,
+    check_fixed,
+    recipe_bytes,
+    sizes_of,
+    with_fewest_tokens,
+)
 from pocketlm.steps.quantize import METHODS
 from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 
@@ -178,7 +186,11 @@ def _follow(
 def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, began: float) -> tuple[Texts, Planned]:
     """Return the text of a run and the best recipe for its budget."""
     sizes, fixed, effort, costs = sizes_of(model), dict(job.fixed), effort_of(job.preset), None
-    check_budget(sizes, budget, job.prune, fixed)
+    # A KL needs the same tokens, and what fewer of them do to memory and speed is not predicted.
+    vocabulary = bool(job.data) and not (budget.memory or budget.speed or job.quality or job.accuracy)
+    trims = vocabulary and job.prune and effort.candidates > 1
+    if not trims:
+        check_budget(sizes, budget, job.prune, fixed)
     check_resources(model, job.out, _trains(job), effort.candidates if job.prune and effort.candidates > 1 else 0)
     if job.prune and effort.tunes and effort.tokens >= CODES_FROM:
         _check_memory_for_codes(model)
@@ -186,6 +198,8 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
         costs = costs_here(model, sizes, budget.context, progress)
         check_running(sizes, budget, costs, job.prune)
     texts = gather_texts(model, list(job.data), job.seed, progress)
+    if trims:
+        check_budget(sizes, budget, fixed=fixed, trimmed=with_fewest_tokens(model, texts.documents["calibration"]))
     engine, floor = engine_damage(model, texts, progress), parse_quality(job.quality) if job.quality else None
     wanted = Wanted(
         budget=budget,
@@ -194,7 +208,7 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
         fixed=fixed,
         method=job.method,
         effort=effort,
-        vocabulary=bool(job.data) and costs is None and not (job.quality or job.accuracy),  # a KL needs the same tokens
+        vocabulary=vocabulary,
         heal_seconds=job.heal,
         tune_seconds=job.tune,
         most_damage=None if floor is None else _most_damage(floor, engine),

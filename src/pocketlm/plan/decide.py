@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from pocketlm.errors import ImpossibleBudgetError
 from pocketlm.model.judge import judge
@@ -19,7 +18,17 @@ from pocketlm.plan.pace import tokens_in, tuned_tokens_in
 from pocketlm.plan.recipe import Recipe
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, choose
 from pocketlm.plan.sensitivity import Progress, depth_damage, format_damage, vocabulary_damage, width_damage
-from pocketlm.plan.sizes import MULTIPLE, Shape, Sizes, budget_range, recipe_bytes, sizes_of, smallest_shape
+from pocketlm.plan.sizes import (
+    MULTIPLE,
+    VOCABULARIES,
+    Shape,
+    Sizes,
+    budget_range,
+    recipe_bytes,
+    sizes_of,
+    smaller_vocabularies,
+    smallest_shape,
+)
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import PruneWidth
@@ -30,7 +39,6 @@ from pocketlm.steps.tune import Tune
 JUDGING_WINDOWS = 2  # of held-out text, on which damages are measured
 FORMAT_WINDOWS = 16  # of calibration text, from which the codes of every format are chosen
 WIDTH_WINDOWS = 8  # of calibration text, from which narrower FFNs are solved
-VOCABULARIES, VOCABULARY_MULTIPLE = (2 / 3, 1 / 3), 64  # shares of the tokens that are worth a try
 LEARNING_RATE, RATE_TOKENS, HIGHEST_RATE = 6e-5, 12_288, 3e-4  # of healing: grows with the root of its tokens
 NEW_TOKENS_RATE = 2e-4  # at least, where words are spelled in pieces that the model has hardly seen
 # What fewer tokens cost, in nats a token, times the tokens to learn from: less of that teaches all weights nothing.
@@ -198,10 +206,16 @@ def decide(
     if wanted.most_damage is not None:
         fewest = fewest_bytes(sizes, damages, wanted, wanted.most_damage)
         wanted = replace(wanted, budget=replace(wanted.budget, bytes=fewest))
-    plans = _kinds(model, sizes, damages, wanted)
+    try:
+        plans, refusal = _kinds(model, sizes, damages, wanted), None
+    except ImpossibleBudgetError as error:
+        plans, refusal = [], error
     if wanted.vocabulary and wanted.effort.candidates > 1 and (damages.depth or damages.width):
-        damages = _with_vocabularies(model, damages, documents, validation.first(JUDGING_WINDOWS), progress)
+        windows, counts = validation.first(JUDGING_WINDOWS), smaller_vocabularies(model)
+        damages = replace(damages, vocabulary=vocabulary_damage(model, documents, windows, counts, progress))
         plans += _trimmed(model, damages, wanted, documents)
+    if not plans:
+        raise refusal
     plans.sort(key=lambda plan: plan.damage)
     if wanted.most_damage is not None:
         plans = [plan for plan in plans if plan.damage <= wanted.most_damage] or plans[:1]
@@ -294,15 +308,6 @@ def _kinds(model: LanguageModel, sizes: Sizes, damages: Damages, wanted: Wanted)
     if not plans:
         raise refusal
     return plans
-
-
-def _with_vocabularies(
-    model: LanguageModel, damages: Damages, documents: Sequence[str], windows: Tensor, progress: Progress
-) -> Damages:
-    """Add what smaller vocabularies cost; nothing where the tokenizer is of a kind that cannot be trimmed."""
-    whole = model.network.config.vocab_size
-    counts = [int(whole * share) // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE for share in VOCABULARIES]
-    return replace(damages, vocabulary=vocabulary_damage(model, documents, windows, counts, progress))
 
 
 def _trimmed(model: LanguageModel, damages: Damages, wanted: Wanted, documents: Sequence[str]) -> list[Plan]:

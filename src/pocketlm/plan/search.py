@@ -77,13 +77,28 @@ class Plan:
         return ", ".join(parts) or "formats alone"
 
 
-def check_budget(sizes: Sizes, budget: Budget, prune: bool = True, fixed: Mapping[str, str] | None = None) -> None:
+def check_budget(
+    sizes: Sizes,
+    budget: Budget,
+    prune: bool = True,
+    fixed: Mapping[str, str] | None = None,
+    trimmed: Sizes | None = None,
+) -> None:
     """Refuse a budget that no plan meets, with the range that can be met; arguments as of `budget_range`.
+
+    Args:
+        sizes: Of the model.
+        budget: What is asked for.
+        prune: Whether parts may be removed.
+        fixed: Formats that are not up for choice.
+        trimmed: Sizes with as few tokens as a plan may keep, where it may keep fewer.
 
     Raises:
         ImpossibleBudgetError: The budget is below the smallest file.
     """
     least, most = budget_range(sizes, prune, fixed)
+    if trimmed is not None:
+        least = min(least, budget_range(trimmed, prune, fixed)[0])
     if budget.bytes < least:
         raise ImpossibleBudgetError(
             f"{budget.text} ({budget.bytes:,} bytes) cannot be met: files of this model go from "

@@ -1,7 +1,8 @@
 """Bytes of files that do not exist yet, for every shape and mix of formats that a plan may choose."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -17,9 +18,11 @@ from pocketlm.steps.prepare import Prepare
 from pocketlm.steps.prune_depth import PruneDepth
 from pocketlm.steps.prune_width import SPACE, PruneWidth
 from pocketlm.steps.quantize import Quantize, check_formats, check_zeros, embedding_name, format_name, with_fixed
+from pocketlm.steps.trim_vocabulary import TrimVocabulary, outline
 from pocketlm.tensors.formats import FORMATS
 from pocketlm.tensors.formats.integer import NAMES
 
+VOCABULARIES, VOCABULARY_MULTIPLE = (2 / 3, 1 / 3), 64  # shares of the tokens that are worth a try
 DROP_AT_MOST = 8  # blocks; measuring what the removal of one more would cost takes several forward passes
 MIDDLE_BITS = 4.5  # from here on formats are nearly free; below, what they cost grows fast
 MULTIPLE = 32  # FFN widths are multiples of this, so that every block format fits
@@ -186,6 +189,20 @@ def budget_range(sizes: Sizes, prune: bool = True, fixed: Mapping[str, str] | No
     least = {group: sizes.allowed(group, shape)[-1] for group in sizes.group_names}
     most = {group: sizes.allowed(group)[0] for group in sizes.group_names}
     return sizes.total(shape, with_fixed(least, fixed)), sizes.total(sizes.original, with_fixed(most, fixed))
+
+
+def smaller_vocabularies(model: LanguageModel) -> list[int]:
+    """Return how many tokens a plan may keep instead of all."""
+    whole = model.network.config.vocab_size
+    return [int(whole * share) // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE for share in VOCABULARIES]
+
+
+def with_fewest_tokens(model: LanguageModel, documents: Sequence[str]) -> Sizes | None:
+    """Return the sizes with as few tokens as a plan may keep; None where the tokenizer cannot be trimmed so."""
+    for count in sorted(smaller_vocabularies(model)):
+        with suppress(BadInputError):
+            return sizes_of(outline(model, TrimVocabulary(size=count), documents))
+    return None
 
 
 def recipe_bytes(sizes: Sizes, recipe: Recipe) -> int:
