@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tests.command_line import command, environment, pocketlm
 from tests.tiny import tiny_folder
 
@@ -20,8 +22,11 @@ from pocketlm.cli.options import print_result
 from pocketlm.cli.terminal import evaluation_lines
 from pocketlm.commands.inspection import Evaluation
 from pocketlm.errors import BadInputError, VerificationError
+from pocketlm.export.gguf import write_gguf
 from pocketlm.export.verify import check_bytes
+from pocketlm.fit import fit
 from pocketlm.pipeline.artefact import new_folder
+from pocketlm.pipeline.planning import Fit, load_for
 from pocketlm.report.content import TextUsed
 from pocketlm.report.write import write_manifest
 
@@ -174,6 +179,32 @@ def test_a_dry_run_predicts_and_writes_nothing(llama, text, tmp_path):
     plan = json.loads(done.stdout)
     assert 0 < plan["predicted_bytes"] <= plan["budget_bytes"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_fails_its_proof_is_not_left_under_a_final_name(llama, text, tmp_path, monkeypatch):
+    def write_wrongly(model, packed, path):
+        write_gguf(model, packed, path)
+        data = bytearray(path.read_bytes())
+        data[-4] ^= 1  # the last bit of the last weight
+        path.write_bytes(data)
+
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pocketlm.fit.write_gguf", write_wrongly)
+    job = Fit(model=str(llama), size=None, format="Q4_0", method="rtn", prune=False, data=(text,), out=tmp_path / "out")
+    with pytest.raises(VerificationError, match="fails a check: decoded weights"):
+        fit(job)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+
+
+def test_a_large_model_that_only_quantizes_is_read_in_16_bits(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pocketlm.pipeline.planning.LARGE", 0)
+    job = Fit(model=str(llama), size=None, format="Q4_0", prune=False, data=(text,), out=tmp_path / "out")
+    assert load_for(job).network.dtype == torch.bfloat16
+    assert load_for(replace(job, format=None, size="60%", prune=True)).network.dtype == torch.float32
+    report = fit(job)
+    assert all(check.passed for check in report.verification)
+    assert (job.out / "model.gguf").stat().st_size == report.budget.predicted_bytes
 
 
 def test_an_impossible_budget_is_refused_with_the_range(llama, tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from pocketlm.errors import VerificationError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.export.verify import check_choices, check_weights
+from pocketlm.export.verify import check_choices, check_tokens, check_weights
 from pocketlm.model.gguf_file import read_gguf
 from pocketlm.model.text import as_tokens
 from pocketlm.pipeline.proof import verify
@@ -33,6 +34,21 @@ def test_a_file_in_one_format_gives_the_logits_of_its_decoded_weights(name, tiny
     with Engine(path, context=64) as engine:
         choices = check_choices(model, windows, engine.logits)
     assert choices.passed, choices.detail
+
+
+def test_a_file_with_another_models_weights_or_words_is_refused(tiny_model, tmp_path):
+    model, path = tiny_model("llama"), tmp_path / "model.gguf"
+    write_gguf(model, {}, path)
+    text = as_tokens("text", torch.randint(4, 380, (2, 64), generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        model.network.model.layers[1].mlp.down_proj.weight.neg_()
+    with Engine(path, context=64) as engine:
+        assert not check_choices(model, text.windows, engine.logits).passed
+        assert check_tokens(model, engine.tokenize).passed
+        assert not check_tokens(tiny_model("gemma3_text"), engine.tokenize).passed
+    compressed = Compressed(model, {}, tmp_path, (), Texts(text, text, text, {}))
+    with pytest.raises(VerificationError, match=r"fails a check: decoded weights .*down_proj"):
+        verify(compressed, path, compressed.texts, {})
 
 
 def test_norms_near_zero_lose_bits_in_the_file_and_are_expected_to(tiny_model, tmp_path):
