@@ -1,5 +1,6 @@
 """What many tests start from: tiny models, loaded anew for each test, and forward passes without rounding."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.tiny import tiny_folder
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.source import load
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits of two runs are compared: both train on the CPU
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
 # How long an example takes says nothing on a busy machine.

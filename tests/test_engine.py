@@ -1,11 +1,13 @@
 """The engine says what torch says, and the chat around it behaves."""
 
+import ctypes
 import importlib.util
 import io
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -13,10 +15,10 @@ import pytest
 import torch
 
 from pocketlm.cli.terminal import Screen
-from pocketlm.errors import BadInputError, OutOfResourcesError
+from pocketlm.errors import BadInputError, OutOfResourcesError, PocketlmError
 from pocketlm.pipeline import proof
 from pocketlm.pipeline.proof import measure_cache
-from pocketlm.run import chat
+from pocketlm.run import chat, llamacpp
 from pocketlm.run.chat import complete, has_chat_template, serving, stream
 from pocketlm.run.engine import Engine
 from pocketlm.run.llamacpp import decode_row, version
@@ -234,6 +236,31 @@ def test_rows_that_do_not_fit_their_format_are_refused():
 def test_the_version_names_wheel_and_engine():
     assert version().startswith("xllamacpp 20")
     assert "llama.cpp" in version()
+
+
+@pytest.mark.parametrize("field", ["n_ctx", "devices", "embd", "missing"])
+def test_an_engine_with_another_c_interface_is_refused_by_its_version(field, monkeypatch):
+    real = llamacpp.library()
+    functions = {name: getattr(real, name) for name in llamacpp._PROTOTYPES}
+    made = SimpleNamespace(**functions)
+    if field == "missing":
+        del made.llama_decode
+    else:
+        maker = {"n_ctx": "llama_context_default_params", "devices": "llama_model_default_params"}
+        name = maker.get(field, "llama_batch_init")
+
+        def another(*given):
+            found = functions[name](*given)
+            setattr(found, field, 1 if field != "embd" else ctypes.cast(found.token, ctypes.POINTER(ctypes.c_float)))
+            return found
+
+        setattr(made, name, another)
+        monkeypatch.setitem(vars(made), "llama_batch_free", lambda batch: None)
+    monkeypatch.setattr(llamacpp, "binary", lambda: made)
+    monkeypatch.setattr(llamacpp, "_PROTOTYPES", {"llama_decode": (None, [])} if field == "missing" else {})
+    words = "`llama_decode` is not exported" if field == "missing" else "another C interface"
+    with pytest.raises(PocketlmError, match=words):
+        llamacpp.library.__wrapped__()
 
 
 @needs_demo
