@@ -1,4 +1,6 @@
-"""The commands as Python functions; `quantize` is `fit(Fit(..., prune=False))`.
+"""What makes and measures models, as Python functions; `quantize` is `fit(Fit(..., prune=False))`.
+
+from pathlib import Path
 
 from pocketlm.api import Fit, fit
 

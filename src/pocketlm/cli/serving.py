@@ -12,7 +12,9 @@ from pocketlm.errors import BadInputError
 
 KEY_VARIABLE = "POCKETLM_API_KEY"
 File = Annotated[str, typer.Argument(help="A folder made by `fit`, a GGUF file, or `demo`.")]
-Url = Annotated[str | None, typer.Option(help="OpenAI-compatible API of a larger model, such as https://host/v1.")]
+Url = Annotated[
+    str | None, typer.Option(help="API of a larger model, such as https://host/v1. Its key: POCKETLM_ESCALATE_KEY.")
+]
 LargerModel = Annotated[str | None, typer.Option(help="The larger model's name there.")]
 Slots = Annotated[int, typer.Option(help="Answers written at the same time.", min=1, max=256)]
 Context = Annotated[

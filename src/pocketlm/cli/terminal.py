@@ -227,7 +227,7 @@ def inspection_lines(found: Inspection) -> list[str]:
         lines.append(f"{group:<18}{rows:>11}  {', '.join(formats)}")
     lines += [
         "",
-        f"fit can meet {say_bytes(found.smallest)} ({found.smallest:,} bytes) to {say_bytes(found.largest)}",
+        f"fit can meet {say_bytes(found.smallest)} ({found.smallest:,} bytes) to {say_bytes(found.largest)}; with --data less",
     ]
     return lines
 

@@ -90,7 +90,7 @@ def _check(job: Fit, sizes: tuple[str, ...]) -> None:
     if not sizes:
         raise BadInputError("A sweep needs sizes, such as --sweep 40MB,60MB,80MB")
     if job.time:
-        raise BadInputError("--time is for one size: leave it out of a sweep, or give --preset fast")
+        raise BadInputError("--time is for one size: leave it out of a sweep. --preset fast is the quick one")
     for size in sizes:
         parse_size(size, LARGE)  # what cannot be read is said before any is made
     there = [job.out / name for name in (DATA, *OTHERS) if (job.out / name).exists()]
