@@ -225,11 +225,8 @@ def inspection_lines(found: Inspection) -> list[str]:
     lines += ["", f"{'group':<18}{'row length':>11}  formats that fit"]
     for group, (rows, formats) in found.formats.items():
         lines.append(f"{group:<18}{rows:>11}  {', '.join(formats)}")
-    lines += [
-        "",
-        f"fit can meet {say_bytes(found.smallest)} ({found.smallest:,} bytes) to {say_bytes(found.largest)}; with --data less",
-    ]
-    return lines
+    least = f"{say_bytes(found.smallest)} ({found.smallest:,} bytes)"
+    return [*lines, "", f"fit can meet {least} to {say_bytes(found.largest)}, and less where --data lets tokens go"]
 
 
 def task_lines(results: list[TaskResult]) -> list[str]:
