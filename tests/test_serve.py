@@ -23,6 +23,7 @@ import httpx
 import openai
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -34,6 +35,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
 from pocketlm.run.server import app, tuning
+from pocketlm.run.server.admission import admit
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
@@ -522,6 +524,40 @@ def test_a_key_is_asked_for(folder, model):
         refused(server.get("/v1/models"))
         refused(server.get("/v1/models", headers={"Authorization": "Bearer \xff".encode("latin-1")}))
         assert ask(server.client("open sesame")).usage.completion_tokens == 12
+
+
+def admitted(method="POST", path="/v1/completions", key=None, local_only=False, draining=False, **headers):
+    """Return 200, or the status with which a request is refused."""
+    try:
+        admit(make_mocked_request(method, path, headers), key, local_only, draining)
+    except RefusalError as error:
+        return error.status
+    return 200
+
+
+def test_whoever_listens_to_a_network_is_known_by_any_name_there_and_to_its_own_pages_alone():
+    assert admitted(Host="192.168.0.5:8080") == admitted(Host="box.lan") == 200
+    assert admitted(Host="192.168.0.5:8080", local_only=True) == admitted(Host="box.lan", local_only=True) == 403
+    local = ("localhost:8080", "LOCALHOST", "127.0.0.1:1", "[::1]:8080")
+    assert [admitted(Host=host, local_only=True) for host in local] == [200] * 4
+    assert admitted(Host="box.lan:80", Origin="http://box.lan:80") == 200
+    others = ("http://evil.example", "http://box.lan:81", "http://box.lan", "null")
+    assert [admitted(Host="box.lan:80", Origin=origin) for origin in others] == [403] * 4
+
+
+def test_a_key_is_asked_of_all_but_the_page_and_the_health():
+    key = {"key": "secret", "Host": "box.lan"}
+    assert admitted(**key) == admitted(**key, Authorization="Bearer guess") == 401
+    assert admitted("GET", "/metrics", **key) == admitted("GET", "/v1/models", **key) == 401
+    assert admitted(**key, Authorization="Bearer secret") == 200
+    assert admitted("GET", "/", **key) == admitted("GET", "/health", **key) == 200
+    assert admitted(Host="box.lan", Authorization="Bearer guess") == 200
+
+
+def test_a_server_that_ends_takes_no_new_work_and_still_says_how_it_is():
+    assert admitted(Host="box.lan", draining=True) == 503
+    assert admitted("GET", "/health", Host="box.lan", draining=True) == 200
+    assert admitted(Host="box.lan", draining=True, key="secret") == 401
 
 
 # Load and trouble
