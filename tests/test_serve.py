@@ -939,6 +939,60 @@ def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monke
             asyncio.run(measuring)
 
 
+WRITTEN = {1: 50, 2: 98, 4: 100, "q8_0": 97.5, "f16": 100}  # tokens/s, by threads and by cache
+READ = {None: 0, 512: 97, 2048: 100}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Make `tuned` choose on a machine with these speeds, and return what it timed, what it chose and what it said."""
+
+    def choose(speeds=(), threads=None, cores=4):
+        timed, said, known = [], [], WRITTEN | READ | dict(speeds)
+
+        async def time(settings):
+            timed.append(settings)
+            return known[settings.batch], known.get(settings.threads, 0) * known[settings.cache]
+
+        monkeypatch.setattr(tuning, "_speeds", time)
+        monkeypatch.setattr(tuning.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        return timed, asyncio.run(tuned(EngineSettings("a.gguf", "a", threads=threads), said.append)), said
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({}, (2, "q8_0", 512)),
+        ({2: 96}, (4, "q8_0", 512)),
+        ({1: 97, 2: 200}, (2, "q8_0", 512)),
+        ({"q8_0": 96}, (2, "f16", 512)),
+        ({"q8_0": 0}, (2, "f16", 512)),
+        ({512: 96}, (2, "q8_0", 2048)),
+    ],
+)
+def test_what_takes_less_is_chosen_where_it_is_as_fast_or_nearly(speeds, chosen, measured):
+    timed, found, said = measured(speeds)
+    assert (found.threads, found.cache, found.batch) == chosen
+    assert [one.threads for one in timed] == [1, 2, 4, *[chosen[0]] * 4]
+    assert [one.cache for one in timed] == ["f16"] * 3 + ["q8_0", "f16"] + [chosen[1]] * 2
+    assert [one.batch for one in timed] == [None] * 5 + [512, 2048]
+    assert [line.rsplit(": ", 1)[1] for line in said] == [str(each) for each in chosen]
+
+
+@pytest.mark.parametrize(("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 3, 6])])
+def test_one_thread_two_half_and_all_are_measured(cores, counts, measured):
+    timed, _, _ = measured(cores=cores)
+    assert [one.threads for one in timed if one.cache == "f16" and not one.batch][:-1] == counts
+
+
+def test_threads_that_were_given_are_not_measured(measured):
+    timed, found, said = measured(threads=4)
+    assert {one.threads for one in [*timed, found]} == {4}
+    assert [line.split()[0] for line in said] == ["cache", "batch"]
+
+
 @pytest.mark.parametrize(("together", "used"), [(98.0, False), (102.0, False), (104.0, True)])
 def test_a_draft_is_used_only_where_it_is_faster_by_more_than_a_measurement_varies(model, monkeypatch, together, used):
     async def answering(engine):
