@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.command_line import pocketlm
-from tests.serving import ENDLESS, serving, tiny_file
+from tests.serving import ENDLESS, plain_file, serving, tiny_file
 
 from pocketlm.errors import BadInputError
 from pocketlm.run.server.answers import confidence
@@ -376,6 +376,15 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tm
     found = json.loads(out.read_text())
     assert (found["examples"], found["larger_accuracy"]) == (12, 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "calibration.json"}
+
+
+def test_a_model_that_does_not_chat_is_not_calibrated(folder, tmp_path):
+    data, out = tmp_path / "data.jsonl", tmp_path / "calibration.json"
+    data.write_text(2 * '{"prompt": "x", "answer": "y"}\n')
+    refused = pocketlm("calibrate", plain_file(folder), data, "-o", out, "--threads", 1, cache=folder)
+    assert refused.returncode == 2
+    assert "plain.gguf has no chat template" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 def test_where_the_calibration_cannot_be_written_no_question_is_asked(folder, small, tmp_path):

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.command_line import command, environment, pocketlm
-from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
+from tests.serving import CONTEXT, ENDLESS, plain_file, serving, tiny_file
 from tests.tiny import tiny_folder
 
 from pocketlm.errors import PocketlmError
@@ -312,6 +312,15 @@ def test_what_does_not_fit_the_context_is_refused_by_its_name(client):
         client.embeddings.create(model="small", input=words)
     assert {caught.value.code for caught in (chat, stream, text, embedding)} == {"context_length_exceeded"}
     assert [caught.value.param for caught in (chat, text, embedding)] == ["messages", "prompt", "input"]
+
+
+def test_a_model_without_a_chat_template_goes_on_with_texts_and_does_not_chat(folder):
+    with serving(plain_file(folder), cache=folder) as server:
+        chat = server.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 2})
+        refused(chat)
+        assert "`plain` has no chat template" in chat.json()["error"]["message"]
+        text = server.client().completions.create(model="plain", prompt="def main", max_tokens=2)
+        assert text.usage.completion_tokens > 0
 
 
 # Malformed requests
