@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -65,17 +66,21 @@ def test_an_empty_answer_of_the_larger_model_is_an_answer(folder, small, larger)
     assert not text(answer)
 
 
-@pytest.fixture
-def noting():
-    """An endpoint that says yes to all, and what it is asked."""
+YES = {"choices": [{"message": {"content": "yes"}}]}
+
+
+@contextmanager
+def endpoint(answer):
+    """An endpoint that says what `answer` returns, a status and a body; its address and a list of what it is asked."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
+            status, body = answer()
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())
+            self.wfile.write(body.encode())
 
         def log_message(self, *_):
             pass
@@ -86,10 +91,12 @@ def noting():
         http.shutdown()
 
 
-def test_the_larger_model_is_asked_nothing_that_only_the_local_one_understands(folder, small, noting):
-    url, asked = noting
+def test_the_larger_model_is_asked_nothing_that_only_the_local_one_understands(folder, small):
     ours = {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1}
-    with escalating(small, url, 1.01, folder=folder) as server:
+    with (
+        endpoint(lambda: (200, json.dumps(YES))) as (url, asked),
+        escalating(small, url, 1.01, folder=folder) as server,
+    ):
         assert text(ask(server, seed=3, logit_bias={"7": 5}, extra_body=ours)) == "yes"
     options = {"max_tokens": 12, "temperature": 0, "seed": 3, "stream": False}
     assert asked == [{"model": "large", "messages": HELLO} | options]
@@ -342,49 +349,73 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
     assert data.read_text() == before
 
 
-def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tmp_path):
-    asked: list[str] = []
-    limit = 5
+@pytest.fixture
+def failing():
+    """An endpoint that says yes until it has been asked as often as `limit` has it, and fails from then on."""
+    limit = [5]
+    with endpoint(lambda: (200 if len(asked) <= limit[0] else 500, json.dumps(YES))) as (url, asked):
+        yield url, asked, limit
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][0]["content"])
-            self.send_response(200 if len(asked) <= limit else 500)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())
 
-        def log_message(self, *_):
-            pass
+def questions(data, last="yes"):
+    answers = ["yes"] * 11 + [last]
+    lines = [json.dumps({"prompt": f"Question {i}?", "answer": answer}) for i, answer in enumerate(answers)]
+    data.write_text("\n".join(lines))
+    return data
 
-    data, out = tmp_path / "data.jsonl", tmp_path / "calibration.json"
-    data.write_text("\n".join(json.dumps({"prompt": f"Question {i}?", "answer": "yes"}) for i in range(12)))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        larger = ("--escalate-to", f"http://127.0.0.1:{http.server_port}/v1", "--escalate-model", "large")
-        options = (*larger, "-o", out, "--threads", 1, "--context", 512, "--slots", 1)
-        failed = pocketlm("calibrate", small, data, *options, cache=folder)
-        assert failed.returncode == 2
-        assert "The larger model did not answer" in failed.stderr
-        first, limit = set(asked[:5]), 100
-        asked.clear()
-        done = pocketlm("calibrate", small, data, *options, cache=folder)
-        http.shutdown()
+
+def asking(small, data, url, model="large", *, folder):
+    larger = ("--escalate-to", url, "--escalate-model", model, "-o", data.with_name("calibration.json"))
+    return pocketlm("calibrate", small, data, *larger, "--threads", 1, "--context", 512, "--slots", 1, cache=folder)
+
+
+def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tmp_path, failing):
+    url, asked, limit = failing
+    data = questions(tmp_path / "data.jsonl")
+    failed = asking(small, data, url, folder=folder)
+    assert failed.returncode == 2
+    assert "The larger model did not answer" in failed.stderr
+    first, limit[0] = prompts(asked)[:5], 100
+    asked.clear()
+    done = asking(small, data, url, folder=folder)
     assert done.returncode == 0, done.stderr
     assert len(asked) == 7
-    assert not first & set(asked)
-    found = json.loads(out.read_text())
+    assert not set(first) & set(prompts(asked))
+    found = json.loads((tmp_path / "calibration.json").read_text())
     assert (found["examples"], found["larger_accuracy"]) == (12, 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "calibration.json"}
 
 
-def test_a_model_that_does_not_chat_is_not_calibrated(folder, tmp_path):
-    data, out = tmp_path / "data.jsonl", tmp_path / "calibration.json"
+def prompts(asked):
+    return [body["messages"][0]["content"] for body in asked]
+
+
+def test_what_was_answered_to_other_questions_or_by_another_model_is_asked_again(folder, small, tmp_path, failing):
+    url, asked, limit = failing
+    data = questions(tmp_path / "data.jsonl")
+    assert asking(small, data, url, folder=folder).returncode == 2
+    first = prompts(asked)[:5]
+    asked.clear()
+    assert asking(small, questions(data, last="no"), url, folder=folder).returncode == 2
+    assert prompts(asked)[:5] == first
+    asked.clear()
+    limit[0] = 100
+    done = asking(small, data, url, "larger", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(set(prompts(asked))) == len(asked) == 12
+    assert {body["model"] for body in asked} == {"larger"}
+    assert json.loads((tmp_path / "calibration.json").read_text())["larger_accuracy"] == pytest.approx(11 / 12)
+
+
+def test_a_model_that_does_not_chat_is_not_calibrated_and_loses_no_answers_of_another(folder, tmp_path):
+    data, out, kept = (tmp_path / name for name in ("data.jsonl", "calibration.json", ".calibration.json.answers"))
     data.write_text(2 * '{"prompt": "x", "answer": "y"}\n')
+    kept.write_text('{"model": "another"}\n')
     refused = pocketlm("calibrate", plain_file(folder), data, "-o", out, "--threads", 1, cache=folder)
     assert refused.returncode == 2
     assert "plain.gguf has no chat template" in refused.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    assert kept.read_text() == '{"model": "another"}\n'
+    assert set(tmp_path.iterdir()) == {data, kept}
 
 
 def test_where_the_calibration_cannot_be_written_no_question_is_asked(folder, small, tmp_path):
