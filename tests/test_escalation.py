@@ -67,6 +67,7 @@ def test_an_empty_answer_of_the_larger_model_is_an_answer(folder, small, larger)
 
 
 YES = {"choices": [{"message": {"content": "yes"}}]}
+SAYS_YES = json.dumps(YES).encode()
 
 
 @contextmanager
@@ -80,21 +81,23 @@ def endpoint(answer):
             status, body = answer()
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}/v1", asked
-        http.shutdown()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}/v1", asked
+        finally:
+            http.shutdown()
 
 
 def test_the_larger_model_is_asked_nothing_that_only_the_local_one_understands(folder, small):
     ours = {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1}
     with (
-        endpoint(lambda: (200, json.dumps(YES))) as (url, asked),
+        endpoint(lambda: (200, SAYS_YES)) as (url, asked),
         escalating(small, url, 1.01, folder=folder) as server,
     ):
         assert text(ask(server, seed=3, logit_bias={"7": 5}, extra_body=ours)) == "yes"
@@ -181,11 +184,59 @@ def test_a_larger_model_that_is_silent_or_gone_means_the_local_answer_with_a_mar
             assert server.metric("escalations_total") == 2
 
 
-def test_a_larger_model_that_answers_nonsense_is_not_passed_on(folder, small, larger):
+def test_a_larger_model_that_refuses_is_not_passed_on(folder, small, larger):
     with escalating(small, f"{larger.address}/v2", 1.01, folder=folder) as server:
         mark = ask(server).pocketlm
         assert mark["answered_by"] == "small"
         assert "404" in mark["escalation_failed"]
+
+
+NONSENSE = [
+    b"<html>",
+    b"\xff",
+    b"3",
+    b"[" * 100_000,
+    *(
+        json.dumps(answer).encode()
+        for answer in (
+            {},
+            {"choices": []},
+            {"choices": [3]},
+            {"choices": YES["choices"] * 2},
+            {"choices": [{"message": "yes"}]},
+            {"choices": [{"message": {"content": None}}]},
+            {"choices": [{"message": {"content": None, "tool_calls": [3]}}]},
+            {"choices": [{"message": {"content": None, "tool_calls": [{"function": 3}]}}]},
+            YES | {"usage": 3},
+            YES | {"usage": {"completion_tokens": "3"}},
+            YES | {"usage": {"prompt_tokens": -3}},
+        )
+    ),
+]
+
+
+def test_a_larger_model_that_answers_nonsense_is_not_passed_on(folder, small):
+    with (
+        endpoint(lambda: (200, nonsense)) as (url, asked),
+        escalating(small, url, 1.01, "--compare", small, folder=folder) as server,
+    ):
+        local = text(ask(server, model="small-compared"))
+        for nonsense in NONSENSE:
+            answer, chunks = ask(server), list(ask(server, stream=True))
+            assert text(answer) == "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == local, nonsense
+            for mark in (answer.pocketlm, chunks[-1].pocketlm):
+                assert mark["answered_by"] == "small"
+                assert mark["escalation_failed"] == "The larger model's answer is no chat completion"
+        assert len(asked) == 2 * len(NONSENSE)
+
+
+def test_an_answer_cut_off_inside_a_character_is_streamed_all_the_same(folder, small):
+    """JSON can write one as two escapes, of which a larger model's limit may leave the first."""
+    half = b'{"choices": [{"message": {"content": "so \\ud83d"}}]}'
+    with endpoint(lambda: (200, half)) as (url, _), escalating(small, url, 1.01, folder=folder) as server:
+        chunks = list(ask(server, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "so ?"
+    assert chunks[-1].pocketlm["answered_by"] == "large"
 
 
 def test_no_request_fails_when_the_larger_model_is_killed_on_the_way(folder, small, large):
@@ -210,6 +261,25 @@ def test_the_original_it_is_compared_with_is_never_replaced(folder, small, large
         raw = server.post("/v1/chat/completions", json={"model": "large", "messages": HELLO, "max_tokens": 2})
         assert "pocketlm" not in raw.json()
         assert server.metric("escalations_total") == 0
+
+
+@pytest.mark.parametrize(("measure", "sure"), [("mean", 0.6), ("min", 0.4)])
+def test_an_answer_is_as_sure_as_its_tokens_on_average_or_as_the_least_of_them(measure, sure):
+    def of(*probabilities):
+        tokens = [{"logprob": math.log(probability)} for probability in probabilities]
+        return confidence({"choices": [{"logprobs": {"content": tokens}}]}, measure)
+
+    assert of(0.9, 0.4) == of(0.4, 0.9) == pytest.approx(sure)
+    assert of(1, 1) == 1
+    assert of() == confidence({"choices": [{"logprobs": None}]}, measure) == confidence({"choices": [{}]}, measure) == 0
+
+
+def test_served_with_the_least_probability_an_answer_is_judged_by_it(folder, small, larger):
+    with escalating(small, f"{larger.address}/v1", 0.0, "--confidence", "min", folder=folder) as server:
+        answer = ask(server, logprobs=True)
+    logs = [token.logprob for token in answer.choices[0].logprobs.content]
+    assert answer.pocketlm["confidence"] == pytest.approx(math.exp(min(logs)))
+    assert min(logs) < sum(logs) / len(logs) - 0.01
 
 
 # Calibration
@@ -353,7 +423,7 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
 def failing():
     """An endpoint that says yes until it has been asked as often as `limit` has it, and fails from then on."""
     limit = [5]
-    with endpoint(lambda: (200 if len(asked) <= limit[0] else 500, json.dumps(YES))) as (url, asked):
+    with endpoint(lambda: (200 if len(asked) <= limit[0] else 500, SAYS_YES)) as (url, asked):
         yield url, asked, limit
 
 
