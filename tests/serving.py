@@ -31,6 +31,13 @@ def tiny_file(folder: Path, name: str, seed: int = 0) -> Path:
     return path
 
 
+def plain_file(folder: Path) -> Path:
+    """Write a tiny random model without a chat template as a GGUF file."""
+    path = folder / "plain.gguf"
+    write_gguf(load(str(tiny_folder("gpt2", folder / "plain-folder"))), {}, path)
+    return path
+
+
 @dataclass
 class Running:
     """A server: its process, where it is, and OpenAI's client of it, which tries nothing twice."""

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,6 +358,76 @@ def test_names_of_emoji_and_tabs_are_printed_as_they_were_said(monkeypatch, caps
     with Screen() as screen:
         screen.say(["c :key: d"])
     assert capsys.readouterr() == ("a :key:\tb\n", "c :key: d\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Hold a conversation with a model that says `r`, or what `first` does at first; return all that it was asked."""
+
+    def hold(stdin, first=lambda: "r", chatty=True, **options):
+        asked = []
+
+        def answer(_, messages, **more):
+            asked.append((deepcopy(messages), more))
+            yield from first() if len(asked) == 1 else "r"
+            return chat.Reply("r", "stop", 1, 1.0)
+
+        monkeypatch.setattr(chat, "serving", lambda *_: nullcontext())
+        monkeypatch.setattr(chat, "has_chat_template", lambda _: chatty)
+        monkeypatch.setattr(chat, "stream", answer)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        chat.chat_loop("a.gguf", **options)
+        return asked
+
+    return hold
+
+
+def interrupted():
+    yield "half"
+    raise KeyboardInterrupt
+
+
+def refused():
+    yield from ()
+    raise BadInputError("It is too long")
+
+
+def test_a_conversation_grows_until_it_is_forgotten(talk, capsys):
+    asked = talk(io.StringIO("a\nb\n/reset\nc\n/reset\na\n"), system="S", greedy=True, seed=3)
+    said = [[(message["role"], message["content"]) for message in messages] for messages, _ in asked]
+    system, a, b, c = ("system", "S"), ("user", "a"), ("user", "b"), ("user", "c")
+    assert said == [[system, a], [system, a, ("assistant", "r"), b], [system, c], [system, a]]
+    assert [more for _, more in asked] == 4 * [{"max_tokens": chat.LONGEST_ANSWER, "greedy": True, "seed": 3}]
+    assert capsys.readouterr() == (4 * "r\n", "")
+
+
+def test_a_model_without_a_chat_template_goes_on_with_the_text_alone(talk, capsys):
+    asked = talk(io.StringIO("a\nb\n/reset\nc\n"), chatty=False, system="S")
+    assert [text for text, _ in asked] == ["a", "b", "c"]
+    said = capsys.readouterr()
+    assert said.out == "r\nr\nr\n"
+    assert "no chat template" in said.err
+
+
+def test_a_stopped_answer_is_remembered_as_far_as_it_went(talk, capsys):
+    _, (messages, _) = talk(Terminal("a\nb\n"), interrupted)
+    assert [message["content"] for message in messages] == ["a", "half", "b"]
+    assert "1 tokens, 1 tokens/s" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        talk(io.StringIO("a\nb\n"), interrupted)
+
+
+def test_a_refused_question_is_forgotten_in_a_terminal_and_ends_all_else(talk, capsys):
+    _, (messages, _) = talk(Terminal("a\nb\n"), refused)
+    assert messages == [{"role": "user", "content": "b"}]
+    assert "It is too long. /reset starts afresh" in capsys.readouterr().out
+    with pytest.raises(BadInputError, match="too long"):
+        talk(io.StringIO("a\nb\n"), refused)
 
 
 def test_questions_that_are_not_utf_8_are_refused_by_name(monkeypatch):

@@ -6,13 +6,14 @@ import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.command_line import pocketlm
-from tests.serving import ENDLESS, serving, tiny_file
+from tests.serving import ENDLESS, plain_file, serving, tiny_file
 
 from pocketlm.errors import BadInputError
 from pocketlm.run.server.answers import confidence
@@ -65,31 +66,40 @@ def test_an_empty_answer_of_the_larger_model_is_an_answer(folder, small, larger)
     assert not text(answer)
 
 
-@pytest.fixture
-def noting():
-    """An endpoint that says yes to all, and what it is asked."""
+YES = {"choices": [{"message": {"content": "yes"}}]}
+SAYS_YES = json.dumps(YES).encode()
+
+
+@contextmanager
+def endpoint(answer):
+    """An endpoint that says what `answer` returns, a status and a body; its address and a list of what it is asked."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
+            status, body = answer()
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}/v1", asked
-        http.shutdown()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}/v1", asked
+        finally:
+            http.shutdown()
 
 
-def test_the_larger_model_is_asked_nothing_that_only_the_local_one_understands(folder, small, noting):
-    url, asked = noting
+def test_the_larger_model_is_asked_nothing_that_only_the_local_one_understands(folder, small):
     ours = {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1}
-    with escalating(small, url, 1.01, folder=folder) as server:
+    with (
+        endpoint(lambda: (200, SAYS_YES)) as (url, asked),
+        escalating(small, url, 1.01, folder=folder) as server,
+    ):
         assert text(ask(server, seed=3, logit_bias={"7": 5}, extra_body=ours)) == "yes"
     options = {"max_tokens": 12, "temperature": 0, "seed": 3, "stream": False}
     assert asked == [{"model": "large", "messages": HELLO} | options]
@@ -174,11 +184,59 @@ def test_a_larger_model_that_is_silent_or_gone_means_the_local_answer_with_a_mar
             assert server.metric("escalations_total") == 2
 
 
-def test_a_larger_model_that_answers_nonsense_is_not_passed_on(folder, small, larger):
+def test_a_larger_model_that_refuses_is_not_passed_on(folder, small, larger):
     with escalating(small, f"{larger.address}/v2", 1.01, folder=folder) as server:
         mark = ask(server).pocketlm
         assert mark["answered_by"] == "small"
         assert "404" in mark["escalation_failed"]
+
+
+NONSENSE = [
+    b"<html>",
+    b"\xff",
+    b"3",
+    b"[" * 100_000,
+    *(
+        json.dumps(answer).encode()
+        for answer in (
+            {},
+            {"choices": []},
+            {"choices": [3]},
+            {"choices": YES["choices"] * 2},
+            {"choices": [{"message": "yes"}]},
+            {"choices": [{"message": {"content": None}}]},
+            {"choices": [{"message": {"content": None, "tool_calls": [3]}}]},
+            {"choices": [{"message": {"content": None, "tool_calls": [{"function": 3}]}}]},
+            YES | {"usage": 3},
+            YES | {"usage": {"completion_tokens": "3"}},
+            YES | {"usage": {"prompt_tokens": -3}},
+        )
+    ),
+]
+
+
+def test_a_larger_model_that_answers_nonsense_is_not_passed_on(folder, small):
+    with (
+        endpoint(lambda: (200, nonsense)) as (url, asked),
+        escalating(small, url, 1.01, "--compare", small, folder=folder) as server,
+    ):
+        local = text(ask(server, model="small-compared"))
+        for nonsense in NONSENSE:
+            answer, chunks = ask(server), list(ask(server, stream=True))
+            assert text(answer) == "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == local, nonsense
+            for mark in (answer.pocketlm, chunks[-1].pocketlm):
+                assert mark["answered_by"] == "small"
+                assert mark["escalation_failed"] == "The larger model's answer is no chat completion"
+        assert len(asked) == 2 * len(NONSENSE)
+
+
+def test_an_answer_cut_off_inside_a_character_is_streamed_all_the_same(folder, small):
+    """JSON can write one as two escapes, of which a larger model's limit may leave the first."""
+    half = b'{"choices": [{"message": {"content": "so \\ud83d"}}]}'
+    with endpoint(lambda: (200, half)) as (url, _), escalating(small, url, 1.01, folder=folder) as server:
+        chunks = list(ask(server, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "so ?"
+    assert chunks[-1].pocketlm["answered_by"] == "large"
 
 
 def test_no_request_fails_when_the_larger_model_is_killed_on_the_way(folder, small, large):
@@ -203,6 +261,25 @@ def test_the_original_it_is_compared_with_is_never_replaced(folder, small, large
         raw = server.post("/v1/chat/completions", json={"model": "large", "messages": HELLO, "max_tokens": 2})
         assert "pocketlm" not in raw.json()
         assert server.metric("escalations_total") == 0
+
+
+@pytest.mark.parametrize(("measure", "sure"), [("mean", 0.6), ("min", 0.4)])
+def test_an_answer_is_as_sure_as_its_tokens_on_average_or_as_the_least_of_them(measure, sure):
+    def of(*probabilities):
+        tokens = [{"logprob": math.log(probability)} for probability in probabilities]
+        return confidence({"choices": [{"logprobs": {"content": tokens}}]}, measure)
+
+    assert of(0.9, 0.4) == of(0.4, 0.9) == pytest.approx(sure)
+    assert of(1, 1) == 1
+    assert of() == confidence({"choices": [{"logprobs": None}]}, measure) == confidence({"choices": [{}]}, measure) == 0
+
+
+def test_served_with_the_least_probability_an_answer_is_judged_by_it(folder, small, larger):
+    with escalating(small, f"{larger.address}/v1", 0.0, "--confidence", "min", folder=folder) as server:
+        answer = ask(server, logprobs=True)
+    logs = [token.logprob for token in answer.choices[0].logprobs.content]
+    assert answer.pocketlm["confidence"] == pytest.approx(math.exp(min(logs)))
+    assert min(logs) < sum(logs) / len(logs) - 0.01
 
 
 # Calibration
@@ -342,40 +419,73 @@ def test_calibrate_finds_the_answers_that_the_small_model_gets_right(folder, sma
     assert data.read_text() == before
 
 
-def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tmp_path):
-    asked: list[str] = []
-    limit = 5
+@pytest.fixture
+def failing():
+    """An endpoint that says yes until it has been asked as often as `limit` has it, and fails from then on."""
+    limit = [5]
+    with endpoint(lambda: (200 if len(asked) <= limit[0] else 500, SAYS_YES)) as (url, asked):
+        yield url, asked, limit
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][0]["content"])
-            self.send_response(200 if len(asked) <= limit else 500)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())
 
-        def log_message(self, *_):
-            pass
+def questions(data, last="yes"):
+    answers = ["yes"] * 11 + [last]
+    lines = [json.dumps({"prompt": f"Question {i}?", "answer": answer}) for i, answer in enumerate(answers)]
+    data.write_text("\n".join(lines))
+    return data
 
-    data, out = tmp_path / "data.jsonl", tmp_path / "calibration.json"
-    data.write_text("\n".join(json.dumps({"prompt": f"Question {i}?", "answer": "yes"}) for i in range(12)))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        larger = ("--escalate-to", f"http://127.0.0.1:{http.server_port}/v1", "--escalate-model", "large")
-        options = (*larger, "-o", out, "--threads", 1, "--context", 512, "--slots", 1)
-        failed = pocketlm("calibrate", small, data, *options, cache=folder)
-        assert failed.returncode == 2
-        assert "The larger model did not answer" in failed.stderr
-        first, limit = set(asked[:5]), 100
-        asked.clear()
-        done = pocketlm("calibrate", small, data, *options, cache=folder)
-        http.shutdown()
+
+def asking(small, data, url, model="large", *, folder):
+    larger = ("--escalate-to", url, "--escalate-model", model, "-o", data.with_name("calibration.json"))
+    return pocketlm("calibrate", small, data, *larger, "--threads", 1, "--context", 512, "--slots", 1, cache=folder)
+
+
+def test_what_was_answered_before_a_failure_is_not_asked_again(folder, small, tmp_path, failing):
+    url, asked, limit = failing
+    data = questions(tmp_path / "data.jsonl")
+    failed = asking(small, data, url, folder=folder)
+    assert failed.returncode == 2
+    assert "The larger model did not answer" in failed.stderr
+    first, limit[0] = prompts(asked)[:5], 100
+    asked.clear()
+    done = asking(small, data, url, folder=folder)
     assert done.returncode == 0, done.stderr
     assert len(asked) == 7
-    assert not first & set(asked)
-    found = json.loads(out.read_text())
+    assert not set(first) & set(prompts(asked))
+    found = json.loads((tmp_path / "calibration.json").read_text())
     assert (found["examples"], found["larger_accuracy"]) == (12, 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "calibration.json"}
+
+
+def prompts(asked):
+    return [body["messages"][0]["content"] for body in asked]
+
+
+def test_what_was_answered_to_other_questions_or_by_another_model_is_asked_again(folder, small, tmp_path, failing):
+    url, asked, limit = failing
+    data = questions(tmp_path / "data.jsonl")
+    assert asking(small, data, url, folder=folder).returncode == 2
+    first = prompts(asked)[:5]
+    asked.clear()
+    assert asking(small, questions(data, last="no"), url, folder=folder).returncode == 2
+    assert prompts(asked)[:5] == first
+    asked.clear()
+    limit[0] = 100
+    done = asking(small, data, url, "larger", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(set(prompts(asked))) == len(asked) == 12
+    assert {body["model"] for body in asked} == {"larger"}
+    assert json.loads((tmp_path / "calibration.json").read_text())["larger_accuracy"] == pytest.approx(11 / 12)
+
+
+def test_a_model_that_does_not_chat_is_not_calibrated_and_loses_no_answers_of_another(folder, tmp_path):
+    data, out, kept = (tmp_path / name for name in ("data.jsonl", "calibration.json", ".calibration.json.answers"))
+    data.write_text(2 * '{"prompt": "x", "answer": "y"}\n')
+    kept.write_text('{"model": "another"}\n')
+    refused = pocketlm("calibrate", plain_file(folder), data, "-o", out, "--threads", 1, cache=folder)
+    assert refused.returncode == 2
+    assert "plain.gguf has no chat template" in refused.stderr
+    assert kept.read_text() == '{"model": "another"}\n'
+    assert set(tmp_path.iterdir()) == {data, kept}
 
 
 def test_where_the_calibration_cannot_be_written_no_question_is_asked(folder, small, tmp_path):

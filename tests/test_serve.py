@@ -23,17 +23,19 @@ import httpx
 import openai
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.command_line import command, environment, pocketlm
-from tests.serving import CONTEXT, ENDLESS, serving, tiny_file
+from tests.serving import CONTEXT, ENDLESS, plain_file, serving, tiny_file
 from tests.tiny import tiny_folder
 
 from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf import write_gguf
 from pocketlm.model.source import load
 from pocketlm.run.server import app, tuning
+from pocketlm.run.server.admission import admit
 from pocketlm.run.server.engine_process import EngineSettings
 from pocketlm.run.server.local import LocalModel
 from pocketlm.run.server.refusals import RefusalError
@@ -312,6 +314,15 @@ def test_what_does_not_fit_the_context_is_refused_by_its_name(client):
     assert [caught.value.param for caught in (chat, text, embedding)] == ["messages", "prompt", "input"]
 
 
+def test_a_model_without_a_chat_template_goes_on_with_texts_and_does_not_chat(folder):
+    with serving(plain_file(folder), cache=folder) as server:
+        chat = server.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 2})
+        refused(chat)
+        assert "`plain` has no chat template" in chat.json()["error"]["message"]
+        text = server.client().completions.create(model="plain", prompt="def main", max_tokens=2)
+        assert text.usage.completion_tokens > 0
+
+
 # Malformed requests
 
 VALID = {"messages": HELLO, "max_tokens": 2}
@@ -522,6 +533,40 @@ def test_a_key_is_asked_for(folder, model):
         refused(server.get("/v1/models"))
         refused(server.get("/v1/models", headers={"Authorization": "Bearer \xff".encode("latin-1")}))
         assert ask(server.client("open sesame")).usage.completion_tokens == 12
+
+
+def admitted(method="POST", path="/v1/completions", key=None, local_only=False, draining=False, **headers):
+    """Return 200, or the status with which a request is refused."""
+    try:
+        admit(make_mocked_request(method, path, headers), key, local_only, draining)
+    except RefusalError as error:
+        return error.status
+    return 200
+
+
+def test_whoever_listens_to_a_network_is_known_by_any_name_there_and_to_its_own_pages_alone():
+    assert admitted(Host="192.168.0.5:8080") == admitted(Host="box.lan") == 200
+    assert admitted(Host="192.168.0.5:8080", local_only=True) == admitted(Host="box.lan", local_only=True) == 403
+    local = ("localhost:8080", "LOCALHOST", "127.0.0.1:1", "[::1]:8080")
+    assert [admitted(Host=host, local_only=True) for host in local] == [200] * 4
+    assert admitted(Host="box.lan:80", Origin="http://box.lan:80") == 200
+    others = ("http://evil.example", "http://box.lan:81", "http://box.lan", "null")
+    assert [admitted(Host="box.lan:80", Origin=origin) for origin in others] == [403] * 4
+
+
+def test_a_key_is_asked_of_all_but_the_page_and_the_health():
+    key = {"key": "secret", "Host": "box.lan"}
+    assert admitted(**key) == admitted(**key, Authorization="Bearer guess") == 401
+    assert admitted("GET", "/metrics", **key) == admitted("GET", "/v1/models", **key) == 401
+    assert admitted(**key, Authorization="Bearer secret") == 200
+    assert admitted("GET", "/", **key) == admitted("GET", "/health", **key) == 200
+    assert admitted(Host="box.lan", Authorization="Bearer guess") == 200
+
+
+def test_a_server_that_ends_takes_no_new_work_and_still_says_how_it_is():
+    assert admitted(Host="box.lan", draining=True) == 503
+    assert admitted("GET", "/health", Host="box.lan", draining=True) == 200
+    assert admitted(Host="box.lan", draining=True, key="secret") == 401
 
 
 # Load and trouble
@@ -901,6 +946,60 @@ def test_an_engine_that_dies_while_it_is_measured_is_said_in_a_line(model, monke
     for measuring in (tuned(settings, print), drafted(settings, model, print)):
         with pytest.raises(PocketlmError, match=r"Measuring .*small\.gguf failed: the engine died"):
             asyncio.run(measuring)
+
+
+WRITTEN = {1: 50, 2: 98, 4: 100, "q8_0": 97.5, "f16": 100}  # tokens/s, by threads and by cache
+READ = {None: 0, 512: 97, 2048: 100}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Make `tuned` choose on a machine with these speeds, and return what it timed, what it chose and what it said."""
+
+    def choose(speeds=(), threads=None, cores=4):
+        timed, said, known = [], [], WRITTEN | READ | dict(speeds)
+
+        async def time(settings):
+            timed.append(settings)
+            return known[settings.batch], known.get(settings.threads, 0) * known[settings.cache]
+
+        monkeypatch.setattr(tuning, "_speeds", time)
+        monkeypatch.setattr(tuning.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        return timed, asyncio.run(tuned(EngineSettings("a.gguf", "a", threads=threads), said.append)), said
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({}, (2, "q8_0", 512)),
+        ({2: 96}, (4, "q8_0", 512)),
+        ({1: 97, 2: 200}, (2, "q8_0", 512)),
+        ({"q8_0": 96}, (2, "f16", 512)),
+        ({"q8_0": 0}, (2, "f16", 512)),
+        ({512: 96}, (2, "q8_0", 2048)),
+    ],
+)
+def test_what_takes_less_is_chosen_where_it_is_as_fast_or_nearly(speeds, chosen, measured):
+    timed, found, said = measured(speeds)
+    assert (found.threads, found.cache, found.batch) == chosen
+    assert [one.threads for one in timed] == [1, 2, 4, *[chosen[0]] * 4]
+    assert [one.cache for one in timed] == ["f16"] * 3 + ["q8_0", "f16"] + [chosen[1]] * 2
+    assert [one.batch for one in timed] == [None] * 5 + [512, 2048]
+    assert [line.rsplit(": ", 1)[1] for line in said] == [str(each) for each in chosen]
+
+
+@pytest.mark.parametrize(("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 3, 6])])
+def test_one_thread_two_half_and_all_are_measured(cores, counts, measured):
+    timed, _, _ = measured(cores=cores)
+    assert [one.threads for one in timed if one.cache == "f16" and not one.batch][:-1] == counts
+
+
+def test_threads_that_were_given_are_not_measured(measured):
+    timed, found, said = measured(threads=4)
+    assert {one.threads for one in [*timed, found]} == {4}
+    assert [line.split()[0] for line in said] == ["cache", "batch"]
 
 
 @pytest.mark.parametrize(("together", "used"), [(98.0, False), (102.0, False), (104.0, True)])

@@ -1,5 +1,6 @@
 """Models load from every kind of source, and what cannot be loaded is said in one message."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -9,12 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, tiny_folder
 from transformers import AutoTokenizer
@@ -184,6 +187,53 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     message = refused("organisation-of-nobody/model-of-nobody")
     assert "the Hugging Face Hub cannot be reached" in message
     assert "`demo`" in message
+
+
+def test_a_hub_model_is_fetched_without_weights_that_are_never_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    """Pickled ones can run code; those in subfolders are the same in other formats."""
+    kept = {path.name for path in folder.iterdir()} | {"LICENSE.txt"}
+    (folder / "onnx").mkdir()
+    for name in ("LICENSE.txt", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "a.gguf"):
+        (folder / name).write_text(name)
+
+    def snapshot_download(name: str, **patterns: list[str]) -> str:
+        assert name == "org/tiny"
+        offered = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        taken = set(huggingface_hub.utils.filter_repo_objects(offered, **patterns))
+        assert taken == kept
+        for left in offered.keys() - taken:
+            offered[left].unlink()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    origin = load("org/tiny").origin
+    assert (origin.kind, origin.source, origin.base_model) == ("hub", "org/tiny", "org/tiny")
+    assert origin.path == folder
+    assert weights_of("org/tiny") == weights_of(str(folder)) > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GatedRepoError("403", response=Mock()), "asks for its licence to be accepted"),
+        (RepositoryNotFoundError("404", response=Mock()), "no hub model of that name"),
+        (HFValidationError("no such id"), "no hub model of that name"),
+        (HfHubHTTPError("500", response=Mock()), "the Hugging Face Hub cannot be reached: 500"),
+        (ConnectionError("reset by peer"), "the Hugging Face Hub cannot be reached: reset by peer"),
+        (HfHubHTTPError.__bases__[0]("broke off"), "the Hugging Face Hub cannot be reached: broke off"),
+    ],
+    ids=["gated", "not found", "no id", "broken", "unreachable", "broken off"],
+)
+def test_why_the_hub_gives_no_model_is_said(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
+    assert words in refused("org/tiny")
+
+
+def test_a_disk_too_full_for_a_hub_model_is_not_taken_for_the_hubs_fault(monkeypatch: pytest.MonkeyPatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        load("org/tiny")
 
 
 def test_the_demo_without_its_package(monkeypatch: pytest.MonkeyPatch):

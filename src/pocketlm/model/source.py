@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pocketlm.errors import BadInputError, MissingExtraError
+from pocketlm.errors import BadInputError, MissingExtraError, is_disk_full
 from pocketlm.model.anatomy import FAMILIES, anatomy_for
 from pocketlm.model.attention import slice_attention
 from pocketlm.model.card import read_card
@@ -334,13 +334,7 @@ def _folder_network(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         # Subfolders hold copies in other formats.
@@ -349,9 +343,11 @@ def _download(name: str) -> Path:
         raise BadInputError(
             f"The hub model `{name}` asks for its licence to be accepted: do so on its page, then run `hf auth login`"
         ) from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInputError(f"There is no folder `{name}`, and no hub model of that name that you may read") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # a connection that breaks off is an error of the hub's HTTP client, of whichever it has
+        if is_disk_full(error):
+            raise
         raise BadInputError(
             f"There is no folder `{name}`, and the Hugging Face Hub cannot be reached: {_first_line(error)}. "
             f"Copy the model's folder here, or try `{DEMO}`"

@@ -114,7 +114,8 @@ def chunks(answer: Answer, include_usage: bool) -> Iterator[bytes]:
 
 def event_bytes(data: dict) -> bytes:
     """Return an object as one event of a stream."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode(errors="replace") + b"\n\n"  # half a character has no bytes
 
 
 def confidence(answer: Answer, measure: str) -> float:

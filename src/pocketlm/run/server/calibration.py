@@ -126,8 +126,8 @@ def calibrate(
     """
     examples = read_examples(data)
     asked = {"model": file_sha256(Path(settings.path)), "data": file_sha256(data), "context": settings.context}
-    known = _take_up(kept, asked | ({"url": larger.url, "larger": larger.model} if larger else {}))
-    judged = asyncio.run(_judge(settings, examples, larger, known, kept, progress))
+    asked |= {"url": larger.url, "larger": larger.model} if larger else {}
+    judged = asyncio.run(_judge(settings, examples, larger, asked, kept, progress))
     return choose(judged, target)
 
 
@@ -179,11 +179,11 @@ async def _judge(
     settings: EngineSettings,
     examples: Sequence[Example],
     larger: Escalation | None,
-    known: dict[int, Judged],
+    asked: dict[str, Any],
     kept: Path,
     progress: Progress,
 ) -> list[Judged]:
-    model, judged = LocalModel(settings, queue=len(examples)), dict(known)
+    model, judged = LocalModel(settings, queue=len(examples)), {}
 
     async def one(place: int, example: Example) -> None:
         async with model.line.turn():
@@ -206,10 +206,11 @@ async def _judge(
         await model.start()
         if not model.ready.chats:
             raise BadInputError(f"{settings.path} has no chat template, so `serve` does not chat with it")
+        judged |= _take_up(kept, asked)  # only now: a model that cannot be asked leaves what is there as it is
+        left = [(place, example) for place, example in enumerate(examples) if place not in judged]
         async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
-            for place, example in enumerate(examples):
-                if place not in known:
-                    group.create_task(one(place, example))
+            for place, example in left:
+                group.create_task(one(place, example))
         return [judged[place] for place in range(len(examples))]
     except ExceptionGroup as group:
         raise group.exceptions[0] from group

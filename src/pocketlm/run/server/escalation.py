@@ -88,14 +88,21 @@ async def ask_larger(body: dict, escalation: Escalation, session: aiohttp.Client
         timeout=aiohttp.ClientTimeout(total=escalation.timeout),
         raise_for_status=True,
     ) as response:
-        answer = await response.json(content_type=None)
-    try:
-        (choice,) = answer["choices"]
-        message = choice["message"]
-        if not isinstance(message.get("content"), str) and not isinstance(message.get("tool_calls"), list):
-            raise TypeError
-        if not isinstance(answer.get("usage") or {}, dict):
-            raise TypeError
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError("The larger model's answer is no chat completion") from error
+        try:
+            answer = await response.json(content_type=None)
+            _check(answer)
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError("The larger model's answer is no chat completion") from error
     return answer
+
+
+def _check(answer: Any) -> None:
+    """See that an answer has all that is read of one; one that has not raises whatever reading it does."""
+    (choice,) = answer["choices"]
+    message, usage = choice["message"], answer.get("usage") or {}
+    calls = message.get("tool_calls")
+    said = isinstance(message.get("content"), str) or isinstance(calls, list)
+    named = all(isinstance(call["function"], dict) for call in calls or ())
+    counted = all((usage.get(name) or 0) >= 0 for name in ("prompt_tokens", "completion_tokens"))
+    if not (said and named and counted):
+        raise TypeError
