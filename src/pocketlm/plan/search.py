@@ -124,9 +124,9 @@ def check_running(sizes: Sizes, budget: Budget, costs: Costs, prune: bool = True
         second = 10 ** (math.floor(math.log10(1 / seconds)) - 1)  # of two digits
         most = math.floor(1 / seconds / second) * second
         raise ImpossibleBudgetError(
-            f"{budget.speed:g} tokens/s cannot be met: on this machine this model reaches about {most:g} at most. "
-            f"The smallest change that fits: --speed {most:g}. If other work ran while that was measured, "
-            "`pocketlm clean --yes` has it measured anew"
+            f"{budget.speed:g} tokens/s cannot be met: on this machine this model reaches about {most:g} at most "
+            "(measured once: if other work ran then, `pocketlm clean --yes` has it measured anew). "
+            f"The smallest change that fits: --speed {most:g}"
         )
 
 
