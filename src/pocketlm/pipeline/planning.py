@@ -198,7 +198,7 @@ def _decide(job: Fit, model: LanguageModel, budget: Budget, progress: Progress, 
         costs = costs_here(model, sizes, budget.context, progress)
         check_running(sizes, budget, costs, job.prune)
     texts = gather_texts(model, list(job.data), job.seed, progress)
-    if trims:
+    if trims and budget.bytes < budget_range(sizes, fixed=fixed)[0]:  # else there is no need to choose tokens here
         check_budget(sizes, budget, fixed=fixed, trimmed=with_fewest_tokens(model, texts.documents["calibration"]))
     engine, floor = engine_damage(model, texts, progress), parse_quality(job.quality) if job.quality else None
     wanted = Wanted(
