@@ -1,7 +1,7 @@
 """Trimmed vocabularies: what a text costs in tokens and in bits per byte, without training and after some.
 
     python benchmarks/vocabulary.py --model MODEL --text FILE... [--held-out FILE...] [--strings FILE...] \
-        [--sizes 32768 16384] [--heal TOKENS] [--windows 6] [--out benchmarks/results/DATE-vocabulary.md]
+        [--sizes 32768 16384] [--heal TOKENS] [--windows 96] [--out benchmarks/results/DATE-vocabulary.md]
 
 MODEL is a Hugging Face folder. The text's calibration part chooses the tokens; its test part and the files of
 --held-out judge them, in llama.cpp, on F16 files. 10,000 strings (lines of --strings, and random ones of many scripts)
@@ -128,7 +128,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--strings", type=Path, nargs="*", default=[])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32768, 16384])
     parser.add_argument("--heal", type=int, default=0, help="tokens")
-    parser.add_argument("--windows", type=int, default=6, help="of 512 tokens, per text")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=96,
+        help="of 512 tokens, per text; removed tokens lie unevenly, so a few windows tell little",
+    )
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{today}-vocabulary.md")
     return parser.parse_args()
