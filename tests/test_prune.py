@@ -29,7 +29,7 @@ from pocketlm.interval import Interval
 from pocketlm.measure.quality import Quality
 from pocketlm.model import abreast as abreast_module
 from pocketlm.model.abreast import DAMPINGS, abreast
-from pocketlm.model.anatomy import anatomy_of, blocks_of, read_weight, write_weight
+from pocketlm.model.anatomy import anatomy_of, blocks_of, overwrite_weight, read_weight, write_weight
 from pocketlm.model.ends import rescale_end
 from pocketlm.model.judge import Judge, judge
 from pocketlm.model.source import load
@@ -43,7 +43,7 @@ from pocketlm.plan.sizes import recipe_bytes, sizes_of
 from pocketlm.report.content import TextUsed
 from pocketlm.run.engine import Engine
 from pocketlm.steps.prune_depth import PruneDepth, prune_depth
-from pocketlm.steps.prune_width import PruneWidth, choose_basis, prune_width
+from pocketlm.steps.prune_width import PruneWidth, choose_basis, group_damage, prune_width
 from pocketlm.steps.quantize import Quantize
 from pocketlm.tensors.gauss_newton import Tangent
 from pocketlm.tensors.reconstruction import solve_missing
@@ -77,6 +77,40 @@ def test_removing_heads_that_nobody_reads_changes_nothing(family: str, tiny_mode
     assert torch.allclose(logits_of(model.network), before, atol=1e-3 * before.abs().max().item())
     assert report.details["kv_groups_kept"] == [[0]] * len(blocks_of(model.network))
     assert_reloads(model, tmp_path)
+
+
+@pytest.mark.usefixtures("exact")
+@every_grouped_family
+def test_groups_are_chosen_by_what_the_network_says_without_them(family: str, tiny_model: Tiny):
+    model = tiny_model(family)
+    network, blocks = model.network, blocks_of(model.network)
+    state = {name: weight.clone() for name, weight in network.state_dict().items()}
+    damage = group_damage(network, WINDOWS)
+    assert all(torch.equal(weight, state[name]) for name, weight in network.state_dict().items())
+    assert [len(row) for row in damage] == [2] * len(blocks)
+
+    tried = WINDOWS[-((len(WINDOWS) + 1) // 2) :]
+    (path,) = anatomy_of(network).readers("attention_out")
+    linear, seen = blocks[1].get_submodule(path), []
+    with linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1).double())):
+        logits_of(network, WINDOWS[: len(WINDOWS) - len(tried)])
+    truth, weight, (x,) = logits_of(network, tried).log_softmax(-1), read_weight(linear).double(), seen
+    half = weight.shape[1] // 2
+    for group, kept in enumerate((slice(half, None), slice(0, half))):
+        gram = x.T @ x
+        gram = gram + 0.03 * gram.diagonal().diag()
+        alone = torch.zeros_like(weight)
+        alone[:, kept] = torch.linalg.solve(gram[kept, kept], weight @ gram[:, kept], left=False)
+        overwrite_weight(linear, alone.float())
+        said = logits_of(network, tried).log_softmax(-1)
+        overwrite_weight(linear, weight.float())
+        expected = (truth.exp() * (truth - said)).sum(-1).mean().item()
+        assert damage[1][group] == pytest.approx(expected, rel=1e-2, abs=1e-6)
+
+    _, report = prune_width(model, PruneWidth(kv_groups=1, measured=True), WINDOWS)
+    assert report.details["kv_groups_kept"] == [[row.index(max(row))] for row in damage]
+    assert report.details["kv_group_scores_are_kl"]
+    assert "kept 1 of 2 KV groups by their KL" in report.summary
 
 
 @pytest.mark.usefixtures("exact")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pocketlm.model.anatomy import Anatomy, anatomy_of, blocks_of, read_weight, write_weight
 from pocketlm.model.compute import as_forward, fast_forward
 from pocketlm.model.surgery import entrance
-from pocketlm.model.sweep import Heard, rehearse, run_block, second_moment
+from pocketlm.model.sweep import Heard, rehearse, run_batches, run_block, second_moment
 from pocketlm.tensors.gauss_newton import Tangent, solve_changes
 from pocketlm.tensors.reconstruction import Moments, solve_missing, solve_readers
 
@@ -287,23 +287,19 @@ def abreast(
     states = clean if basis is None else [hidden @ entrance(network, basis) for hidden in clean]
     for index, block in enumerate(blocks):
         if index in skip:
-            clean = _through(block, clean, start.keywords[index])
+            clean = run_batches(block, clean, start.keywords[index])
             continue
         pair = Pair(index, block, copy.deepcopy(block), anatomy, states, clean, start.keywords[index], basis)
         own = clean = pair.goal = _listen(pair)
         for later in range(index + 1, len(blocks)):
             if later not in skip:
                 break
-            pair.goal = _through(blocks[later], pair.goal, start.keywords[later])
+            pair.goal = run_batches(blocks[later], pair.goal, start.keywords[later])
         yield pair
         same = not pair.drifted and not pair.touched
-        states = pair.left = own if same else _through(block, states, pair.keywords)
+        states = pair.left = own if same else run_batches(block, states, pair.keywords)
         # Whoever has the loop still holds this pair while the next one is listened to.
         pair.states, pair.clean, pair.read, pair.wrote = [], [], {}, {}
-
-
-def _through(block: nn.Module, states: list[Tensor], keywords: list[dict]) -> list[Tensor]:
-    return [run_block(block, x, extra) for x, extra in zip(states, keywords, strict=True)]
 
 
 def _listen(pair: Pair) -> list[Tensor]:

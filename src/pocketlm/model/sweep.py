@@ -142,6 +142,11 @@ def run_block(block: nn.Module, states: Tensor, keywords: dict) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def run_batches(block: nn.Module, states: list[Tensor], keywords: list[dict]) -> list[Tensor]:
+    """Run hidden states, one (windows, length, width) per batch, through one block."""
+    return [run_block(block, x, extra) for x, extra in zip(states, keywords, strict=True)]
+
+
 def second_moment(x: Tensor) -> Tensor:
     """Return the sum of x xᵀ over tokens, (width, width) float32, for x of (..., width)."""
     x = x.flatten(0, -2).float()

@@ -57,7 +57,8 @@ def _width(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
         lost = {str(block): 1 - kept for block, kept in enumerate(details["energy_kept"])}
         drawn.append((title, columns(lost, title)))
     if "kv_groups_kept" in details:
-        title = "KV groups: output energy lost without each alone, by block; those that went are framed"
+        lost = "KL" if details["kv_group_scores_are_kl"] else "output energy lost"
+        title = f"KV groups: {lost} without each alone, by block; those that went are framed"
         scores, kept = details["kv_group_scores"], details["kv_groups_kept"]
         gone = [[group not in left for group in range(len(row))] for row, left in zip(scores, kept, strict=True)]
         drawn.append((title, grid(scores, gone, title)))
