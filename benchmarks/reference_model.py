@@ -5,7 +5,8 @@
 The demo model ships as Q4_1: storing it in that very grid again would look lossless. The same function is computed by
 other weights here, as normalization and the gated FFN allow: the residual stream, the FFN's channels and the
 dimensions of values are permuted, and factors of 0.8 to 1.25 move from each norm to what reads it, and from `up_proj`
-to `down_proj`. OUT is a Hugging Face folder in bfloat16; the same seed gives the same weights on every machine.
+to `down_proj`. OUT is a Hugging Face folder in bfloat16. The same seed gives the same function everywhere, but not the
+same weights to the last bit: on another make of processor some are rounded otherwise.
 """
 
 import argparse
