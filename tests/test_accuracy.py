@@ -89,7 +89,7 @@ def test_the_lowest_quality_that_reaches_an_accuracy_is_taken(
     monkeypatch.setattr(accuracy, "_accuracy", noted)
     anything = quality_for(model, wanted, 0.0, TEXTS, task, 0.01, silent)
     assert anything == QUALITIES[-1]
-    least = max(measured.values())
+    least = measured[0]  # of the best file; on another processor's arithmetic a worse one may guess one more right
     found = quality_for(model, wanted, 0.0, TEXTS, task, least, silent)
     # As the run goes on with the floor: it plans, and improves the plan.
     floor = replace(wanted, prune=False, most_damage=-math.log(found))
