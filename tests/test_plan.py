@@ -17,7 +17,7 @@ from tests.tiny import FAMILIES
 
 from pocketlm.errors import BadInputError, ImpossibleBudgetError, OutOfResourcesError
 from pocketlm.export.gguf import write_gguf
-from pocketlm.model.anatomy import blocks_of, read_weight, write_weight
+from pocketlm.model.anatomy import blocks_of, read_weight, replaced, write_weight
 from pocketlm.model.judge import divergence_of, judge
 from pocketlm.model.sweep import sweep
 from pocketlm.model.text import Tokens
@@ -32,7 +32,7 @@ from pocketlm.plan.effort import PRESETS
 from pocketlm.plan.footprint import Footprint
 from pocketlm.plan.recipe import Recipe, check_shapes, from_dict, read_recipe, to_dict, to_yaml
 from pocketlm.plan.search import Damages, Plan, candidate_shapes, check_budget, choose, shape_damage
-from pocketlm.plan.sensitivity import depth_damage, format_damage, replaced, width_damage
+from pocketlm.plan.sensitivity import depth_damage, format_damage, width_damage
 from pocketlm.plan.sizes import Shape, Sizes, bits_budget, budget_range, recipe_bytes, sizes_of, smallest_shape
 from pocketlm.steps.distil import Distil
 from pocketlm.steps.prepare import Prepare

@@ -8,6 +8,8 @@ and what must shrink together (the rows of a space's writers, the columns of its
     residual --norm--> mlp_in --gate,up--> mlp_hidden --down--> residual
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -194,6 +196,19 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 def overwrite_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a linear or an embedding other weights, (out, in), in place: tied ones change together."""
     module.weight.copy_(weight.T if is_transposed(module) else weight)
+
+
+@contextmanager
+def replaced(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """While open, linears and embeddings have other weights, (out, in); tied ones change together."""
+    before = {module: module.weight.data.clone() for module in weights}
+    try:
+        for module, weight in weights.items():
+            overwrite_weight(module, weight)
+        yield
+    finally:
+        for module, weight in before.items():
+            module.weight.data.copy_(weight)
 
 
 @torch.no_grad()

@@ -2,15 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pocketlm.errors import BadInputError
-from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, overwrite_weight, read_weight
+from pocketlm.model.anatomy import Edge, anatomy_of, blocks_of, read_weight, replaced
 from pocketlm.model.judge import Judge, divergence_of, judge
 from pocketlm.model.language_model import LanguageModel
 from pocketlm.model.respelling import respell, text_loss
@@ -310,16 +309,3 @@ def _lookup_damage(model: LanguageModel, names: list[str], windows: Tensor, opin
         rounded = round_to_nearest(module.weight.detach(), FORMATS[name]).decode()
         damage[name] = _with({module: rounded}, model.network, windows, opinion)
     return damage
-
-
-@contextmanager
-def replaced(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """While open, linears and embeddings have other weights, (out, in); tied ones change together."""
-    before = {module: module.weight.data.clone() for module in weights}
-    try:
-        for module, weight in weights.items():
-            overwrite_weight(module, weight)
-        yield
-    finally:
-        for module, weight in before.items():
-            module.weight.data.copy_(weight)
